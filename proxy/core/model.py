@@ -1,0 +1,276 @@
+"""The nouns of the program as frozen values. No I/O, no clock: times are arguments.
+
+Units are in the names: `_s` seconds, `_ms` milliseconds since the Unix epoch or of duration, `_nusd` integer
+nano-dollars (1e-9 USD).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+
+class Level(StrEnum):
+    """How far a lookup may go. `none` neither reads nor writes the cache."""
+
+    NONE = "none"
+    EXACT = "exact"
+    FULL = "full"  # exact, then semantic
+
+
+@dataclass(frozen=True, slots=True)
+class Eligibility:
+    """What the built-in policy allows for one request (reference table (c)), with the reason it stops there."""
+
+    level: Level
+    reason: str | None = None  # machine-readable: "temperature", "tools", "time_words", ...
+    ttl_cap_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Controls:
+    """What the client asked of the cache, in RFC 9111 words where they exist. A client can only narrow."""
+
+    read: bool = True
+    write: bool = True
+    exact_only: bool = False
+    only_if_cached: bool = False
+    max_age_s: float | None = None
+    max_stale_s: float | None = None
+    ttl_s: float | None = None
+    namespace: str = ""
+    tags: tuple[str, ...] = ()
+    max_error: float | None = None
+    user: str = ""
+    explain: bool = False
+    shadow: bool = False
+    refresh: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counters of one answer. `input_tokens` includes cache reads and writes, as OpenAI counts them."""
+
+    input_tokens: int
+    output_tokens: int
+    cache_read_tokens: int = 0
+    cache_write_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What a client asked, parsed and classified. Equal bytes from equal credentials give an equal Query."""
+
+    dialect: str  # "openai"
+    operation: str  # "chat"
+    endpoint: str  # "/v1/chat/completions"
+    upstream: str  # configured upstream's name
+    tenant: str  # 64 hex digits
+    model: str
+    stream: bool
+    wants_usage: bool  # the client itself asked for the usage chunk of a stream
+    prompt: str  # the text whose meaning is compared; "" when level is not full
+    scope: bytes  # 32 bytes
+    fingerprint: bytes  # 32 bytes: digest of scope and prompt
+    eligibility: Eligibility
+    controls: Controls
+    body: bytes  # as received, decoded
+    forward_body: bytes  # as it goes upstream: usage asked for, body twin removed, otherwise the client's bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One complete model output, dialect-neutral enough to be replayed streamed or whole.
+
+    `message` is the assistant message with every field the upstream sent (content, reasoning, refusal,
+    annotations...). `pieces` are the lengths, in characters of `message["content"]`, of the content deltas
+    as they were streamed; empty when the answer was not streamed.
+    """
+
+    message: Mapping[str, Any]
+    finish_reason: str
+    model: str
+    usage: Usage | None
+    raw_usage: Mapping[str, Any] | None
+    extra: Mapping[str, Any] = field(default_factory=dict)  # other top-level fields, e.g. system_fingerprint
+    pieces: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A storable answer on its way to SQL; SQL gives it its id."""
+
+    scope: bytes
+    fingerprint: bytes
+    tenant: str
+    namespace: str
+    upstream: str
+    operation: str
+    model: str
+    prompt: str  # "" for exact-only entries
+    answer: bytes  # `encode_answer`
+    usage: Usage | None
+    created_ms: int
+    expires_ms: int
+    request_id: str  # the request that caused it: the writer, for purges
+    total_ms: float  # what the upstream took: the time a hit saves
+    tags: tuple[str, ...] = ()
+    embedding: bytes | None = None  # float32 little endian, unit length
+    embedder: str | None = None
+    signature: bytes | None = None  # token classes of the prompt, see index.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A stored answer. `checksum` covers every field that decides whether and what to serve."""
+
+    id: int
+    draft: Draft
+    checksum: bytes
+
+
+class Candidate(NamedTuple):
+    """What the index proposes. `similarity` is the inner product of unit vectors; `vetoes` a bit set of guards."""
+
+    entry_id: int
+    similarity: float
+    vetoes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A judge's opinion of one candidate: the probability that one answer serves both texts, and why."""
+
+    probability: float
+    reason: str  # "alike", or the name of the guard that vetoed, or "below_bound"
+    serves: bool
+
+
+class Tier(StrEnum):
+    EXACT = "exact"
+    SEMANTIC = "semantic"
+    COLLAPSED = "collapsed"
+    STALE = "stale"
+    EDGE = "edge"
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    entry: Entry
+    tier: Tier
+    similarity: float
+    probability: float
+    reason: str = "hit"
+
+
+@dataclass(frozen=True, slots=True)
+class NearMiss:
+    entry_id: int
+    similarity: float
+    probability: float
+    reason: str  # the guard, or "below_bound"
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bypass:
+    reason: str
+
+
+Verdict = Hit | NearMiss | Miss | Bypass
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One attempt at an upstream, as it will be billed."""
+
+    id: str
+    ts_ms: int
+    upstream: str
+    model: str
+    purpose: str  # "answer"
+    tier: str  # "default"
+    won: bool  # its answer reached a client
+    usage: Usage | None
+    usage_basis: str  # "measured" | "estimated" | "none"
+    status: int  # 0 when no response came
+    ttft_ms: float | None
+    total_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One finished request: all that the ledger needs, no prompt text.
+
+    `mechanism` names the lane that answered without a call of its own ("cache.exact", "cache.semantic",
+    "stream.coalesce"), or is None for a forward.
+    """
+
+    request_id: str
+    ts_ms: int
+    tenant: str
+    namespace: str
+    tag: str
+    dialect: str
+    endpoint: str
+    stream: bool
+    model_requested: str
+    model_served: str
+    upstream: str
+    mechanism: str | None
+    outcome: str  # "ok" | "error" | "cancelled"
+    cache_status: str  # "HIT" | "MISS" | "BYPASS" | "REFRESH" | "STALE" | "SHADOW"
+    reason: str
+    status: int
+    similarity: float | None
+    entry_id: int | None
+    retry_of: str | None
+    usage: Usage | None  # client-visible
+    usage_basis: str
+    calls: tuple[Call, ...]
+    ttft_ms: float | None
+    total_ms: float
+    baseline_ms: float | None  # what the upstream took when the entry was made
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of the client listener (reference (d), default limits)."""
+
+    body_bytes: int = 4 * 1024 * 1024
+    json_depth: int = 64
+    messages: int = 2048
+    headers: int = 128
+    header_line_bytes: int = 8190
+    header_timeout_s: float = 10.0
+    body_timeout_s: float = 30.0
+    keep_alive_s: float = 75.0
+    connections: int = 4096
+    in_flight: int = 1024
+    queued: int = 256
+    queue_timeout_s: float = 10.0
+    write_stall_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The built-in policy's numbers: all that core receives of the configuration."""
+
+    max_error_rate: float = 0.01
+    ttl_s: float = 86_400.0
+    max_ttl_s: float = 30 * 86_400.0
+    volatile_ttl_s: float = 60.0
+    semantic_temperature_max: float = 0.3
+    cache_sampled: bool = False  # exact hits for explicit temperature above the limit, or a seed
+    cache_tools: bool = True  # exact hits for requests that carry tools and were answered in text
+    semantic: bool = True
+    min_words: int = 3
+    near_floor: float = 0.80
+    answer_limit_bytes: int = 1024 * 1024
+    prompt_limit_bytes: int = 256 * 1024

@@ -1,0 +1,142 @@
+"""What the pipeline needs of its edges, and what they may raise.
+
+Each Protocol is written by the caller's needs; `tests/contracts/` holds one suite per port, run against the fake and
+the real edge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index.errors import IndexRoomError
+from proxy.core.errors import CacheFault
+from proxy.core.model import Candidate, Draft, Entry, Outcome, Usage
+
+Vector = NDArray[np.float32]
+Signature = NDArray[np.uint64]
+
+CACHE_FAULTS = (CacheFault, IndexRoomError, TimeoutError)
+"""Ours, not the client's: each turns the lookup into a bypass."""
+
+
+class Embedder(Protocol):
+    """Text → unit vector, off the event loop."""
+
+    identity: str  # model checksum, backend and window: vectors of two identities never meet
+    dimension: int
+    window: int  # tokens
+
+    async def embed(self, text: str) -> Vector:
+        """Unit float32 (dimension,). Raises Overloaded at once when full, TextTooLong, EmbedderFault."""
+        ...
+
+    def signature(self, text: str) -> Signature:
+        """Token classes of a text as (index.tokens.WIDTH,) uint64."""
+        ...
+
+
+class VectorIndex(Protocol):
+    """Unit vectors by scope; one owner thread. Order of add and remove is kept."""
+
+    async def search(
+        self, scope: bytes, vector: Vector, signature: Signature, now_ms: int, k: int = 8
+    ) -> list[Candidate]:
+        """At most k fresh candidates of this scope, best first. Raises IndexFault, Overloaded."""
+        ...
+
+    def add(self, entry_id: int, scope: bytes, vector: Vector, signature: Signature, expires_ms: int) -> None:
+        """Enqueue. Raises Overloaded when the queue is full (the row stays; a rebuild picks it up)."""
+        ...
+
+    def remove(self, entry_ids: Sequence[int]) -> None: ...
+
+    def compare(self, vector: Vector, signature: Signature, row_vector: bytes, row_signature: bytes) -> tuple[float, int]:
+        """Similarity and veto bits against a row's own bytes: the gate. (nan, 0) never passes a judge."""
+        ...
+
+
+class Stored(NamedTuple):
+    entry: Entry
+    replaced: tuple[int, ...]  # ids of earlier entries with the same fingerprint, now gone
+
+
+class EntryStore(Protocol):
+    """SQL rows of answers. Every method raises CacheFault when the database cannot answer."""
+
+    async def find(self, fingerprint: bytes) -> Entry | None:
+        """The entry of this exact identity, its checksum verified (a damaged row reads as absent and is counted)."""
+        ...
+
+    async def get(self, entry_id: int) -> Entry | None: ...
+
+    async def put(self, draft: Draft) -> Stored:
+        """Commit. Returns after the row is durable; raises CacheFault(code="store_busy") at once when the queue is full."""
+        ...
+
+    async def touch(self, entry_id: int, expires_ms: int) -> None: ...
+
+
+class Ledger(Protocol):
+    """Where lookups and savings are written, off the request's path."""
+
+    def record(self, outcome: Outcome) -> None:
+        """Never blocks, never raises."""
+        ...
+
+
+class Price(NamedTuple):
+    nusd: int
+    basis: str  # "list" | "override" | "unpriced"
+    price_id: str  # source, version and model
+
+
+class PriceBook(Protocol):
+    def price(self, upstream: str, model: str, usage: Usage, tier: str, ts_ms: int) -> Price: ...
+
+
+class UpstreamResponse(Protocol):
+    """An open response of a model server. The caller ends it by `release` (whole) or `abort` (cut)."""
+
+    status: int
+    headers: Sequence[tuple[str, str]]  # end-to-end headers that may reach the client
+    content_type: str
+    content_length: int | None
+
+    def header(self, name: str) -> str | None: ...
+
+    async def read_some(self) -> bytes:
+        """Next bytes as they arrive, decoded; b"" at a clean end. Raises UpstreamError when the body is cut or stalls."""
+        ...
+
+    def abort(self) -> None: ...
+
+    def release(self) -> None: ...
+
+
+class Upstream(Protocol):
+    """Forwards to the model servers."""
+
+    def route(self, path: str, headers: Mapping[str, str]) -> str:
+        """Name of the configured upstream that serves this path."""
+        ...
+
+    async def open(
+        self,
+        upstream: str,
+        method: str,
+        path_qs: str,
+        headers: Sequence[tuple[bytes, bytes]],
+        body: bytes | AsyncIterable[bytes] | None,
+    ) -> UpstreamResponse:
+        """Send and wait for the response head. `headers` are the client's raw headers; only the allow-list leaves.
+
+        Raises UpstreamError (upstream_unreachable, upstream_timeout, upstream_reset, upstream_redirect, circuit_open).
+        """
+        ...
+
+
+OnFaults = Callable[[str], None]
