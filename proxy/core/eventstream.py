@@ -42,11 +42,11 @@ def read_event(block: bytes) -> Event | None:
 class EventSplitter:
     """Cuts a stream into whole events, each with its own bytes and the blank line that ends it."""
 
-    __slots__ = ("_held", "_started", "bom")
+    __slots__ = ("_held", "bom", "started")
 
     def __init__(self) -> None:
         self._held = b""
-        self._started = False
+        self.started = False
         self.bom = b""  # a byte order mark found at the start; not part of any event
 
     @property
@@ -57,11 +57,11 @@ class EventSplitter:
     def feed(self, chunk: bytes) -> list[bytes]:
         """Events that became whole. Raises UpstreamError(upstream_protocol_error) for a line over 1 MiB."""
         buffer = self._held + chunk if self._held else chunk
-        if not self._started:
+        if not self.started:
             if len(buffer) < 3 and _BOM.startswith(buffer):
                 self._held = buffer
                 return []
-            self._started = True
+            self.started = True
             if buffer.startswith(_BOM):
                 self.bom, buffer = _BOM, buffer[3:]
         if b"\r" not in buffer:

@@ -96,6 +96,7 @@ class Answer:
     raw_usage: Mapping[str, Any] | None
     extra: Mapping[str, Any] = field(default_factory=dict)  # other top-level fields, e.g. system_fingerprint
     pieces: tuple[int, ...] = ()
+    choice: Mapping[str, Any] = field(default_factory=dict)  # other fields of its one choice, e.g. logprobs: null
 
 
 @dataclass(frozen=True, slots=True)

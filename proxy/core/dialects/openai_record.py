@@ -1,0 +1,409 @@
+"""OpenAI chat completions: record an upstream's answer, and watch a stream that is relayed.
+
+A stream is storable only when its end was seen: open → the choice has its finish_reason → `[DONE]` → clean end of
+the body. Truncation is invisible to the SDKs, so nothing less counts. Whatever is not fully understood is relayed
+and not stored; the reason is one machine-readable word.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from proxy.core.answer import to_json
+from proxy.core.errors import UpstreamError
+from proxy.core.eventstream import DONE, LINE_LIMIT_BYTES, EventDecoder, EventSplitter, read_event
+from proxy.core.model import Answer, Usage
+
+Loads = Callable[[bytes], Any]
+
+_BATCH_BYTES = 64 * 1024  # raw bytes parsed at once: about 0.5 ms
+_TOP_FIELDS = frozenset({"id", "object", "created", "model", "choices", "usage", "error", "obfuscation"})
+_CHOICE_FIELDS = frozenset({"index", "delta", "message", "finish_reason"})
+_TEXT_FIELDS = frozenset({"reasoning_content", "reasoning", "thinking"})  # streamed in parts to be joined
+_DETAIL_TEXTS = frozenset({"text", "summary", "data"})  # joined within one entry of reasoning_details
+_CALLS = frozenset({"tool_calls", "function_call"})
+_FINISHES = {"tool_calls": "tool_calls", "function_call": "tool_calls", "length": "finish_length"}
+
+_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+_FINISH = re.compile(rb'"finish_reason"\s*:\s*"')
+
+
+def read_usage(raw: object) -> Usage | None:
+    """Token counters of a `usage` object, or None when it does not hold whole numbers."""
+    if not isinstance(raw, dict):
+        return None
+    details = raw.get("prompt_tokens_details")
+    if not isinstance(details, dict):
+        details = {}
+    counts: tuple[Any, ...] = (
+        raw.get("prompt_tokens"),
+        raw.get("completion_tokens"),
+        details.get("cached_tokens") or 0,
+        details.get("cache_write_tokens") or 0,
+    )
+    if not all(type(count) is int and count >= 0 for count in counts):
+        return None
+    return Usage(*counts)
+
+
+def read_whole(raw: bytes, loads: Loads = json.loads, limit_bytes: int = LINE_LIMIT_BYTES) -> Answer | str:
+    """The Answer of a JSON body, or the reason why it is not storable."""
+    if len(raw) > limit_bytes:
+        return "too_large"
+    try:
+        body = loads(raw)
+    except (ValueError, RecursionError):
+        return "garbage"
+    if not isinstance(body, dict):
+        return "garbage"
+    if body.get("error") is not None:
+        return "error_object"
+    choices = body.get("choices")
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        return "choices"
+    choice = choices[0]
+    message = choice.get("message")
+    if not isinstance(message, dict) or choice.get("index", 0) != 0:
+        return "garbage"
+    return _storable(
+        message=message,
+        finish_reason=choice.get("finish_reason"),
+        model=body.get("model"),
+        raw_usage=body.get("usage"),
+        choice={k: v for k, v in choice.items() if k not in _CHOICE_FIELDS},
+        extra={k: v for k, v in body.items() if k not in _TOP_FIELDS},
+    )
+
+
+def _storable(
+    *,
+    message: Mapping[str, Any],
+    finish_reason: object,
+    model: object,
+    raw_usage: object,
+    choice: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    pieces: tuple[int, ...] = (),
+) -> Answer | str:
+    if any(message.get(name) for name in _CALLS):
+        return "tool_calls"
+    if message.get("refusal"):
+        return "refusal"
+    if message.get("audio"):
+        return "audio"
+    if choice.get("logprobs"):
+        return "logprobs"
+    if finish_reason is None:
+        return "truncated"
+    if not isinstance(finish_reason, str) or finish_reason != "stop":
+        known = "finish_content_filter" if finish_reason == "content_filter" else "finish_other"
+        return _FINISHES.get(finish_reason, known) if isinstance(finish_reason, str) else "garbage"
+    content = message.get("content")
+    if content is not None and not isinstance(content, str):
+        return "content_type"
+    if content is None or not content.strip():
+        return "empty"
+    if not isinstance(model, str) or not (raw_usage is None or isinstance(raw_usage, dict)):
+        return "garbage"
+    try:
+        to_json([message, model, raw_usage, choice, extra])  # lone surrogates, NaN, absurd nesting
+    except ValueError:
+        return "garbage"
+    return Answer(message, finish_reason, model, read_usage(raw_usage), raw_usage, extra, pieces, choice)
+
+
+class Recorder:
+    """Assembles one streamed answer. `feed` is an append; parsing happens by the batch and in `finish`.
+
+    `limit_bytes` bounds the assembled texts; raw bytes wait at most one batch. After a refusal nothing is kept.
+    """
+
+    __slots__ = (
+        "_choice",
+        "_chunks",
+        "_decoder",
+        "_done",
+        "_extra",
+        "_fields",
+        "_finish",
+        "_length",
+        "_limit",
+        "_loads",
+        "_model",
+        "_pieces",
+        "_size",
+        "_texts",
+        "_usage",
+        "refusal_reason",
+    )
+
+    def __init__(self, limit_bytes: int = LINE_LIMIT_BYTES, n: int = 1, loads: Loads = json.loads) -> None:
+        self.refusal_reason: str | None = "choices" if n != 1 else None
+        self._loads = loads
+        self._limit = limit_bytes
+        self._decoder = EventDecoder()
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self._length = 0
+        self._model: object = None
+        self._pieces: list[str] = []
+        self._texts: dict[str, list[str]] = {}
+        self._fields: dict[str, Any] = {}
+        self._choice: dict[str, Any] = {}
+        self._extra: dict[str, Any] = {}
+        self._usage: object = None
+        self._finish: object = None
+        self._done = False
+
+    def feed(self, chunk: bytes) -> None:
+        """The next bytes as the upstream sent them, before any filter."""
+        self._chunks.append(chunk)
+        self._size += len(chunk)
+        if self._size >= _BATCH_BYTES:
+            self._parse()
+
+    def finish(self) -> Answer | str:
+        """The Answer, or the reason why it is not storable. Call once, and only when the body ended cleanly."""
+        self._parse()
+        for data in self._decoder.end():
+            self._read(data)
+        if self._decoder.names - {b"message"}:
+            self._refuse("unknown_event")
+        if self.refusal_reason is None and not self._done:
+            self._refuse("truncated")
+        if self.refusal_reason is not None:
+            return self.refusal_reason
+        texts = {name: "".join(parts) for name, parts in self._texts.items()}
+        content = {"content": "".join(self._pieces)}
+        answer = _storable(
+            message={"role": "assistant", **self._fields, **content, **texts},
+            finish_reason=self._finish,
+            model=self._model,
+            raw_usage=self._usage,
+            choice=self._choice,
+            extra=self._extra,
+            pieces=tuple(map(len, self._pieces)),
+        )
+        if isinstance(answer, str):
+            self._refuse(answer)
+        return answer
+
+    def _refuse(self, reason: str) -> None:
+        if self.refusal_reason is None:
+            self.refusal_reason = reason
+        for kept in (self._pieces, self._texts, self._fields, self._choice, self._extra):
+            kept.clear()
+
+    def _parse(self) -> None:
+        raw = b"".join(self._chunks)
+        self._chunks.clear()
+        self._size = 0
+        if self.refusal_reason is not None:
+            return
+        try:
+            for data in self._decoder.feed(raw):
+                self._read(data)
+                if self.refusal_reason is not None:
+                    return
+        except UpstreamError:
+            self._refuse("garbage")
+        if self._length > self._limit:
+            self._refuse("too_large")
+
+    def _read(self, data: bytes) -> None:
+        if self._done:
+            return self._refuse("data_after_done")
+        if data == DONE:
+            self._done = True
+            return None
+        try:
+            chunk = self._loads(data)
+        except (ValueError, RecursionError):
+            return self._refuse("garbage")
+        if type(chunk) is not dict:
+            return self._refuse("garbage")
+        if chunk.get("error") is not None:
+            return self._refuse("error_event")
+        choices = chunk.get("choices")
+        if type(choices) is not list:
+            return self._refuse("unknown_event")
+        for name, value in chunk.items():
+            if name not in _TOP_FIELDS and (value is not None or name not in self._extra):
+                self._extra[name] = value
+        if self._model is None:
+            self._model = chunk.get("model") or None
+        if (usage := chunk.get("usage")) is not None:
+            self._usage = usage
+        if choices:
+            self._read_choice(choices, len(data))
+        return None
+
+    def _read_choice(self, choices: list[Any], size: int) -> None:
+        choice = choices[0]
+        if len(choices) != 1 or type(choice) is not dict or choice.get("index", 0) != 0:
+            return self._refuse("choices")
+        delta = choice.get("delta")
+        if type(delta) is dict:
+            for name, value in delta.items():
+                if name == "content" and type(value) is str:
+                    if value and self._finish is not None:
+                        return self._refuse("garbage")
+                    if value:
+                        self._pieces.append(value)
+                        self._length += len(value)
+                elif name != "content" or value is not None:
+                    self._merge(name, value, size)
+        elif delta is not None:
+            return self._refuse("garbage")
+        for name, value in choice.items():
+            if name not in _CHOICE_FIELDS and (value is not None or name not in self._choice):
+                self._choice[name] = value
+        if choice.get("finish_reason") is not None:
+            self._finish = choice["finish_reason"]
+        return None
+
+    def _merge(self, name: str, value: Any, size: int) -> None:
+        """A field of a delta other than text content. What cannot be joined with certainty is refused."""
+        known = self._fields.get(name)
+        if name == "role":
+            self._fields[name] = value
+        elif name in _CALLS and value:
+            self._refuse("tool_calls")
+        elif name == "refusal" and value:
+            self._refuse("refusal")
+        elif name == "content":
+            self._refuse("content_type")
+        elif name in _TEXT_FIELDS and isinstance(value, str) and known is None:
+            self._fields.pop(name, None)
+            self._texts.setdefault(name, []).append(value)
+            self._length += len(value)
+        elif value is None:
+            if name not in self._texts:
+                self._fields.setdefault(name, None)
+        elif known is None:
+            self._fields[name] = value
+            self._length += size
+        elif name == "annotations" and isinstance(known, list) and isinstance(value, list):
+            self._fields[name] = known + value
+            self._length += size
+        elif name == "reasoning_details" and isinstance(known, list) and isinstance(value, list):
+            self._length += size
+            if not all(_join_detail(known, detail) for detail in value):
+                self._refuse("unknown_delta")
+        else:
+            self._refuse("unknown_delta")
+
+
+def _join_detail(known: list[Any], detail: Any) -> bool:
+    """Add one streamed entry of reasoning_details, joined by index and type; False when that is not possible."""
+    if not isinstance(detail, dict):
+        return False
+    last = known[-1] if known else None
+    same = isinstance(last, dict) and (last.get("index"), last.get("type")) == (detail.get("index"), detail.get("type"))
+    if not same:
+        known.append(detail)
+        return True
+    assert isinstance(last, dict)
+    for name, value in detail.items():
+        if name in _DETAIL_TEXTS and isinstance(last.get(name), str) and isinstance(value, str):
+            last[name] += value
+        elif last.get(name) is None:
+            last[name] = value
+        elif value is not None and last[name] != value:
+            return False
+    return True
+
+
+class UsageFilter:
+    """What of an upstream's stream reaches the client, in whole events, and whether the stream came to its end.
+
+    With `strip`, the usage chunk that only the proxy asked for is left out. `[DONE]` is withheld when a choice has no
+    finish_reason, because a client would take it for success. Everything else passes verbatim, data after `[DONE]`
+    included. Only whole events leave, so a heartbeat or an error event may be written between any two results.
+    """
+
+    __slots__ = ("_done", "_finished", "_loads", "_n", "_seen", "_splitter", "_strip", "_withheld", "failed")
+
+    def __init__(self, strip: bool, n: int = 1, loads: Loads = json.loads) -> None:
+        self.failed = False  # the upstream itself sent an error event
+        self._splitter = EventSplitter()
+        self._strip = strip
+        self._n = n
+        self._loads = loads
+        self._seen: set[object] = set()
+        self._finished: set[object] = set()
+        self._done = False
+        self._withheld = False
+
+    @property
+    def complete(self) -> bool:
+        """Every choice has its finish_reason and `[DONE]` was seen; else the relay owes the client an error event."""
+        return self._done and not self._withheld
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Bytes for the client now, maybe none. Raises UpstreamError(upstream_protocol_error), a line over 1 MiB."""
+        splitter = self._splitter
+        if (
+            not splitter.holds
+            and chunk.endswith((b"\n\n", b"\r\n\r\n"))
+            and len(chunk) <= LINE_LIMIT_BYTES
+            and splitter.started
+            and not self._withheld
+            and self._n == 1
+            and b"[DONE]" not in chunk
+            and b'"error"' not in chunk
+            and not _FINISH.search(chunk)
+            and not (self._strip and _NO_CHOICES.search(chunk))
+        ):
+            return chunk
+        passed = [block for block in splitter.feed(chunk) if self._passes(block)]
+        if splitter.bom:
+            passed.insert(0, splitter.bom)
+            splitter.bom = b""
+        return b"".join(passed)
+
+    def end(self) -> bytes:
+        """Bytes still owed after a clean end: a last event without its blank line, unless an error must follow it."""
+        rest = self._splitter.end()
+        passes = self._passes(rest)
+        return rest if passes and (self.complete or self.failed) else b""
+
+    def _passes(self, block: bytes) -> bool:
+        if self._withheld:
+            return False
+        if self._done:
+            return True
+        if b"[DONE]" in block and (event := read_event(block)) is not None and event.data == DONE:
+            self._done = True
+            finished = bool(self._finished) and self._seen <= self._finished
+            self._withheld = not finished and not self.failed
+            return not self._withheld
+        without_choices = self._strip and _NO_CHOICES.search(block) is not None
+        if without_choices or self._n > 1 or b'"error"' in block or _FINISH.search(block):
+            return self._inspect(block)
+        return True
+
+    def _inspect(self, block: bytes) -> bool:
+        event = read_event(block)
+        try:
+            chunk = self._loads(event.data) if event is not None else None
+        except (ValueError, RecursionError):
+            return True
+        if not isinstance(chunk, dict):
+            return True
+        if chunk.get("error") is not None:
+            self.failed = True
+        choices = chunk.get("choices")
+        if not isinstance(choices, list):
+            return True
+        for choice in choices:
+            if isinstance(choice, dict):
+                index = choice.get("index", 0)
+                index = index if isinstance(index, int) else 0
+                self._seen.add(index)
+                if isinstance(choice.get("finish_reason"), str):
+                    self._finished.add(index)
+        return not (self._strip and not choices and isinstance(chunk.get("usage"), dict))

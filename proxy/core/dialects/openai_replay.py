@@ -1,0 +1,121 @@
+"""OpenAI chat completions: write a stored answer, whole or as a stream.
+
+Everything but `id` and `created` is rendered once into a Template; a hit joins its parts around the two. Streams
+follow the emission rules the SDKs agree on: LF, `data: ` with a space, role delta first, usage chunk only when asked
+for, `[DONE]` last. One stored answer serves both forms, and a Recorder that reads the replay gets the answer back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from json.encoder import encode_basestring
+from typing import Any, Literal
+
+from proxy.core.answer import to_json
+from proxy.core.model import Answer
+
+UsageMode = Literal["original", "zero"]
+
+_WORDS = re.compile(r"\s*\S+|\s+\Z")
+_AFTER_CONTENT = frozenset({"annotations"})
+_SEPARATORS = (("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))  # some clients split lines at these
+
+
+class Template:
+    """A rendered answer with holes for its id and time. Immutable and shared between hits."""
+
+    __slots__ = ("nbytes", "parts")
+
+    def __init__(self, parts: tuple[bytes, ...]) -> None:
+        self.parts = parts
+        self.nbytes = sum(map(len, parts))  # without the holes
+
+    def fill(self, answer_id: str, created: int) -> bytes:
+        """The body. `answer_id` as `new_id` makes it, `created` in seconds since the Unix epoch."""
+        return f'"id":"{answer_id}","created":{created}'.encode().join(self.parts)
+
+
+def new_id(token: bytes) -> str:
+    """An answer's id in the provider's form, of at least 12 random bytes."""
+    return "chatcmpl-" + token.hex()
+
+
+def render_whole(answer: Answer, usage_mode: UsageMode = "original") -> Template:
+    """The answer as one JSON body. Raises ValueError for what JSON cannot say."""
+    choice = {"index": 0, "message": answer.message, **answer.choice, "finish_reason": answer.finish_reason}
+    body: dict[str, Any] = {"object": "chat.completion", "model": answer.model, "choices": [choice]}
+    if answer.raw_usage is not None:
+        body["usage"] = _counted(answer.raw_usage, usage_mode)
+    return Template((b"{", b"," + to_json({**body, **answer.extra})[1:]))
+
+
+def render_stream(answer: Answer, include_usage: bool, usage_mode: UsageMode = "original") -> Template:
+    """The answer as an event stream, `[DONE]` included. Raises ValueError for what JSON cannot say."""
+    small = {name: value for name, value in answer.extra.items() if not isinstance(value, dict | list)}
+    large = {name: value for name, value in answer.extra.items() if isinstance(value, dict | list)}
+    nulls = {name: value for name, value in answer.choice.items() if value is None}
+    head = _text({"object": "chat.completion.chunk", "model": answer.model, **small})[1:-1]
+    rest = _text({**nulls, "finish_reason": None})[1:]
+    usage = ',"usage":null' if include_usage else ""
+    before, after = f',{head},"choices":[{{"index":0,"delta":', f",{rest}]{usage}}}"
+    events = [f"{before}{delta}{after}" for delta in _deltas(answer)]
+    finish = _text({"index": 0, "delta": {}, **answer.choice, "finish_reason": answer.finish_reason})
+    events.append(f',{head},"choices":[{finish}]{usage}{_more(large)}}}')
+    if include_usage and answer.raw_usage is not None:
+        events.append(f',{head},"choices":[],"usage":{_text(_counted(answer.raw_usage, usage_mode))}}}')
+    parts = [event.encode() + b"\n\ndata: {" for event in events[:-1]]
+    return Template((b"data: {", *parts, events[-1].encode() + b"\n\ndata: [DONE]\n\n"))
+
+
+def _deltas(answer: Answer) -> Iterator[str]:
+    """Deltas in JSON: role, what was thought, the text in its pieces, what came after it."""
+    message = answer.message
+    others = {name: value for name, value in message.items() if name not in ("role", "content")}
+    nulls = {name: None for name, value in others.items() if value is None}
+    yield _text({"role": message.get("role", "assistant"), "content": "", **nulls})
+    late = {name: value for name, value in others.items() if name in _AFTER_CONTENT and value is not None}
+    early = {name: value for name, value in others.items() if name not in late and value is not None}
+    if early:
+        yield _text(early)
+    for piece in split(message["content"], answer.pieces):
+        yield f'{{"content":{_escaped(encode_basestring(piece))}}}'
+    if late:
+        yield _text(late)
+
+
+def split(content: str, pieces: tuple[int, ...]) -> list[str]:
+    """The text cut where it was streamed, or, when that is not known, before each word."""
+    if not pieces or sum(pieces) != len(content):
+        return _WORDS.findall(content)
+    found, start = [], 0
+    for length in pieces:
+        if length:
+            found.append(content[start : start + length])
+        start += length
+    return found
+
+
+def _text(value: Mapping[str, Any]) -> str:
+    return _escaped(to_json(value).decode())
+
+
+def _more(members: Mapping[str, Any]) -> str:
+    return "," + _text(members)[1:-1] if members else ""
+
+
+def _escaped(text: str) -> str:
+    for raw, escape in _SEPARATORS:
+        if raw in text:
+            text = text.replace(raw, escape)
+    return text
+
+
+def _counted(usage: Mapping[str, Any], mode: UsageMode) -> Mapping[str, Any]:
+    return usage if mode == "original" else {name: _zeroed(value) for name, value in usage.items()}
+
+
+def _zeroed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _zeroed(inner) for name, inner in value.items()}
+    return 0 if isinstance(value, int | float) and not isinstance(value, bool) else value
