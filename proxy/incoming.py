@@ -1,0 +1,253 @@
+"""What a client sent, made safe: the request's path, its body, and the response to an error.
+
+Nothing here decides about caching. Rules and codes are those of the fault catalogue, rows 1-13.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import zlib
+from collections.abc import AsyncIterator
+from functools import lru_cache
+from typing import NoReturn
+from urllib.parse import unquote
+
+from aiohttp import HttpVersion11, hdrs, web
+from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
+from aiohttp.streams import StreamReader
+from aiohttp.web_protocol import RequestPayloadError
+
+from proxy.core.dialects.openai_chat import error_body
+from proxy.core.errors import BadRequest, IbidError
+from proxy.core.model import Limits
+
+_SEGMENTS = re.compile(r"(?:/[A-Za-z0-9._~!$&'()*+,=:@%-]+)*/?")
+_HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]*")
+_BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_KNOWN_WORDS = frozenset(
+    "v1 v1beta openai api chat completions responses embeddings models files batches messages".split()
+)
+_NO_TUNNEL = frozenset({hdrs.METH_CONNECT, hdrs.METH_TRACE})
+_CLOSES = frozenset({"request_too_large", "request_timeout", "bad_request", "headers_too_large", "uri_too_long"})
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+# --- the target -----------------------------------------------------------------------------------------------------
+
+
+def target_of(request: web.BaseRequest) -> str:
+    """The path asked for, without its query: absolute, no empty or dot segment, escapes left as they were sent.
+
+    An absolute-form target is reduced to its path and never opens a connection to the host it names (RFC 9112 §3.2.2).
+    Raises BadRequest: unknown_url (404), method_not_allowed (405), bad_request (400, Host or framing).
+    """
+    if request.method in _NO_TUNNEL:
+        raise BadRequest(f"{request.method} is not supported.", code="method_not_allowed", status=405)
+    headers = request.headers
+    if not _host_is_clean(headers.get(hdrs.HOST, "")):
+        raise BadRequest("The Host header is not valid.")
+    if request.version < HttpVersion11 and hdrs.TRANSFER_ENCODING in headers:
+        raise BadRequest("Transfer-Encoding is not defined before HTTP/1.1 (RFC 9112 §6.1).")
+    return _safe_path(_origin_form(request.raw_path).partition("?")[0])
+
+
+def query_of(request: web.BaseRequest) -> str:
+    """The query as it was sent, with its question mark; "" without one."""
+    return "".join(_origin_form(request.raw_path).partition("?")[1:])
+
+
+def _origin_form(target: str) -> str:
+    if target.startswith("/"):
+        return target
+    if target == "*":
+        raise BadRequest("The asterisk form is not supported.", code="method_not_allowed", status=405)
+    scheme, mark, rest = target.partition("://")
+    if not mark or scheme.lower() not in ("http", "https"):
+        _refuse_path()
+    cut = min((at for at in (rest.find("/"), rest.find("?")) if at >= 0), default=len(rest))
+    path = rest[cut:]
+    return path if path.startswith("/") else "/" + path
+
+
+@lru_cache(maxsize=512)
+def _host_is_clean(host: str) -> bool:
+    return _HOST.fullmatch(host) is not None
+
+
+@lru_cache(maxsize=512)
+def _safe_path(path: str) -> str:
+    """The path itself, once it is sure that no server reads another path from the same bytes. Raises unknown_url."""
+    if _SEGMENTS.fullmatch(path) is None or not path:
+        _refuse_path()
+    plain = path
+    if "%" in path:
+        if _BROKEN_ESCAPE.search(path):
+            _refuse_path()
+        plain = unquote(path, errors="surrogateescape")
+        # A decoded percent sign is an escape for whoever decodes twice.
+        if any(character < " " or character in "%;\\?#\x7f" for character in plain) or "//" in plain:
+            _refuse_path()
+    segments = plain.split("/")
+    if "." in segments or ".." in segments:
+        _refuse_path()
+    if any(s not in _KNOWN_WORDS and s.lower() in _KNOWN_WORDS for s in segments[1:4]):
+        _refuse_path()
+    return path
+
+
+def _refuse_path() -> NoReturn:
+    raise BadRequest("Unknown request URL.", code="unknown_url", status=404)
+
+
+# --- the body -------------------------------------------------------------------------------------------------------
+
+
+async def read_body(request: web.BaseRequest, limits: Limits) -> bytes:
+    """The whole body, decoded. A small body that has already arrived costs no timer and no wait.
+
+    Raises BadRequest: request_too_large (413, on the declared, received and decoded size), request_timeout (408),
+    unsupported_encoding (415), invalid_encoding and bad_request (400).
+    """
+    payload = request.content
+    headers = request.headers
+    if payload.is_eof() and payload.total_bytes <= limits.body_bytes and hdrs.CONTENT_ENCODING not in headers:
+        return payload.read_nowait() if payload.total_bytes else b""
+    codings = [c.strip().lower() for c in headers.get(hdrs.CONTENT_ENCODING, "").split(",")]
+    codings = [c for c in codings if c not in ("", "identity")]
+    if len(codings) > 1 or (codings and codings[0] not in ("gzip", "x-gzip", "deflate")):
+        message = f"Content-Encoding {', '.join(codings)[:80]!r} is not supported; use gzip, deflate or none."
+        raise BadRequest(message, code="unsupported_encoding", status=415)
+    if (request.content_length or 0) > limits.body_bytes:
+        _refuse_size(limits)
+    body = await _collect(request, payload, limits)
+    return _decode(codings[0], body, limits) if codings else body
+
+
+def body_stream(request: web.BaseRequest, limits: Limits) -> bytes | AsyncIterator[bytes] | None:
+    """A body to pass through, encoded as it was sent: None without one, bytes when all of it is here, else a stream.
+
+    The stream is bounded only by silence: request_timeout after `body_timeout_s` without a byte.
+    """
+    payload = request.content
+    if not request.body_exists:
+        return None
+    if payload.is_eof() and payload.total_bytes <= limits.body_bytes:
+        return payload.read_nowait() if payload.total_bytes else b""
+    return _stream(request, payload, limits)
+
+
+async def _stream(request: web.BaseRequest, payload: StreamReader, limits: Limits) -> AsyncIterator[bytes]:
+    _ask_to_continue(request, payload)
+    while True:
+        try:
+            async with asyncio.timeout(limits.body_timeout_s):
+                chunk = await payload.readany()
+        except TimeoutError:
+            _refuse_slowness(request)
+        except RequestPayloadError as error:
+            raise BadRequest("The request body is not framed as its headers say.") from error
+        if not chunk:
+            return
+        yield chunk
+
+
+async def _collect(request: web.BaseRequest, payload: StreamReader, limits: Limits) -> bytes:
+    _ask_to_continue(request, payload)
+    pieces: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(limits.body_timeout_s):
+            while chunk := await payload.readany():
+                size += len(chunk)
+                if size > limits.body_bytes:
+                    _refuse_size(limits)
+                pieces.append(chunk)
+    except TimeoutError:
+        _refuse_slowness(request)
+    except RequestPayloadError as error:
+        raise BadRequest("The request body is not framed as its headers say.") from error
+    return b"".join(pieces)
+
+
+def _ask_to_continue(request: web.BaseRequest, payload: StreamReader) -> None:
+    """RFC 9110 §10.1.1: the interim answer is owed only while body bytes are missing."""
+    expectation = request.headers.get(hdrs.EXPECT)
+    if expectation is not None and expectation.lower() == "100-continue" and request.version >= HttpVersion11:
+        transport = request.transport
+        if transport is not None and not payload.is_eof() and not payload.total_bytes:
+            transport.write(_CONTINUE)
+
+
+def _decode(coding: str, body: bytes, limits: Limits) -> bytes:
+    """One gzip or zlib member, never more than the limit in memory. Bytes after the member are refused."""
+    raw_deflate = coding == "deflate" and (len(body) < 2 or body[0] & 0x0F != 8 or (body[0] << 8 | body[1]) % 31)
+    unpacker = zlib.decompressobj(-zlib.MAX_WBITS if raw_deflate else zlib.MAX_WBITS | 32)
+    try:
+        plain = unpacker.decompress(body, limits.body_bytes + 1)
+    except zlib.error as error:
+        raise BadRequest("The request body is not valid for its Content-Encoding.", code="invalid_encoding") from error
+    if len(plain) > limits.body_bytes:
+        _refuse_size(limits)
+    if not unpacker.eof or unpacker.unused_data:
+        raise BadRequest("The encoded request body is cut or has bytes after its end.", code="invalid_encoding")
+    return plain
+
+
+def _refuse_size(limits: Limits) -> NoReturn:
+    message = f"The request body is larger than {limits.body_bytes} bytes."
+    raise BadRequest(message, code="request_too_large", status=413)
+
+
+def _refuse_slowness(request: web.BaseRequest) -> NoReturn:
+    request.protocol._lingering_time = 0.0  # the wait is over: answer and close, do not drain
+    raise BadRequest("The request body did not arrive in time.", code="request_timeout", status=408, should_retry=True)
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+def parser_error(fault: BadHttpMessage, limits: Limits) -> BadRequest:
+    """What the HTTP parser refused, in our codes: bad_request, headers_too_large (431), uri_too_long (414).
+
+    The parser tells a long URL from a long header only by the limit it quotes; `ClientConnection` gives it two.
+    """
+    if isinstance(fault, LineTooLong):
+        if fault.args[1] == limits.header_line_bytes:
+            return BadRequest("The request URL is too long.", code="uri_too_long", status=414)
+        return BadRequest("A request header is too long.", code="headers_too_large", status=431)
+    if fault.message == "Too many headers received":
+        return BadRequest("The request has too many headers.", code="headers_too_large", status=431)
+    return BadRequest("The request is not valid HTTP/1.1.")
+
+
+def new_request_id() -> str:
+    return "req_" + secrets.token_hex(16)
+
+
+def error_headers(error: IbidError, request_id: str) -> dict[str, str]:
+    """Headers of an error's response, content-type included."""
+    headers = {"Content-Type": "application/json", "x-request-id": request_id}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
+    if error.should_retry is not None:
+        headers["x-should-retry"] = "true" if error.should_retry else "false"
+    return headers
+
+
+def error_response(error: IbidError, request_id: str) -> web.Response:
+    """The envelope every client understands. Closes the connection where the rest of the request is not wanted."""
+    response = web.Response(body=error_body(error), status=error.status, headers=error_headers(error, request_id))
+    if error.code in _CLOSES:
+        response.force_close()
+    return response
+
+
+def raw_response(error: IbidError) -> bytes:
+    """A whole HTTP/1.1 response for a connection that has no request yet."""
+    body = error_body(error)
+    reason = {408: "Request Timeout", 503: "Service Unavailable"}.get(error.status, "Error")
+    headers = error_headers(error, new_request_id()) | {"Content-Length": str(len(body)), "Connection": "close"}
+    lines = [f"HTTP/1.1 {error.status} {reason}", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    return "\r\n".join(lines).encode("ascii") + body
