@@ -1,0 +1,437 @@
+"""Forwards to the configured model servers over one aiohttp session, and to nowhere else.
+
+No request arms a timer either: what is waiting for a response head, or for the next byte of a body, is listed with the
+loop time since when, and one sweep every `tick_s` ends what waits too long. (aiohttp's own read timeout re-arms a timer
+for every chunk.) Rules: catalogue rows 28-30, 36-43, 72, 73.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from aiohttp import hdrs
+from aiohttp.http_exceptions import HttpProcessingError
+from yarl import URL
+
+from proxy.breaker import Breaker
+from proxy.core.errors import BadRequest, ConfigError, UpstreamError
+from proxy.core.identity import forwardable
+
+RETRY_PAUSE_S = 0.05
+ADDRESSES_KEPT = 1024
+NAMES_KEPT = 1024
+
+_DROPPED = frozenset(
+    # hop-by-hop (RFC 9110 §7.6.1), then what describes this connection, the other origin, or another client's session
+    "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
+    "upgrade content-length date server set-cookie set-cookie2 alt-svc strict-transport-security".split()
+)
+_IDENTITY = ("Accept-Encoding", "identity")
+_BARE = re.compile(
+    r"/(chat|completions|responses|embeddings|models|files|batches|messages|audio|images|moderations|fine_tuning|"
+    r"assistants|threads|vector_stores|uploads)(/|\?|$)"
+)
+_VERSION = re.compile(r"/v\d[^/]*(/|$)")
+_OLLAMA = re.compile(r"/api/(chat|generate|embed|embeddings|tags|show|ps|version|pull|push|create|copy|delete|blobs)\b")
+_PLAIN_TARGET = re.compile(r"/[\x21-\x7e]*")
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamAddress:
+    """One configured model server. The first of a dialect serves it."""
+
+    name: str
+    base_url: str  # with or without its /v1
+    dialect: str  # "openai" | "anthropic" | "gemini" | "ollama"
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamLimits:
+    connect_s: float = 5.0
+    first_byte_s: float = 600.0
+    idle_s: float = 120.0  # between two pieces of a body
+    keep_alive_s: float = 15.0
+
+
+DEFAULTS = (
+    UpstreamAddress("openai", "https://api.openai.com", "openai"),
+    UpstreamAddress("anthropic", "https://api.anthropic.com", "anthropic"),
+    UpstreamAddress("gemini", "https://generativelanguage.googleapis.com", "gemini"),
+    UpstreamAddress("ollama", "http://127.0.0.1:11434", "ollama"),
+)
+
+
+def everything_at(base_url: str) -> tuple[UpstreamAddress, ...]:
+    """One address for every dialect: what `--upstream URL` means."""
+    return (UpstreamAddress("upstream", base_url, "openai"),)
+
+
+class Address:
+    """Where an upstream is, and the URL of a path there. Raises ConfigError for a base that is not plain http(s)."""
+
+    __slots__ = ("_host", "_is_complete", "_known", "_root", "breaker", "name")
+
+    def __init__(self, configured: UpstreamAddress, breaker: Breaker) -> None:
+        self.name = configured.name
+        self.breaker = breaker
+        try:
+            base = URL(configured.base_url)
+            has_host = bool(base.scheme in ("http", "https") and base.raw_host and base.port)
+        except ValueError as error:
+            raise ConfigError(f"upstream {self.name!r}: base_url is not a URL") from error
+        if not has_host or base.raw_user is not None or base.raw_password is not None:
+            raise ConfigError(f"upstream {self.name!r}: base_url must be http(s)://host[:port][/path], no credentials")
+        if base.raw_query_string or base.raw_fragment:
+            raise ConfigError(f"upstream {self.name!r}: base_url must not have a query or a fragment")
+        path = base.raw_path.rstrip("/")
+        self._host = (base.scheme, base.raw_host, base.port)
+        # "/v1" at the end is the part every client repeats; another version ("/v4", "/v1beta/openai") stands for it.
+        path = path.removesuffix("/v1")
+        self._is_complete = _VERSION.search(path) is not None
+        self._root = str(base.origin()) + path
+        self._known: dict[str, URL] = {}
+
+    def url_of(self, path_qs: str) -> URL:
+        """The URL to ask for what a client asked of us. Its scheme, host and port are always the configured ones."""
+        url = self._known.get(path_qs)
+        if url is None:
+            if len(self._known) >= ADDRESSES_KEPT:
+                self._known.clear()
+            url = self._known[path_qs] = self._join(path_qs)
+        return url
+
+    def _join(self, path_qs: str) -> URL:
+        if _PLAIN_TARGET.fullmatch(path_qs) is None or "#" in path_qs:
+            raise BadRequest("Unknown request URL.", code="unknown_url", status=404)
+        path = path_qs.removeprefix("/v1") if path_qs.startswith("/v1/v1/") else path_qs
+        root_path = URL(self._root, encoded=True).raw_path.rstrip("/")
+        if self._is_complete:
+            path = path.removeprefix("/v1") if path.startswith("/v1/") else path
+        elif _BARE.match(path):
+            path = "/v1" + path
+        joined = path if root_path and path.startswith(root_path + "/") else root_path + path
+        url = URL(str(URL(self._root, encoded=True).origin()) + joined, encoded=True)
+        if (url.scheme, url.raw_host, url.port) != self._host or url.raw_user is not None:
+            raise BadRequest("Unknown request URL.", code="unknown_url", status=404)
+        return url
+
+
+class _Waiting:
+    """One wait of one task, which the sweep may end."""
+
+    __slots__ = ("expired", "since", "task")
+
+    def __init__(self, task: asyncio.Task[Any], since: float) -> None:
+        self.task = task
+        self.since = since
+        self.expired = False
+
+
+class OpenResponse:
+    """A response whose head has arrived. Ended by `release` or `abort`; reading may be cancelled and taken up again."""
+
+    __slots__ = (
+        "_content",
+        "_is_cut_by_close",
+        "_owner",
+        "_protocol",
+        "_response",
+        "content_length",
+        "content_type",
+        "headers",
+        "status",
+        "waiting_since",
+    )
+
+    def __init__(self, owner: Upstreams, response: aiohttp.ClientResponse) -> None:
+        self._owner = owner
+        self._response = response
+        self._content = response.content
+        received = response.headers
+        length = received.get(hdrs.CONTENT_LENGTH)
+        self.status: int = response.status
+        self.content_type: str = received.get(hdrs.CONTENT_TYPE, "")
+        self.content_length: int | None = int(length) if length is not None and length.isdigit() else None
+        self.headers: Sequence[tuple[str, str]] = _end_to_end(received)
+        self.waiting_since = 0.0
+        connection = response.connection
+        self._protocol = connection.protocol if connection is not None else None  # None: the body is here already
+        self._is_cut_by_close = length is None and hdrs.TRANSFER_ENCODING not in received
+
+    def header(self, name: str) -> str | None:
+        return self._response.headers.get(name)
+
+    async def read_some(self) -> bytes:
+        """Next bytes; b"" at a clean end. Raises UpstreamError: upstream_incomplete, upstream_reset (502),
+        upstream_idle_timeout (504)."""
+        self.waiting_since = self._owner.loop.time()
+        try:
+            piece = await self._content.readany()
+        except aiohttp.SocketTimeoutError as error:
+            self.abort()
+            message = "The upstream stopped in the middle of its answer."
+            raise UpstreamError(message, code="upstream_idle_timeout", status=504) from error
+        except (aiohttp.ClientError, OSError) as error:
+            was_reset = self._was_reset() or isinstance(error, OSError)
+            self.abort()
+            raise _broken(was_reset) from error
+        finally:
+            self.waiting_since = 0.0
+        if not piece and self._is_cut_by_close and self._was_reset():  # aiohttp ends such a body cleanly
+            self.abort()
+            raise _broken(True)
+        return piece
+
+    def _was_reset(self) -> bool:
+        return self._protocol is not None and isinstance(self._protocol.exception(), OSError)
+
+    def inspect(self, now: float, idle_s: float) -> None:
+        """Wake a reader whose next bytes are late, or will not come: aiohttp drops a body whose framing breaks
+        without telling its reader."""
+        if not self.waiting_since:
+            return
+        if now - self.waiting_since >= idle_s:
+            self._content.set_exception(aiohttp.SocketTimeoutError("idle"))
+        elif self._protocol is not None and isinstance(self._protocol.exception(), HttpProcessingError):
+            self._content.set_exception(aiohttp.ClientPayloadError("framing"))
+
+    def abort(self) -> None:
+        """Close the connection at once, whatever is still on its way in either direction."""
+        self._owner.forget(self)
+        connection = self._response.connection
+        if connection is not None and connection.transport is not None:
+            connection.transport.abort()
+        self._response.close()
+
+    def release(self) -> None:
+        """Give the connection back when the body has ended; otherwise close it."""
+        self._owner.forget(self)
+        self._response.release()
+
+
+def _broken(was_reset: bool) -> UpstreamError:
+    if was_reset:
+        return UpstreamError("The upstream reset the connection.", code="upstream_reset")
+    return UpstreamError("The upstream closed the connection before its answer was whole.", code="upstream_incomplete")
+
+
+class Upstreams:
+    """The port `Upstream`. Made inside a running loop; owns its session: `start`, then `close`."""
+
+    def __init__(
+        self,
+        addresses: Sequence[UpstreamAddress] = DEFAULTS,
+        limits: UpstreamLimits | None = None,
+        *,
+        extra_headers: frozenset[str] = frozenset(),
+        tick_s: float = 0.5,
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._limits = limits or UpstreamLimits()
+        self._extra_headers = extra_headers
+        self._tick_s = tick_s
+        self._addresses: dict[str, Address] = {}
+        self._by_dialect: dict[str, str] = {}
+        for configured in addresses:
+            if configured.name in self._addresses:
+                raise ConfigError(f"upstream {configured.name!r} is configured twice")
+            breaker = Breaker(configured.name, self.loop.time)
+            self._addresses[configured.name] = Address(configured, breaker)
+            self._by_dialect.setdefault(configured.dialect, configured.name)
+        if not self._addresses:
+            raise ConfigError("no upstream is configured")
+        self._fallback = self._by_dialect.get("openai", next(iter(self._addresses)))
+        self._timeout = aiohttp.ClientTimeout(total=None, connect=self._limits.connect_s)
+        self._session: aiohttp.ClientSession | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._opening: set[_Waiting] = set()
+        self._reading: set[OpenResponse] = set()
+
+    async def start(self) -> None:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=self._limits.keep_alive_s, ttl_dns_cache=30),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=self._timeout,
+            auto_decompress=False,
+            trust_env=False,
+        )
+        self._timer = self.loop.call_later(self._tick_s, self._tick)
+
+    async def close(self) -> None:
+        """Cut what is open and close the session."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for response in tuple(self._reading):
+            response.abort()
+        if self._session is not None:
+            await self._session.close()
+
+    def route(self, path: str, headers: Mapping[str, str]) -> str:
+        """Name of the upstream that serves this path: `anthropic-version` decides where dialects share paths."""
+        return self._by_dialect.get(dialect_of(path, headers), self._fallback)
+
+    def breaker(self, upstream: str) -> Breaker:
+        return self._addresses[upstream].breaker
+
+    async def open(
+        self,
+        upstream: str,
+        method: str,
+        path_qs: str,
+        headers: Sequence[tuple[bytes, bytes]],
+        body: bytes | AsyncIterable[bytes] | None,
+    ) -> OpenResponse:
+        """Send and wait for the head. See `ports.Upstream.open`; also raises BadRequest for a path that is none."""
+        address = self._addresses[upstream]
+        url = address.url_of(path_qs)
+        breaker = address.breaker
+        is_probe = breaker.admit()
+        task = asyncio.current_task()
+        assert task is not None
+        waiting = _Waiting(task, self.loop.time())
+        self._opening.add(waiting)
+        try:
+            response = await self._send(method, url, self._headers(headers, body), body)
+        except UpstreamError:
+            breaker.failed(is_probe)
+            raise
+        except asyncio.CancelledError:
+            if waiting.expired and task.uncancel() <= 0:
+                breaker.failed(is_probe)
+                message = "The upstream did not begin its answer in time."
+                raise UpstreamError(message, code="upstream_timeout", status=504) from None
+            breaker.abandoned(is_probe)
+            raise
+        except BaseException:  # the client's body broke, say: no outcome of the upstream
+            breaker.abandoned(is_probe)
+            raise
+        finally:
+            self._opening.discard(waiting)
+        if response.status >= 500:
+            breaker.failed(is_probe)
+        else:
+            breaker.succeeded(is_probe)
+        if 300 <= response.status < 400 and response.status != 304 and hdrs.LOCATION in response.headers:
+            response.close()
+            message = "The upstream answered with a redirect, which is never followed."
+            raise UpstreamError(message, code="upstream_redirect", should_retry=False)
+        opened = OpenResponse(self, response)
+        self._reading.add(opened)
+        return opened
+
+    def _headers(
+        self, received: Sequence[tuple[bytes, bytes]], body: bytes | AsyncIterable[bytes] | None
+    ) -> list[tuple[str, str]]:
+        """The allow-listed headers, a plain body asked for, and the length of a stream when the client declared it."""
+        headers = [*forwardable(received, self._extra_headers), _IDENTITY]
+        if body is not None and not isinstance(body, bytes):
+            length = next((value for name, value in received if name.lower() == b"content-length"), None)
+            if length is not None:
+                headers.append(("Content-Length", length.decode("ascii")))
+        return headers
+
+    async def _send(
+        self, method: str, url: URL, headers: list[tuple[str, str]], body: bytes | AsyncIterable[bytes] | None
+    ) -> aiohttp.ClientResponse:
+        """One request, tried a second time only when not one byte of it was sent."""
+        assert self._session is not None
+        source = _Upload(body) if body is not None and not isinstance(body, bytes) else None
+        for is_last in (False, True):
+            try:
+                return await self._session.request(
+                    method, url, headers=headers, data=source if source is not None else body, allow_redirects=False
+                )
+            except (aiohttp.ClientError, OSError) as error:
+                if source is not None and source.error is not None:
+                    raise source.error from None
+                fault = _fault(error)
+                if is_last or not _nothing_was_sent(error) or (source is not None and source.has_begun):
+                    raise fault from error
+            await asyncio.sleep(RETRY_PAUSE_S)
+        raise AssertionError("unreachable")
+
+    def forget(self, response: OpenResponse) -> None:
+        self._reading.discard(response)
+
+    def _tick(self) -> None:
+        self._timer = self.loop.call_later(self._tick_s, self._tick)
+        now = self.loop.time()
+        for waiting in self._opening:
+            if not waiting.expired and now - waiting.since >= self._limits.first_byte_s:
+                waiting.expired = True
+                waiting.task.cancel()
+        for response in tuple(self._reading):
+            response.inspect(now, self._limits.idle_s)
+
+
+class _Upload:
+    """A client's body on its way; keeps the fault of the client apart from those of the upstream."""
+
+    def __init__(self, body: AsyncIterable[bytes]) -> None:
+        self._body = body
+        self.has_begun = False
+        self.error: BadRequest | None = None
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        self.has_begun = True
+        try:
+            async for piece in self._body:
+                yield piece
+        except BadRequest as error:
+            self.error = error
+            raise
+
+
+def dialect_of(path: str, headers: Mapping[str, str]) -> str:
+    if "anthropic-version" in headers or path.startswith(("/v1/messages", "/messages")):
+        return "anthropic"
+    if path.startswith("/v1beta/") or ":generateContent" in path or ":streamGenerateContent" in path:
+        return "gemini"
+    if "x-goog-api-key" in headers:
+        return "gemini"
+    return "ollama" if _OLLAMA.match(path) else "openai"
+
+
+_passes: dict[str, bool] = {}
+
+
+def _end_to_end(received: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Headers that may reach the client. A coding that came in spite of `identity` stays on its body."""
+    named = received.get(hdrs.CONNECTION)
+    also_dropped = {name.strip().lower() for name in named.split(",")} if named else ()
+    kept = []
+    for name, value in received.items():
+        passes = _passes.get(name)
+        if passes is None:
+            if len(_passes) >= NAMES_KEPT:
+                _passes.clear()
+            passes = _passes[str(name)] = name.lower() not in _DROPPED
+        if passes and not (also_dropped and name.lower() in also_dropped):
+            kept.append((str(name), value))
+    return kept
+
+
+def _nothing_was_sent(error: Exception) -> bool:
+    """No connection was made, or the pooled one was closing before the first write (aiohttp says so in words only:
+    the same class with other words means that the connection was lost while writing)."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
+        return False
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return True
+    reset = error if isinstance(error, aiohttp.ClientConnectionResetError) else error.__cause__
+    return isinstance(reset, aiohttp.ClientConnectionResetError) and str(reset) == "Cannot write to closing transport"
+
+
+def _fault(error: Exception) -> UpstreamError:
+    if isinstance(error, aiohttp.ConnectionTimeoutError | aiohttp.ClientConnectorError):
+        return UpstreamError("The upstream cannot be reached.", code="upstream_unreachable")
+    if isinstance(error, aiohttp.ClientResponseError):
+        return UpstreamError("The upstream answered outside HTTP.", code="upstream_incomplete")
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return _broken(False)
+    return UpstreamError("The upstream closed the connection before it answered.", code="upstream_reset")
