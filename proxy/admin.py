@@ -1,0 +1,372 @@
+"""The admin listener: what an operator sees and may change. Nothing here is reachable from the client listener.
+
+A route is one line of ROUTES: method, path, parameters and what it is for. Requests are checked against that line,
+`/openapi.json` is written from it, and the test sweep walks it. The work behind a route is `Operations`, which the
+composition root implements over the pipeline and the store.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import orjson
+from aiohttp import web
+
+from proxy import ports
+from proxy.admin_auth import GATE, Gate, admit, guarded, refuse_unguarded, unguarded
+from proxy.admin_routes import BY_NAME, ROUTES, describe
+from proxy.admin_schema import BODY_LIMIT_BYTES, Values, invalid, read_body, read_bytes, read_query, read_values
+from proxy.core.errors import BadRequest, CacheFault, IbidError
+from proxy.incoming import error_response, new_request_id
+from proxy.telemetry import CONTENT_TYPE, Telemetry
+
+log = logging.getLogger(__name__)
+
+SHOWN_IDS = 1000
+_OWN_HEADERS = frozenset({"authorization", "cookie", "host", "x-api-key", "api-key", "x-goog-api-key"})
+SECURITY_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Server": "ibid",
+}
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>ibid</title>
+<h1>ibid</h1>
+<p>This is the admin listener. Send the admin token as <code>Authorization: Bearer …</code>; the routes are described
+in <code>/openapi.json</code>. The shell has them too: <code>ibid stats</code>, <code>ibid entries</code>,
+<code>ibid savings</code>, <code>ibid purge</code>, <code>ibid explain</code>.</p>
+<p>Open to all: <a href="/healthz">/healthz</a>, <a href="/readyz">/readyz</a>.</p>
+</html>
+"""
+
+
+T = TypeVar("T")
+
+
+class EntryFilter(NamedTuple):
+    """Which entries to list. `q` is looked for literally in the prompt; `cursor` is the last id of the page before."""
+
+    namespace: str | None
+    model: str | None
+    tag: str | None
+    q: str | None
+    limit: int
+    cursor: int | None
+
+
+class Selector(NamedTuple):
+    """Which entries to purge: those that match every field given. `everything` with nothing else: all of them."""
+
+    ids: tuple[int, ...] = ()
+    tags: tuple[str, ...] = ()  # carries at least one of them
+    namespace: str | None = None
+    model: str | None = None
+    created_before_ms: int | None = None
+    writer: str | None = None  # id of the request that caused the entry
+    everything: bool = False
+
+
+class Table(NamedTuple):
+    """Rows of a query. `truncated`: the row limit cut it."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    truncated: bool = False
+
+
+class Operations(Protocol):
+    """What the routes ask of the program. Every method may raise CacheFault (503) and BadRequest (4xx)."""
+
+    def readiness(self) -> Mapping[str, Any]:
+        """{"ready": traffic can be forwarded, "degraded": {part: reason}}; touches nothing slow, shows no secret."""
+        ...
+
+    async def ping(self) -> Mapping[str, Any]:
+        """A round trip to the database; {"status": "healthy"} and what it took."""
+        ...
+
+    async def stats(self) -> Mapping[str, Any]: ...
+
+    async def entries(self, wanted: EntryFilter) -> Sequence[Mapping[str, Any]]:
+        """At most `limit` entries as JSON objects with "id", newest first, ids below `cursor`."""
+        ...
+
+    async def entry(self, entry_id: int) -> Mapping[str, Any] | None:
+        """One entry with its prompt and answer."""
+        ...
+
+    async def purge(self, selector: Selector, *, dry_run: bool) -> Sequence[int]:
+        """Ids selected, and unless `dry_run` gone from SQL, index and memory before this returns."""
+        ...
+
+    async def explain(self, body: bytes, headers: Mapping[str, str], tenant: str | None) -> Mapping[str, Any]:
+        """How a request would be answered: candidates, features, guards, verdict, key diff. Serves and stores nothing.
+
+        `headers` are the caller's without its credential; `tenant` the digest to look under, else the only tenant.
+        """
+        ...
+
+    async def feedback(self, request_id: str | None, entry_id: int | None, verdict: str) -> Mapping[str, Any] | None:
+        """Record "right" or "wrong" on an entry or the entry a request was served from; wrong quarantines the entry,
+        right restores it. None when there is no such entry or request."""
+        ...
+
+    async def savings(self, group_by: Sequence[str], since_ms: int | None, until_ms: int | None) -> Table: ...
+
+    def queries(self) -> Sequence[Mapping[str, Any]]:
+        """Named queries: "name" and "about"."""
+        ...
+
+    async def query(self, name: str | None, sql: str | None, limit: int) -> Table:
+        """A named query or one read-only statement, time- and row-limited. Raises BadRequest on either's fault."""
+        ...
+
+    async def requests(self, wanted: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        """Ledger rows, newest first; `wanted` has limit, since, until, model, cache_status."""
+        ...
+
+    async def request(self, request_id: str) -> Mapping[str, Any] | None:
+        """One ledger row with its upstream calls and savings steps."""
+        ...
+
+
+class Admin:
+    """The handlers. One per process; owns nothing."""
+
+    def __init__(self, operations: Operations, telemetry: Telemetry, clock_ms: Callable[[], int] | None = None) -> None:
+        self._do = operations
+        self._telemetry = telemetry
+        self._now_ms = clock_ms or (lambda: int(time.time() * 1000))
+
+    async def _read(self, request: web.Request) -> Values:
+        """Path, query and body values of this route, checked. Raises BadRequest naming the parameter."""
+        route = BY_NAME[str(request.match_info.route.name)]
+        now_ms = self._now_ms()
+        values = read_values(dict(request.match_info), route.places, now_ms, from_text=True)
+        values |= read_query(request, route.query, now_ms)
+        if route.body is not None and request.method == "POST":
+            values |= await read_body(request, route.body, now_ms)
+        return values
+
+    @unguarded
+    async def page(self, request: web.Request) -> web.Response:
+        return web.Response(text=PAGE, content_type="text/html")
+
+    @unguarded
+    async def healthz(self, request: web.Request) -> web.Response:
+        return reply({"status": "ok"})
+
+    @unguarded
+    async def readyz(self, request: web.Request) -> web.Response:
+        state = self._do.readiness()
+        return reply(state, status=200 if state["ready"] else 503)
+
+    @guarded
+    async def metrics(self, request: web.Request) -> web.Response:
+        await self._read(request)
+        return web.Response(body=self._telemetry.exposition(), headers={"Content-Type": CONTENT_TYPE})
+
+    @guarded
+    async def openapi(self, request: web.Request) -> web.Response:
+        await self._read(request)
+        return reply(describe(importlib.metadata.version("ibid-proxy")))
+
+    @guarded
+    async def ping(self, request: web.Request) -> web.Response:
+        await self._read(request)
+        return reply(await self._do.ping())
+
+    @guarded
+    async def stats(self, request: web.Request) -> web.Response:
+        await self._read(request)
+        return reply(await self._do.stats())
+
+    @guarded
+    async def entries(self, request: web.Request) -> web.Response:
+        wanted = EntryFilter(**await self._read(request))
+        rows = await self._do.entries(wanted)
+        more = rows[-1]["id"] if len(rows) == wanted.limit else None
+        return reply({"entries": rows, "next_cursor": more})
+
+    @guarded
+    async def entry(self, request: web.Request) -> web.Response:
+        values = await self._read(request)
+        return reply(_found(await self._do.entry(values["id"]), "entry"))
+
+    @guarded
+    async def delete_entry(self, request: web.Request) -> web.Response:
+        values = await self._read(request)
+        ids = await self._do.purge(Selector(ids=(values["id"],)), dry_run=False)
+        return reply(_purged(_found(ids or None, "entry"), dry_run=False))
+
+    @guarded
+    async def invalidate(self, request: web.Request) -> web.Response:
+        values = await self._read(request)
+        dry_run = values.pop("dry_run")
+        selector = Selector(
+            ids=values["ids"] or (),
+            tags=values["tags"] or (),
+            namespace=values["namespace"],
+            model=values["model"],
+            created_before_ms=values["older_than"],
+            writer=values["writer"],
+        )
+        if selector == Selector():
+            raise BadRequest(f"name at least one of {', '.join(values)}", code="missing_parameter", param="ids")
+        ids = await self._do.purge(selector, dry_run=dry_run)
+        log.info("purge", extra={"entries": len(ids), "dry_run": dry_run})
+        return reply(_purged(ids, dry_run=dry_run))
+
+    @guarded
+    async def flush(self, request: web.Request) -> web.Response:
+        await self._read(request)
+        return reply(_purged(await self._flush(), dry_run=False))
+
+    @guarded
+    async def delete(self, request: web.Request) -> web.Response:
+        values = await self._read(request)
+        ids = await self._do.purge(Selector(ids=values["keys"]), dry_run=False)
+        return reply({"status": "success", "deleted": len(ids)})
+
+    @guarded
+    async def flushall(self, request: web.Request) -> web.Response:
+        await self._read(request)
+        return reply({"status": "success", "deleted": len(await self._flush())})
+
+    async def _flush(self) -> Sequence[int]:
+        ids = await self._do.purge(Selector(everything=True), dry_run=False)
+        log.warning("flush", extra={"entries": len(ids)})
+        return ids
+
+    @guarded
+    async def explain(self, request: web.Request) -> web.Response:
+        values = await self._read(request)
+        body = await read_bytes(request)
+        if not body:
+            raise BadRequest("send a chat request as the body", code="missing_body", param="messages")
+        headers = {name.lower(): value for name, value in request.headers.items() if name.lower() not in _OWN_HEADERS}
+        return reply(await self._do.explain(body, headers, values["tenant"]))
+
+    @guarded
+    async def feedback(self, request: web.Request) -> web.Response:
+        values = await self._read(request)
+        if (values["request_id"] is None) == (values["entry_id"] is None):
+            raise invalid("entry_id", "name either entry_id or request_id")
+        done = await self._do.feedback(values["request_id"], values["entry_id"], values["verdict"])
+        return reply(_found(done, "entry"))
+
+    @guarded
+    async def savings(self, request: web.Request) -> web.Response:
+        values = await self._read(request)
+        return reply(_shown(await self._do.savings(values["group_by"], values["since"], values["until"])))
+
+    @guarded
+    async def queries(self, request: web.Request) -> web.Response:
+        await self._read(request)
+        return reply({"queries": self._do.queries()})
+
+    @guarded
+    async def run_query(self, request: web.Request) -> web.Response:
+        values = await self._read(request)
+        if (values["name"] is None) == (values["sql"] is None):
+            raise invalid("name", "name either name or sql")
+        return reply(_shown(await self._do.query(values["name"], values["sql"], values["limit"])))
+
+    @guarded
+    async def requests(self, request: web.Request) -> web.Response:
+        return reply({"requests": await self._do.requests(await self._read(request))})
+
+    @guarded
+    async def request(self, request: web.Request) -> web.Response:
+        values = await self._read(request)
+        return reply(_found(await self._do.request(values["id"]), "request"))
+
+
+def build(operations: Operations, telemetry: Telemetry, gate: Gate) -> web.Application:
+    """The admin application, ready for a runner. Raises ConfigError when a route does not check who asks."""
+    app = web.Application(middlewares=[edge], client_max_size=BODY_LIMIT_BYTES)
+    app[GATE] = gate
+    app.on_response_prepare.append(_secure)
+    admin = Admin(operations, telemetry)
+    for route in ROUTES:
+        app.router.add_route(route.method, route.path, getattr(admin, route.name), name=route.name)
+    refuse_unguarded(app)
+    return app
+
+
+@web.middleware
+async def edge(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """This listener's outer edge: the only place that makes an error's response, and its last resort."""
+    try:
+        try:
+            return await handler(request)
+        except web.HTTPException as error:  # the router's own 404 and 405: strangers do not learn which
+            admit(request)
+            allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+            response = error_response(
+                BadRequest(error.reason, code=error.reason.lower().replace(" ", "_"), status=error.status),
+                new_request_id(),
+            )
+            response.headers.update(allow)
+            return response
+    except CacheFault as fault:
+        return error_response(CacheFault(fault.message, code=fault.code, status=503), new_request_id())
+    except IbidError as error:
+        response = error_response(error, new_request_id())
+        if error.status == 401:
+            response.headers["WWW-Authenticate"] = 'Bearer realm="ibid admin"'
+        return response
+    except ports.CACHE_FAULTS as fault:
+        code = getattr(fault, "reason", "timeout")
+        return error_response(CacheFault("the cache cannot answer now", code=code, status=503), new_request_id())
+    except Exception:  # a bug of ours: logged here, and nothing of it shown
+        log.exception("an admin route failed", extra={"route": request.match_info.route.name})
+        return error_response(IbidError("internal error"), new_request_id())
+
+
+async def _secure(request: web.Request, response: web.StreamResponse) -> None:
+    for name, value in SECURITY_HEADERS.items():
+        response.headers[name] = value
+
+
+def reply(value: object, *, status: int = 200) -> web.Response:
+    """A JSON response."""
+    body = orjson.dumps(value, default=_plain, option=orjson.OPT_NON_STR_KEYS)
+    return web.Response(body=body, status=status, content_type="application/json")
+
+
+def _plain(value: object) -> object:
+    """What databases return and JSON does not know."""
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, bytes | memoryview):
+        return bytes(value).hex()
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence):
+        return list(value)
+    raise TypeError(type(value).__name__)
+
+
+def _found(value: T | None, what: str) -> T:
+    if value is None:
+        raise BadRequest(f"no such {what}", code="not_found", status=404, param="id")
+    return value
+
+
+def _purged(ids: Sequence[int], *, dry_run: bool) -> dict[str, Any]:
+    return {"dry_run": dry_run, "count": len(ids), "ids": list(ids[:SHOWN_IDS])}
+
+
+def _shown(table: Table) -> dict[str, Any]:
+    return {"columns": list(table.columns), "rows": [list(row) for row in table.rows], "truncated": table.truncated}

@@ -1,0 +1,217 @@
+"""Parameters of the admin routes: declared once, checked strictly, described in OpenAPI from the same declaration.
+
+A parameter that is unknown, repeated, of another type, out of range or carries control characters is a 400 that names
+it. Values are only ever compared or bound, never made part of SQL text.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from proxy.core.errors import BadRequest
+
+MAX_LIMIT = 1000
+MAX_ID = 2**63 - 1
+MAX_ITEMS = 1000
+LAST_MS = 253_402_300_799_000  # 9999-12-31T23:59:59Z
+BODY_LIMIT_BYTES = 4 * 1024 * 1024
+
+Values = dict[str, Any]
+
+_AGE = re.compile(r"([0-9]{1,6})([smhdw])").fullmatch
+_FORBIDDEN = frozenset({"Cc", "Cs", "Zl", "Zp"})  # controls, lone surrogates, line and paragraph separators
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
+_SCHEMAS: Mapping[str, Mapping[str, Any]] = {
+    "text": {"type": "string"},
+    "integer": {"type": "integer"},
+    "id": {"type": "integer", "minimum": 1, "maximum": MAX_ID},
+    "boolean": {"type": "boolean"},
+    "time": {"type": "string", "description": "ISO 8601 date or time, or an age such as 30d, 12h, 15m"},
+    "choices": {"type": "string"},
+    "ids": {"type": "array", "items": {"type": ["integer", "string"]}},
+    "texts": {"type": "array", "items": {"type": "string"}},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """One query parameter or body field. `kind` is a key of _SCHEMAS; times come out as epoch milliseconds."""
+
+    name: str
+    kind: str
+    about: str
+    default: Any = None
+    required: bool = False
+    choices: tuple[str, ...] = ()
+    low: int = 1
+    high: int = MAX_LIMIT
+    length: int = 200
+    pattern: str = ""
+
+    def schema(self) -> dict[str, Any]:
+        """As JSON Schema."""
+        out: dict[str, Any] = {"description": self.about, **_SCHEMAS[self.kind]}
+        if self.kind == "integer":
+            out |= {"minimum": self.low, "maximum": self.high}
+        if self.kind == "text":
+            out |= {"maxLength": self.length} | ({"pattern": self.pattern} if self.pattern else {})
+        if self.kind in ("ids", "texts"):
+            out |= {"maxItems": MAX_ITEMS}
+        if self.kind == "text" and self.choices:
+            out |= {"enum": list(self.choices)}
+        if self.kind == "choices":
+            out |= {"description": f"{self.about}: comma-separated, of {', '.join(self.choices)}"}
+        if self.default is not None:
+            out |= {"default": self.default}
+        return out
+
+
+def invalid(name: str, message: str) -> BadRequest:
+    """A 400 that names the parameter."""
+    return BadRequest(f"{name}: {message}", code="invalid_value", param=name)
+
+
+def read_query(request: web.Request, params: Sequence[Param], now_ms: int) -> Values:
+    """The query string's values by name, defaults filled in. Raises BadRequest naming the parameter."""
+    raw: dict[str, Any] = {}
+    for name, value in request.query.items():
+        if name in raw:
+            raise invalid(_shown(name), "given twice")
+        raw[name] = value
+    return read_values(raw, params, now_ms, from_text=True)
+
+
+async def read_body(request: web.Request, params: Sequence[Param], now_ms: int) -> Values:
+    """The JSON body's values by name, defaults filled in; no body reads as {}. Raises BadRequest."""
+    raw = await read_json(request)
+    return read_values(raw, params, now_ms, from_text=False)
+
+
+async def read_json(request: web.Request) -> dict[str, Any]:
+    """The body as one JSON object; no body at all reads as {}. Raises BadRequest 400, 413, 415."""
+    body = await read_bytes(request)
+    if not body:
+        return {}
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is not valid JSON: {error.msg}", code="invalid_json") from error
+    if not isinstance(value, dict):
+        raise BadRequest("the body must be a JSON object", code="invalid_type")
+    return value
+
+
+async def read_bytes(request: web.Request) -> bytes:
+    """The body of a POST whose type is JSON; b"" when there is none. Raises BadRequest 413, 415."""
+    bare = "application/octet-stream" if not request.body_exists else None  # what no type at all reads as
+    if request.content_type not in ("application/json", bare):
+        raise BadRequest("send application/json", code="unsupported_media_type", status=415)
+    try:
+        return await request.read()
+    except web.HTTPRequestEntityTooLarge as error:
+        raise BadRequest("the body is too large", code="body_too_large", status=413) from error
+
+
+def read_values(raw: Mapping[str, Any], params: Sequence[Param], now_ms: int, *, from_text: bool) -> Values:
+    """Checked values by name. `from_text`: all of `raw` are strings, as in a query string."""
+    known = {param.name: param for param in params}
+    for name in raw:
+        if name not in known:
+            raise BadRequest(
+                f"unknown parameter {_shown(name)}; known: {', '.join(known) or 'none'}",
+                code="unknown_parameter",
+                param=_shown(name),
+            )
+    values: Values = {}
+    for param in params:
+        value = raw.get(param.name)
+        if value is None or (from_text and value == ""):
+            if param.required:
+                raise BadRequest(f"{param.name} is required", code="missing_parameter", param=param.name)
+            values[param.name] = param.default
+        else:
+            values[param.name] = _read(param, value, now_ms, from_text)
+    return values
+
+
+def _read(param: Param, value: Any, now_ms: int, from_text: bool) -> Any:
+    match param.kind:
+        case "text":
+            return _text(param, value)
+        case "integer" | "id":
+            low, high = (1, MAX_ID) if param.kind == "id" else (param.low, param.high)
+            return _integer(param.name, value, low, high, from_text)
+        case "boolean":
+            if from_text and value in ("true", "false"):
+                return value == "true"
+            if isinstance(value, bool):
+                return value
+            raise invalid(param.name, "must be true or false")
+        case "time":
+            return read_time(param.name, _text(param, value), now_ms)
+        case "choices":
+            chosen = _text(param, value).split(",")
+            if len(set(chosen)) != len(chosen) or not set(chosen) <= set(param.choices):
+                raise invalid(param.name, f"must be different words of {', '.join(param.choices)}")
+            return tuple(chosen)
+        case "ids":
+            return tuple(_integer(param.name, item, 1, MAX_ID, isinstance(item, str)) for item in _items(param, value))
+        case _:
+            return tuple(_text(param, item) for item in _items(param, value))
+
+
+def _items(param: Param, value: Any) -> Iterable[Any]:
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_ITEMS:
+        raise invalid(param.name, f"must be a list of 1 to {MAX_ITEMS}")
+    return value
+
+
+def _text(param: Param, value: Any) -> str:
+    if not isinstance(value, str):
+        raise invalid(param.name, "must be a string")
+    if not 1 <= len(value) <= param.length:
+        raise invalid(param.name, f"must have 1 to {param.length} characters")
+    if any(unicodedata.category(c) in _FORBIDDEN and c not in "\t\n" for c in value):
+        raise invalid(param.name, "must not contain control characters")
+    if param.kind == "text" and param.choices and value not in param.choices:
+        raise invalid(param.name, f"must be one of {', '.join(param.choices)}")
+    if param.pattern and not re.fullmatch(param.pattern, value):
+        raise invalid(param.name, f"must match {param.pattern}")
+    return value
+
+
+def _integer(name: str, value: Any, low: int, high: int, from_text: bool) -> int:
+    if from_text and isinstance(value, str) and re.fullmatch(r"[0-9]{1,19}", value):
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise invalid(name, f"must be a whole number from {low} to {high}")
+    return value
+
+
+def read_time(name: str, text: str, now_ms: int) -> int:
+    """Epoch milliseconds of an ISO 8601 date or time (UTC when it names no zone), or of an age before now.
+
+    Between 1970 and 9999, so that it can be turned back into a date everywhere. Raises BadRequest naming `name`.
+    """
+    if age := _AGE(text):
+        return max(now_ms - int(age[1]) * _UNITS_S[age[2]] * 1000, 0)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise invalid(name, "must be an ISO 8601 date or time, or an age such as 30d") from error
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return min(max((moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1), 0), LAST_MS)
+
+
+def _shown(name: str) -> str:
+    """A client's spelling, short and printable enough to be quoted back."""
+    return "".join(c if c.isprintable() else "?" for c in name[:64])
