@@ -228,7 +228,7 @@ def new_request_id() -> str:
 
 def error_headers(error: IbidError, request_id: str) -> dict[str, str]:
     """Headers of an error's response, content-type included."""
-    headers = {"Content-Type": "application/json", "x-request-id": request_id}
+    headers = {"Content-Type": "application/json", "Server": "ibid", "x-request-id": request_id}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
     if error.should_retry is not None:

@@ -8,6 +8,7 @@ for every chunk.) Rules: catalogue rows 28-30, 36-43, 72, 73.
 from __future__ import annotations
 
 import asyncio
+import io
 import re
 from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from proxy.core.errors import BadRequest, ConfigError, UpstreamError
 from proxy.core.identity import forwardable
 
 RETRY_PAUSE_S = 0.05
+WRITTEN_AT_ONCE_BYTES = 1 << 20  # above it aiohttp warns of a stalled loop
 ADDRESSES_KEPT = 1024
 NAMES_KEPT = 1024
 
@@ -341,11 +343,12 @@ class Upstreams:
         """One request, tried a second time only when not one byte of it was sent."""
         assert self._session is not None
         source = _Upload(body) if body is not None and not isinstance(body, bytes) else None
+        data: object = source
+        if isinstance(body, bytes):
+            data = body if len(body) <= WRITTEN_AT_ONCE_BYTES else io.BytesIO(body)
         for is_last in (False, True):
             try:
-                return await self._session.request(
-                    method, url, headers=headers, data=source if source is not None else body, allow_redirects=False
-                )
+                return await self._session.request(method, url, headers=headers, data=data, allow_redirects=False)
             except (aiohttp.ClientError, OSError) as error:
                 if source is not None and source.error is not None:
                     raise source.error from None

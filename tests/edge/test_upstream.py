@@ -166,6 +166,14 @@ async def test_answer_comes_back_and_the_connection_is_used_again(play: Play) ->
     assert case.mock.bodies == [b"{}"] * 3
 
 
+async def test_large_body_arrives_whole_with_its_length(play: Play) -> None:
+    case = await play(says(OK))
+    body = bytes(range(256)) * 16_000
+    await read(await case.open(body))
+    assert case.mock.bodies == [body]
+    assert case.mock.names()["content-length"] == str(len(body))
+
+
 async def test_only_the_allow_list_leaves(play: Play) -> None:
     case = await play(says(OK))
     sent = (
