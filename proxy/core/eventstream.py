@@ -42,45 +42,40 @@ def read_event(block: bytes) -> Event | None:
 class EventSplitter:
     """Cuts a stream into whole events, each with its own bytes and the blank line that ends it."""
 
-    __slots__ = ("_held", "bom", "started")
+    __slots__ = ("bom", "held", "started")
 
     def __init__(self) -> None:
-        self._held = b""
-        self.started = False
+        self.held = b""  # bytes of an unfinished event
+        self.started = False  # past the place where a byte order mark may stand
         self.bom = b""  # a byte order mark found at the start; not part of any event
-
-    @property
-    def holds(self) -> bool:
-        """Bytes of an unfinished event are waiting."""
-        return bool(self._held)
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """Events that became whole. Raises UpstreamError(upstream_protocol_error) for a line over 1 MiB."""
-        buffer = self._held + chunk if self._held else chunk
+        buffer = self.held + chunk if self.held else chunk
         if not self.started:
             if len(buffer) < 3 and _BOM.startswith(buffer):
-                self._held = buffer
+                self.held = buffer
                 return []
             self.started = True
             if buffer.startswith(_BOM):
                 self.bom, buffer = _BOM, buffer[3:]
         if b"\r" not in buffer:
             blocks = buffer.split(b"\n\n")
-            self._held = blocks.pop()
+            self.held = blocks.pop()
             events = [block + b"\n\n" for block in blocks]
         else:
             events, start = [], 0
             for boundary in _BOUNDARY.finditer(buffer):
                 events.append(buffer[start : boundary.end()])
                 start = boundary.end()
-            self._held = buffer[start:]
+            self.held = buffer[start:]
         if len(buffer) > LINE_LIMIT_BYTES:
-            _check_lengths([*events, self._held])
+            _check_lengths([*events, self.held])
         return events
 
     def end(self) -> bytes:
         """What was left without its blank line, when the stream ended cleanly; nothing waits afterwards."""
-        held, self._held = self._held, b""
+        held, self.held = self.held, b""
         return held
 
 
@@ -96,9 +91,17 @@ class EventDecoder:
     def feed(self, chunk: bytes) -> list[bytes]:
         """Data of the events that became whole. Raises UpstreamError(upstream_protocol_error)."""
         found = []
-        for block in self._splitter.feed(chunk):
-            if block.startswith(b"data: ") and block.find(b"\n") == len(block) - 2 and b"\r" not in block:
-                found.append(block[6:-2])
+        splitter = self._splitter
+        buffer = splitter.held + chunk
+        if (splitter.started or buffer.startswith(b"data")) and b"\r" not in buffer and len(buffer) <= LINE_LIMIT_BYTES:
+            splitter.started = True
+            blocks = buffer.split(b"\n\n")  # what `EventSplitter.feed` does, without the blank lines
+            splitter.held = blocks.pop()
+        else:
+            blocks = splitter.feed(chunk)
+        for block in blocks:
+            if block.startswith(b"data: ") and b"\n" not in block and b"\r" not in block:
+                found.append(block[6:])
             elif (event := read_event(block)) is not None:
                 found.append(event.data)
                 if event.name:

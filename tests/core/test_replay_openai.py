@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.core.dialects.openai_record import Recorder, UsageFilter, read_usage, read_whole
+from proxy.core.dialects.openai_filter import UsageFilter
+from proxy.core.dialects.openai_record import Recorder, read_usage, read_whole
 from proxy.core.dialects.openai_replay import new_id, render_stream, render_whole, split
 from proxy.core.errors import UpstreamError
 from proxy.core.eventstream import LINE_LIMIT_BYTES, EventDecoder
@@ -142,6 +143,55 @@ def test_a_long_answer_is_parsed_in_batches_and_kept_whole():
     answer = record(stream_of(*[{"delta": {"content": w}} for w in words], STOP))
     assert answer.message["content"] == "".join(words)
     assert len(answer.pieces) == 3000
+
+
+# A chunk like the last one is read by its text alone; these look alike and are not, or hold what must be unescaped.
+alike = st.sampled_from(
+    [
+        '"plain"',
+        '" "',
+        '""',
+        '"\\""',
+        '"\\u00e9\\n\\ud83d\\ude00"',
+        '"caf\u00e9 \U0001f5fc"',
+        '"back\\\\"',
+        '"a","refusal":null',
+        '"a","content":"b"',
+        '"a","reasoning":"b"',
+        "null",
+    ]
+)
+
+
+@given(contents=st.lists(alike, max_size=12), spaced=st.booleans())
+def test_reading_by_text_alone_gives_what_parsing_gives(contents, spaced):
+    chunk = '{"model":"m","choices":[{"index":0,"delta":{"content":%s},"finish_reason":null}]}'
+    if spaced:
+        chunk = chunk.replace(":", ": ").replace(",", ", ")
+    datas = [chunk % content for content in ['"first"', *contents]]
+    end = '{"model":"m","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}'
+    raw = "".join(f"data: {data}\n\n" for data in [*datas, end, "[DONE]"]).encode()
+    deltas = [json.loads(data)["choices"][0]["delta"] for data in datas]
+    answer = record(raw)
+    assert answer.message["content"] == "".join(delta["content"] or "" for delta in deltas)
+    assert answer.pieces == tuple(len(delta["content"]) for delta in deltas if delta["content"])
+    assert answer.message.get("reasoning", "") == "".join(delta.get("reasoning", "") for delta in deltas)
+    assert ("refusal" in answer.message) is any("refusal" in delta for delta in deltas)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"model":"m","choices":[{"index":0,"delta":{"content":"},"finish_reason":null}]}',  # they overlap
+        b'{"model":"m","choices":[{"index":0,"delta":{"content":"tab\there"},"finish_reason":null}]}',
+        b'{"model":"m","choices":[{"index":0,"delta":{"content":"\xff"},"finish_reason":null}]}',
+        b'{"model":"m","choices":[{"index":0,"delta":{"content":"\\x"},"finish_reason":null}]}',
+    ],
+)
+def test_what_only_looks_like_the_last_chunk_is_garbage(data):
+    first = b'{"model":"m","choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null}]}'
+    raw = b"".join(b"data: %b\n\n" % d for d in [first, first, data, b"[DONE]"])
+    assert record(raw) == record(raw, json.loads) == "garbage"
 
 
 # ---- replay

@@ -1,8 +1,12 @@
-"""OpenAI chat completions: record an upstream's answer, and watch a stream that is relayed.
+"""OpenAI chat completions: record an upstream's answer.
 
 A stream is storable only when its end was seen: open → the choice has its finish_reason → `[DONE]` → clean end of
 the body. Truncation is invisible to the SDKs, so nothing less counts. Whatever is not fully understood is relayed
 and not stored; the reason is one machine-readable word.
+
+Most chunks of a stream differ in nothing but the text. Once a chunk was parsed, its bytes before and after the text
+are remembered, and a chunk that starts and ends with them is read as its text alone: the rest says again what was
+already taken in. Measured on a slow core: orjson 2.0 us a chunk of 230 bytes, the whole reading 6.5 us without this.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import Any
 
 from proxy.core.answer import to_json
 from proxy.core.errors import UpstreamError
-from proxy.core.eventstream import DONE, LINE_LIMIT_BYTES, EventDecoder, EventSplitter, read_event
+from proxy.core.eventstream import DONE, LINE_LIMIT_BYTES, EventDecoder
 from proxy.core.model import Answer, Usage
 
 Loads = Callable[[bytes], Any]
@@ -27,8 +31,9 @@ _DETAIL_TEXTS = frozenset({"text", "summary", "data"})  # joined within one entr
 _CALLS = frozenset({"tool_calls", "function_call"})
 _FINISHES = {"tool_calls": "tool_calls", "function_call": "tool_calls", "length": "finish_length"}
 
-_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
-_FINISH = re.compile(rb'"finish_reason"\s*:\s*"')
+_CONTENT = re.compile(rb'"content"\s*:\s*"((?:[^"\\]|\\.)+)"')
+_STRING = re.compile(rb'(?:[^"\\\x00-\x1f]|\\.)*')  # inside of a JSON string
+_LESSONS = 16  # a stream whose chunks differ elsewhere too (obfuscation padding) is not studied for ever
 
 
 def read_usage(raw: object) -> Usage | None:
@@ -130,11 +135,14 @@ class Recorder:
         "_fields",
         "_finish",
         "_length",
+        "_lessons",
         "_limit",
         "_loads",
         "_model",
         "_pieces",
+        "_prefix",
         "_size",
+        "_suffix",
         "_texts",
         "_usage",
         "refusal_reason",
@@ -157,6 +165,8 @@ class Recorder:
         self._usage: object = None
         self._finish: object = None
         self._done = False
+        self._prefix = self._suffix = b""
+        self._lessons = _LESSONS
 
     def feed(self, chunk: bytes) -> None:
         """The next bytes as the upstream sent them, before any filter."""
@@ -204,16 +214,32 @@ class Recorder:
         if self.refusal_reason is not None:
             return
         try:
-            for data in self._decoder.feed(raw):
-                self._read(data)
-                if self.refusal_reason is not None:
-                    return
-        except UpstreamError:
+            self._read_all(self._decoder.feed(raw))
+        except (UpstreamError, ValueError):
             self._refuse("garbage")
         if self._length > self._limit:
             self._refuse("too_large")
 
+    def _read_all(self, datas: list[bytes]) -> None:
+        prefix, suffix = self._prefix, self._suffix
+        start, end = len(prefix), len(suffix)
+        fullmatch, append = _STRING.fullmatch, self._pieces.append
+        for data in datas:
+            if prefix and data.startswith(prefix) and data.endswith(suffix) and len(data) > start + end:
+                raw = data[start:-end]
+                if fullmatch(raw):
+                    text = self._loads(b'"%b"' % raw) if b"\\" in raw else raw.decode()
+                    append(text)
+                    self._length += len(text)
+                    continue
+            self._read(data)
+            if self.refusal_reason is not None:
+                return
+            prefix, suffix = self._prefix, self._suffix
+            start, end = len(prefix), len(suffix)
+
     def _read(self, data: bytes) -> None:
+        self._prefix = b""
         if self._done:
             return self._refuse("data_after_done")
         if data == DONE:
@@ -239,6 +265,10 @@ class Recorder:
             self._usage = usage
         if choices:
             self._read_choice(choices, len(data))
+        if choices and usage is None and self._finish is None and self.refusal_reason is None:
+            delta = choices[0].get("delta")
+            if delta and delta.keys() == {"content"} and delta["content"]:
+                self._learn(data)
         return None
 
     def _read_choice(self, choices: list[Any], size: int) -> None:
@@ -264,6 +294,20 @@ class Recorder:
         if choice.get("finish_reason") is not None:
             self._finish = choice["finish_reason"]
         return None
+
+    def _learn(self, data: bytes) -> None:
+        """Remember what stands around the text of a chunk that holds nothing else new."""
+        found = _CONTENT.search(data)
+        if found is None or self._lessons == 0:
+            return
+        self._lessons -= 1
+        prefix, suffix = data[: found.start(1)], data[found.end(1) :]
+        try:
+            probe = self._loads(prefix + b"probe" + suffix)
+            if probe["choices"][0]["delta"]["content"] == "probe":
+                self._prefix, self._suffix = prefix, suffix
+        except (ValueError, LookupError, TypeError):
+            return
 
     def _merge(self, name: str, value: Any, size: int) -> None:
         """A field of a delta other than text content. What cannot be joined with certainty is refused."""
@@ -315,95 +359,3 @@ def _join_detail(known: list[Any], detail: Any) -> bool:
         elif value is not None and last[name] != value:
             return False
     return True
-
-
-class UsageFilter:
-    """What of an upstream's stream reaches the client, in whole events, and whether the stream came to its end.
-
-    With `strip`, the usage chunk that only the proxy asked for is left out. `[DONE]` is withheld when a choice has no
-    finish_reason, because a client would take it for success. Everything else passes verbatim, data after `[DONE]`
-    included. Only whole events leave, so a heartbeat or an error event may be written between any two results.
-    """
-
-    __slots__ = ("_done", "_finished", "_loads", "_n", "_seen", "_splitter", "_strip", "_withheld", "failed")
-
-    def __init__(self, strip: bool, n: int = 1, loads: Loads = json.loads) -> None:
-        self.failed = False  # the upstream itself sent an error event
-        self._splitter = EventSplitter()
-        self._strip = strip
-        self._n = n
-        self._loads = loads
-        self._seen: set[object] = set()
-        self._finished: set[object] = set()
-        self._done = False
-        self._withheld = False
-
-    @property
-    def complete(self) -> bool:
-        """Every choice has its finish_reason and `[DONE]` was seen; else the relay owes the client an error event."""
-        return self._done and not self._withheld
-
-    def feed(self, chunk: bytes) -> bytes:
-        """Bytes for the client now, maybe none. Raises UpstreamError(upstream_protocol_error), a line over 1 MiB."""
-        splitter = self._splitter
-        if (
-            not splitter.holds
-            and chunk.endswith((b"\n\n", b"\r\n\r\n"))
-            and len(chunk) <= LINE_LIMIT_BYTES
-            and splitter.started
-            and not self._withheld
-            and self._n == 1
-            and b"[DONE]" not in chunk
-            and b'"error"' not in chunk
-            and not _FINISH.search(chunk)
-            and not (self._strip and _NO_CHOICES.search(chunk))
-        ):
-            return chunk
-        passed = [block for block in splitter.feed(chunk) if self._passes(block)]
-        if splitter.bom:
-            passed.insert(0, splitter.bom)
-            splitter.bom = b""
-        return b"".join(passed)
-
-    def end(self) -> bytes:
-        """Bytes still owed after a clean end: a last event without its blank line, unless an error must follow it."""
-        rest = self._splitter.end()
-        passes = self._passes(rest)
-        return rest if passes and (self.complete or self.failed) else b""
-
-    def _passes(self, block: bytes) -> bool:
-        if self._withheld:
-            return False
-        if self._done:
-            return True
-        if b"[DONE]" in block and (event := read_event(block)) is not None and event.data == DONE:
-            self._done = True
-            finished = bool(self._finished) and self._seen <= self._finished
-            self._withheld = not finished and not self.failed
-            return not self._withheld
-        without_choices = self._strip and _NO_CHOICES.search(block) is not None
-        if without_choices or self._n > 1 or b'"error"' in block or _FINISH.search(block):
-            return self._inspect(block)
-        return True
-
-    def _inspect(self, block: bytes) -> bool:
-        event = read_event(block)
-        try:
-            chunk = self._loads(event.data) if event is not None else None
-        except (ValueError, RecursionError):
-            return True
-        if not isinstance(chunk, dict):
-            return True
-        if chunk.get("error") is not None:
-            self.failed = True
-        choices = chunk.get("choices")
-        if not isinstance(choices, list):
-            return True
-        for choice in choices:
-            if isinstance(choice, dict):
-                index = choice.get("index", 0)
-                index = index if isinstance(index, int) else 0
-                self._seen.add(index)
-                if isinstance(choice.get("finish_reason"), str):
-                    self._finished.add(index)
-        return not (self._strip and not choices and isinstance(chunk.get("usage"), dict))

@@ -1,0 +1,242 @@
+"""OpenAI chat completions: read a request, ask the upstream for usage, say errors.
+
+Fields as of the API description of 2026-08 and the SDK 3.54. A field that is merely unknown is forwarded and becomes
+part of the identity; only a type that no server could understand is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from proxy.core.errors import BadRequest, IbidError
+from proxy.core.facts import Facts
+from proxy.core.jsontext import drop_member, members, set_member
+
+MESSAGE_LIMIT = 2048
+CHOICE_LIMIT = 128
+CACHE_TWIN = "cache"  # cache controls in the body; never reaches an upstream
+
+DELIVERY_FIELDS = frozenset(
+    {
+        "stream",  # how the answer travels
+        "stream_options",
+        "metadata",  # labels of the upstream's own log; the model does not see them
+        "prompt_cache_key",  # the provider's prefix cache: cost and time only
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "user",  # in `end_user`
+        "safety_identifier",
+        CACHE_TWIN,
+    }
+)
+
+_NUMBER, _INTEGER, _BOOLEAN, _STRING, _ARRAY, _OBJECT = (float, int), (int,), (bool,), (str,), (list,), (dict,)
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "audio": _OBJECT,
+    "frequency_penalty": _NUMBER,
+    "function_call": (str, dict),
+    "functions": _ARRAY,
+    "logit_bias": _OBJECT,
+    "logprobs": _BOOLEAN,
+    "max_completion_tokens": _INTEGER,
+    "max_tokens": _INTEGER,
+    "metadata": _OBJECT,
+    "modalities": _ARRAY,
+    "parallel_tool_calls": _BOOLEAN,
+    "prediction": _OBJECT,
+    "presence_penalty": _NUMBER,
+    "prompt_cache_key": _STRING,
+    "reasoning_effort": _STRING,
+    "response_format": _OBJECT,
+    "safety_identifier": _STRING,
+    "seed": _INTEGER,
+    "service_tier": _STRING,
+    "stop": (str, list),
+    "store": _BOOLEAN,
+    "stream": _BOOLEAN,
+    "stream_options": _OBJECT,
+    "temperature": _NUMBER,
+    "tool_choice": (str, dict),
+    "tools": _ARRAY,
+    "top_logprobs": _INTEGER,
+    "top_p": _NUMBER,
+    "user": _STRING,
+    "verbosity": _STRING,
+    "web_search_options": _OBJECT,
+}
+KNOWN_FIELDS = frozenset(_TYPES) | {
+    "messages",
+    "model",
+    "moderation",
+    "n",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    CACHE_TWIN,
+}
+_JSON_NAMES = {float: "number", int: "integer", bool: "boolean", str: "string", list: "array", dict: "object"}
+_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+_NULLABLE_ROLES = frozenset({"assistant", "tool", "function"})
+_MESSAGE_FIELDS = frozenset(
+    {"role", "content", "name", "tool_calls", "tool_call_id", "function_call", "refusal", "audio", "annotations"}
+)
+_PARTS = frozenset({"text", "refusal", "image_url", "input_audio", "file"})
+
+
+def read(body: Mapping[str, Any]) -> Facts:
+    """What the request says. Raises BadRequest (invalid_type, invalid_value) naming the parameter."""
+    model = body.get("model")
+    if not isinstance(model, str) or not model:
+        raise _invalid_type("model", "a non-empty string")
+    messages = _messages(body.get("messages"))
+    for name, types in _TYPES.items():
+        value = body.get(name)
+        if value is not None and (not isinstance(value, types) or (type(value) is bool and types is not _BOOLEAN)):
+            raise _invalid_type(name, " or ".join(_JSON_NAMES[t] for t in types if not (t is int and float in types)))
+    prompt, context = _split(messages)
+    users = sum(message["role"] == "user" for message in messages)
+    parts = [part for message in messages if isinstance(message.get("content"), list) for part in message["content"]]
+    kinds = {part["type"] for part in parts}
+    stream_options = body.get("stream_options") or {}
+    modalities = body.get("modalities") or ()
+    return Facts(
+        model=model,
+        prompt=prompt,
+        context=context,
+        settings={k: v for k, v in body.items() if k not in DELIVERY_FIELDS and k != "messages" and k != "model"},
+        unknown=tuple(_unknown(body, messages)),
+        stream=body.get("stream") is True,
+        wants_usage=stream_options.get("include_usage") is True,
+        temperature=body.get("temperature"),
+        n=_choices(body),
+        seed=body.get("seed"),
+        has_tools=bool(body.get("tools") or body.get("functions")),
+        tool_results=any(
+            m["role"] in ("tool", "function") or m.get("tool_calls") or m.get("function_call") for m in messages
+        ),
+        web_search=body.get("web_search_options") is not None,
+        has_images="image_url" in kinds,
+        has_audio="input_audio" in kinds or any(message.get("audio") for message in messages),
+        has_files="file" in kinds,
+        remote_urls=any(_is_remote(part) for part in parts),
+        audio_output="audio" in modalities or body.get("audio") is not None,
+        logprobs=body.get("logprobs") is True or bool(body.get("top_logprobs")),
+        store=body.get("store") is True,
+        response_format=_format(body.get("response_format")),
+        end_user=_end_user(body),
+        first_turn=users == 1 and all(m["role"] in ("system", "developer", "user") for m in messages),
+        user_turns=users,
+    )
+
+
+def forward_body(raw: bytes, parsed: Mapping[str, Any]) -> bytes:
+    """The bytes that go upstream: the client's, save that a stream asks for its usage and the cache twin is gone.
+
+    langchain-openai and others leave usage off behind a custom base URL, so it is always asked for.
+    """
+    if CACHE_TWIN in parsed:
+        raw = drop_member(raw, CACHE_TWIN)
+    if parsed.get("stream") is not True:
+        return raw
+    options = parsed.get("stream_options")
+    if isinstance(options, dict):
+        if options.get("include_usage") is True:
+            return raw
+        _, start, end = members(raw)["stream_options"]
+        return set_member(raw, "stream_options", set_member(raw[start:end], "include_usage", b"true"))
+    return set_member(raw, "stream_options", b'{"include_usage":true}')
+
+
+def error_body(error: IbidError) -> bytes:
+    """The error envelope; all four keys are required by the API description."""
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    envelope = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+    return json.dumps({"error": envelope}, separators=(",", ":")).encode()
+
+
+def stream_error(error: IbidError) -> bytes:
+    """An error as the last event of a stream; close without `[DONE]` after it, so that every SDK raises."""
+    return b"data: " + error_body(error) + b"\n\n"
+
+
+def _invalid_type(param: str, wanted: str) -> BadRequest:
+    return BadRequest(f"Invalid type for '{param}': expected {wanted}.", code="invalid_type", param=param)
+
+
+def _messages(messages: object) -> list[dict[str, Any]]:
+    if not isinstance(messages, list) or not 1 <= len(messages) <= MESSAGE_LIMIT:
+        raise _invalid_type("messages", f"an array of 1 to {MESSAGE_LIMIT} messages")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise _invalid_type(f"messages[{i}]", "object")
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str):
+            raise _invalid_type(f"messages[{i}].role", "string")
+        if isinstance(content, list):
+            for j, part in enumerate(content):
+                _check_part(part, f"messages[{i}].content[{j}]")
+        elif not isinstance(content, str) and (content is not None or (role in _ROLES - _NULLABLE_ROLES)):
+            raise _invalid_type(f"messages[{i}].content", "string or array")
+    return messages
+
+
+def _check_part(part: object, path: str) -> None:
+    if not isinstance(part, dict):
+        raise _invalid_type(path, "object")
+    if not isinstance(part.get("type"), str):
+        raise _invalid_type(f"{path}.type", "string")
+    if part["type"] == "text" and not isinstance(part.get("text"), str):
+        raise _invalid_type(f"{path}.text", "string")
+
+
+def _choices(body: Mapping[str, Any]) -> int:
+    n = body.get("n")
+    if n is None:
+        return 1
+    if type(n) is not int or not 1 <= n <= CHOICE_LIMIT:
+        raise BadRequest(f"'n' must be an integer from 1 to {CHOICE_LIMIT}.", code="invalid_value", param="n")
+    return n
+
+
+def _split(messages: list[dict[str, Any]]) -> tuple[str | None, tuple[Mapping[str, Any], ...]]:
+    """The prompt and what stands around it. A lone text part says the same as a string."""
+    *earlier, last = messages
+    content = last.get("content")
+    if isinstance(content, list) and len(content) == 1 and content[0].keys() == {"type", "text"}:
+        content = content[0]["text"]
+    if last["role"] != "user" or not isinstance(content, str):
+        return None, tuple(messages)
+    rest = {k: v for k, v in last.items() if k not in ("role", "content")}
+    return content, (*earlier, rest) if rest else tuple(earlier)
+
+
+def _unknown(body: Mapping[str, Any], messages: list[dict[str, Any]]) -> Iterator[str]:
+    if not body.keys() <= KNOWN_FIELDS:
+        yield from sorted(body.keys() - KNOWN_FIELDS)
+    for i, message in enumerate(messages):
+        if message["role"] not in _ROLES:
+            yield f"messages[{i}].role"
+        if not message.keys() <= _MESSAGE_FIELDS:
+            yield from (f"messages[{i}].{name}" for name in sorted(message.keys() - _MESSAGE_FIELDS))
+        content = message.get("content")
+        if isinstance(content, list):
+            yield from (f"messages[{i}].content[{j}]" for j, p in enumerate(content) if p["type"] not in _PARTS)
+
+
+def _is_remote(part: Mapping[str, Any]) -> bool:
+    image = part.get("image_url")
+    url = image.get("url") if isinstance(image, dict) else image
+    return isinstance(url, str) and not url[:5].lower() == "data:"
+
+
+def _format(response_format: Mapping[str, Any] | None) -> str | None:
+    kind = response_format.get("type") if response_format else None
+    return kind if isinstance(kind, str) else None
+
+
+def _end_user(body: Mapping[str, Any]) -> str:
+    metadata = body.get("metadata") or {}
+    named = (body.get("user"), body.get("safety_identifier"), metadata.get("user_id"))
+    people = list(dict.fromkeys(name for name in named if isinstance(name, str) and name))
+    return people[0] if len(people) == 1 else json.dumps(people) if people else ""

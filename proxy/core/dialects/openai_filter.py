@@ -1,0 +1,119 @@
+"""OpenAI chat completions: what of an upstream's stream reaches the client, and whether it came to its end."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from proxy.core.dialects.openai_record import Loads
+from proxy.core.eventstream import DONE, LINE_LIMIT_BYTES, EventSplitter, read_event
+
+_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+_FINISH = re.compile(rb'"finish_reason"\s*:\s*"')
+
+
+class UsageFilter:
+    """What of an upstream's stream reaches the client, in whole events, and whether the stream came to its end.
+
+    With `strip`, the usage chunk that only the proxy asked for is left out. `[DONE]` is withheld when a choice has no
+    finish_reason, because a client would take it for success. Everything else passes verbatim, data after `[DONE]`
+    included. Only whole events leave, so a heartbeat or an error event may be written between any two results.
+    """
+
+    __slots__ = (
+        "_done",
+        "_finished",
+        "_loads",
+        "_may_skip",
+        "_n",
+        "_seen",
+        "_splitter",
+        "_strip",
+        "_withheld",
+        "failed",
+    )
+
+    def __init__(self, strip: bool, n: int = 1, loads: Loads = json.loads) -> None:
+        self.failed = False  # the upstream itself sent an error event
+        self._splitter = EventSplitter()
+        self._strip = strip
+        self._n = n
+        self._loads = loads
+        self._seen: set[object] = set()
+        self._finished: set[object] = set()
+        self._done = False
+        self._withheld = False
+        self._may_skip = False
+
+    @property
+    def complete(self) -> bool:
+        """Every choice has its finish_reason and `[DONE]` was seen; else the relay owes the client an error event."""
+        return self._done and not self._withheld
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Bytes for the client now, maybe none. Raises UpstreamError(upstream_protocol_error), a line over 1 MiB."""
+        if self._may_skip and not self._splitter.held and self._is_plain(chunk):
+            return chunk
+        splitter = self._splitter
+        passed = [block for block in splitter.feed(chunk) if self._passes(block)]
+        if splitter.bom:
+            passed.insert(0, splitter.bom)
+            splitter.bom = b""
+        self._may_skip = self._n == 1 and splitter.started and not self._withheld
+        return b"".join(passed)
+
+    def _is_plain(self, chunk: bytes) -> bool:
+        """Whole events, none of which the filter has to look at."""
+        if chunk.find(b"\n\n") == len(chunk) - 2 and b'"finish_reason":null' in chunk:
+            return len(chunk) <= LINE_LIMIT_BYTES  # the usual delta, one in a chunk
+        return (
+            chunk.endswith((b"\n\n", b"\r\n\r\n"))
+            and len(chunk) <= LINE_LIMIT_BYTES
+            and b"[DONE]" not in chunk
+            and b'"error"' not in chunk
+            and not _FINISH.search(chunk)
+            and not (self._strip and _NO_CHOICES.search(chunk))
+        )
+
+    def end(self) -> bytes:
+        """Bytes still owed after a clean end: a last event without its blank line, unless an error must follow it."""
+        rest = self._splitter.end()
+        passes = self._passes(rest)
+        return rest if passes and (self.complete or self.failed) else b""
+
+    def _passes(self, block: bytes) -> bool:
+        if self._withheld:
+            return False
+        if self._done:
+            return True
+        if b"[DONE]" in block and (event := read_event(block)) is not None and event.data == DONE:
+            self._done = True
+            finished = bool(self._finished) and self._seen <= self._finished
+            self._withheld = not finished and not self.failed
+            return not self._withheld
+        without_choices = self._strip and _NO_CHOICES.search(block) is not None
+        if without_choices or self._n > 1 or b'"error"' in block or _FINISH.search(block):
+            return self._inspect(block)
+        return True
+
+    def _inspect(self, block: bytes) -> bool:
+        event = read_event(block)
+        try:
+            chunk = self._loads(event.data) if event is not None else None
+        except (ValueError, RecursionError):
+            return True
+        if not isinstance(chunk, dict):
+            return True
+        if chunk.get("error") is not None:
+            self.failed = True
+        choices = chunk.get("choices")
+        if not isinstance(choices, list):
+            return True
+        for choice in choices:
+            if isinstance(choice, dict):
+                index = choice.get("index", 0)
+                index = index if isinstance(index, int) else 0
+                self._seen.add(index)
+                if isinstance(choice.get("finish_reason"), str):
+                    self._finished.add(index)
+        return not (self._strip and not choices and isinstance(chunk.get("usage"), dict))
