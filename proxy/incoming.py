@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import NoReturn
 from urllib.parse import unquote
 
-from aiohttp import HttpVersion11, hdrs, web
+from aiohttp import HttpVersion10, HttpVersion11, hdrs, web
 from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
 from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import RequestPayloadError
@@ -48,9 +48,18 @@ def target_of(request: web.BaseRequest) -> str:
     headers = request.headers
     if not _host_is_clean(headers.get(hdrs.HOST, "")):
         raise BadRequest("The Host header is not valid.")
-    if request.version < HttpVersion11 and hdrs.TRANSFER_ENCODING in headers:
-        raise BadRequest("Transfer-Encoding is not defined before HTTP/1.1 (RFC 9112 §6.1).")
+    if request.version < HttpVersion11:
+        _check_old_version(request)
     return _safe_path(_origin_form(request.raw_path).partition("?")[0])
+
+
+def _check_old_version(request: web.BaseRequest) -> None:
+    if request.version < HttpVersion10:  # what the parser makes of a target with something odd before its version
+        request._version = HttpVersion11  # of the response; the property remembers what it was asked before
+        request._cache.pop("version", None)
+        raise BadRequest("HTTP/0.9 is not supported.")
+    if hdrs.TRANSFER_ENCODING in request.headers:
+        raise BadRequest("Transfer-Encoding is not defined before HTTP/1.1 (RFC 9112 §6.1).")
 
 
 def query_of(request: web.BaseRequest) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import json
+import random
+import re
 import subprocess
 import sys
 import textwrap
@@ -167,6 +170,7 @@ MALFORMED = {
     "version 2": b"GET /v1/x HTTP/2.0\r\nHost: h\r\n\r\n",
     "version word": b"GET /v1/x HTTP/x.1\r\nHost: h\r\n\r\n",
     "http 0.9": b"GET /v1/x\r\n\r\n",
+    "http 0.9 in disguise": b"POST /v1/x\\,HTTP/1.1\r\nHost: h\r\n\r\n",
     "method with space": b"GE T /v1/x HTTP/1.1\r\nHost: h\r\n\r\n",
     "unknown method": b"FROB /v1/x HTTP/1.1\r\nHost: h\r\n\r\n",
     "target with space": b"GET /v1/ x HTTP/1.1\r\nHost: h\r\n\r\n",
@@ -199,6 +203,34 @@ async def test_framing_that_breaks_after_the_handler_began_is_refused(patient: S
     await client.rest()
     assert patient.app.executed == ["/v1/x"]
     assert patient.app.bodies == []
+
+
+async def test_damaged_requests_never_find_an_unhandled_fault(patient: Server) -> None:
+    chance = random.Random(7)
+    whole = post(b'{"a":1}', "Expect: 100-continue", "X-A: b") + CHUNKED + b"\r\n3\r\nabc\r\n0\r\nT: 1\r\n\r\n"
+    seen: set[int] = set()
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(chance.randint(1, 3)):
+            at = chance.randrange(len(data))
+            piece = bytes(chance.choice(b"\0\r\n\t :;,%/.\\AZaz09\x7f\xff") for _ in range(chance.randint(0, 3)))
+            data[at : at + chance.randint(0, 3)] = piece
+        client = await patient.client()
+        await client.send(bytes(data))
+        client.half_close()
+        rest = await client.rest()
+        while rest:
+            head, _, after = rest.partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 "), data
+            status = int(head[9:12])
+            seen.add(status)
+            length = re.search(rb"(?i)content-length: (\d+)", head)
+            body = after[: int(length[1])] if length else b""
+            rest = after[len(body) :]
+            assert status in (100, 200, 400, 404, 405, 408, 413, 414, 415, 431), data
+            assert status < 400 or json.loads(body)["error"]["code"] not in ("internal_error", None)
+        client.close()
+    assert {200, 400, 404} <= seen
 
 
 TOO_LARGE = {
