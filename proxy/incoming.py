@@ -135,14 +135,16 @@ async def read_body(request: web.BaseRequest, limits: Limits) -> bytes:
 
 
 def body_stream(request: web.BaseRequest, limits: Limits) -> bytes | AsyncIterator[bytes] | None:
-    """A body to pass through, encoded as it was sent: None without one, bytes when all of it is here, else a stream.
+    """A body to pass through, encoded as it was sent: None without one, bytes when all of a plain one
+    is here, else a stream.
 
     The stream is bounded only by silence: request_timeout after `body_timeout_s` without a byte.
     """
     payload = request.content
     if not request.body_exists:
         return None
-    if payload.is_eof() and payload.total_bytes <= limits.body_bytes:
+    is_plain = hdrs.CONTENT_ENCODING not in request.headers  # the coding travels with a stream only
+    if payload.is_eof() and payload.total_bytes <= limits.body_bytes and is_plain:
         return payload.read_nowait() if payload.total_bytes else b""
     return _stream(request, payload, limits)
 

@@ -34,6 +34,7 @@ _DROPPED = frozenset(
     "upgrade content-length date server set-cookie set-cookie2 alt-svc strict-transport-security".split()
 )
 _IDENTITY = ("Accept-Encoding", "identity")
+_OF_A_STREAM = {b"content-length": "Content-Length", b"content-encoding": "Content-Encoding"}
 _BARE = re.compile(
     r"/(chat|completions|responses|embeddings|models|files|batches|messages|audio|images|moderations|fine_tuning|"
     r"assistants|threads|vector_stores|uploads)(/|\?|$)"
@@ -329,12 +330,13 @@ class Upstreams:
     def _headers(
         self, received: Sequence[tuple[bytes, bytes]], body: bytes | AsyncIterable[bytes] | None
     ) -> list[tuple[str, str]]:
-        """The allow-listed headers, a plain body asked for, and the length of a stream when the client declared it."""
+        """The allow-listed headers, a plain body asked for; of a stream, which is passed on as it came, also what the
+        client said of its length and coding."""
         headers = [*forwardable(received, self._extra_headers), _IDENTITY]
         if body is not None and not isinstance(body, bytes):
-            length = next((value for name, value in received if name.lower() == b"content-length"), None)
-            if length is not None:
-                headers.append(("Content-Length", length.decode("ascii")))
+            for name, value in received:
+                if (described := _OF_A_STREAM.get(name.lower())) is not None:
+                    headers.append((described, value.decode("ascii", "replace")))
         return headers
 
     async def _send(

@@ -182,6 +182,8 @@ async def test_only_the_allow_list_leaves(play: Play) -> None:
         (b"Accept-Encoding", b"gzip, zstd"),
         (b"Host", b"evil.example"),
         (b"Cookie", b"a=b"),
+        (b"Connection", b"keep-alive, X-Api-Key"),
+        (b"x-api-key", b"sk-2"),
         (b"TE", b"trailers"),
         (b"Proxy-Authorization", b"Basic x"),
         (b"X-Forwarded-Host", b"evil.example"),
@@ -194,7 +196,15 @@ async def test_only_the_allow_list_leaves(play: Play) -> None:
     assert names["authorization"] == "Bearer sk-1"
     assert names["accept-encoding"] == "identity"
     assert names["host"] == f"127.0.0.1:{case.mock.port}"
-    for name in ("cookie", "te", "proxy-authorization", "x-forwarded-host", "forwarded", "x-portkey-custom-host"):
+    for name in (
+        "cookie",
+        "x-api-key",
+        "te",
+        "proxy-authorization",
+        "x-forwarded-host",
+        "forwarded",
+        "x-portkey-custom-host",
+    ):
         assert name not in names
     assert "x-cache-mode" not in names
 
@@ -401,10 +411,15 @@ async def test_upload_is_streamed_with_its_declared_length(play: Play) -> None:
         for _ in range(10):
             yield b"x" * 1000
 
-    await read(await case.open(body(), path="/v1/files", headers=((b"content-length", b"10000"),)))
+    await read(
+        await case.open(
+            body(), path="/v1/files", headers=((b"content-length", b"10000"), (b"Content-Encoding", b"zstd"))
+        )
+    )
     await read(await case.open(body(), path="/v1/files"))
     assert case.mock.bodies == [b"x" * 10_000] * 2
     assert case.mock.names(0)["content-length"] == "10000"
+    assert case.mock.names(0)["content-encoding"] == "zstd"
     assert case.mock.names(1)["transfer-encoding"] == "chunked"
 
 
