@@ -2,7 +2,7 @@
 
 aiohttp bounds lines, headers and pipelining, and closes idle keep-alive connections. Added here (catalogue rows 5-12,
 47, 48, 51): an absolute deadline for a request's head, JSON envelopes for what the parser refuses, a bound on
-connections, an accept loop that survives a full descriptor table (uvloop's own closes the listening socket on EMFILE),
+connections, an accept loop that survives a full descriptor table (uvloop's own closes the socket on an accept error),
 and an answer for a client that half-closes.
 
 No request arms a timer. A connection in an unusual state (half a head, half closed, a reader that stalls) is put on
