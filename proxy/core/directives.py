@@ -1,0 +1,342 @@
+"""What a client asks of the cache, and how a verdict is told: Cache-Control in, Cache-Status and x-cache* out.
+
+RFC 9111 §5.2.1 for the directives, RFC 9211 for Cache-Status, RFC 8941 for its spelling.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import NoReturn
+
+from proxy.core.errors import BadRequest
+from proxy.core.model import Bypass, Controls, Hit, Miss, NearMiss, Tier, Verdict
+
+DEFAULT_CONTROLS = Controls()
+"""Shared by every request that asks for nothing special."""
+
+MODES: Mapping[str, Mapping[str, bool]] = {
+    "off": {"read": False, "write": False},
+    "read": {"write": False},
+    "write": {"read": False},
+    "exact": {"exact_only": True},
+    "semantic": {},
+    "shadow": {"shadow": True},
+    "refresh": {"read": False, "refresh": True},
+}
+
+SECONDS_MAX = 2**31  # RFC 9111 §1.2.2: larger counts as this
+TAGS_MAX = 16
+
+_NAMES = frozenset(
+    {
+        b"cache-control",
+        b"x-cache-mode",
+        b"x-cache-ttl",
+        b"x-cache-namespace",
+        b"x-cache-tags",
+        b"x-cache-max-error",
+        b"x-cache-user",
+        b"x-cache-explain",
+    }
+)
+_DIRECTIVE = re.compile(r'\s*([!#$%&\'*+\-.^_`|~0-9A-Za-z]+)(?:\s*=\s*("(?:[^"\\]|\\.)*"|[^\s,"]*))?\s*(?:,|$)|\s*,')
+_SECONDS = re.compile(r"[0-9]{1,18}")
+_FRACTION = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,18})?(?:[eE]-?[0-9]{1,2})?|\.[0-9]{1,18}")
+_NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@=-]{0,63}")
+_USER = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,254}[\x21-\x7e])?")
+_TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
+
+
+class _Wishes:
+    """Collects wishes from several places; two of one kind meet at the narrower."""
+
+    __slots__ = ("values",)
+
+    def __init__(self) -> None:
+        self.values: dict[str, object] = {}
+
+    def deny(self, name: str) -> None:
+        self.values[name] = False
+
+    def ask(self, name: str) -> None:
+        self.values[name] = True
+
+    def at_most(self, name: str, number: float) -> None:
+        known = self.values.get(name)
+        self.values[name] = min(known, number) if isinstance(known, int | float) else number
+
+    def only(self, name: str, text: str, param: str) -> None:
+        """A name: said twice it must be the same, else the two would ask for different things."""
+        if self.values.setdefault(name, text) != text:
+            _refuse(param, "one value")
+
+    def mode(self, word: str, param: str) -> None:
+        if word not in MODES:
+            _refuse(param, f"one of {', '.join(MODES)}")
+        self.values.update(MODES[word])
+
+    def tags(self, tags: Iterable[str], param: str) -> None:
+        known = self.values.setdefault("tags", ())
+        assert isinstance(known, tuple)
+        wanted = tuple(dict.fromkeys([*known, *tags]))
+        if len(wanted) > TAGS_MAX or not all(_TAG.fullmatch(tag) for tag in wanted):
+            _refuse(param, f"at most {TAGS_MAX} tags of 1 to 64 letters, digits and ._:/@=-")
+        self.values["tags"] = wanted
+
+    def controls(self) -> Controls:
+        return Controls(**self.values) if self.values else DEFAULT_CONTROLS  # type: ignore[arg-type]
+
+
+def controls_of(headers: Iterable[tuple[bytes, bytes]], body_twin: object = None) -> Controls:
+    """The client's wishes: `headers` as received, `body_twin` the body's `cache` member or None.
+
+    A client can only narrow: where two places disagree the narrower holds. Raises BadRequest (`invalid_value`, naming
+    the header or `cache.<member>`) for a value that cannot be read; unknown Cache-Control directives are ignored.
+    """
+    found = [(lowered, value) for name, value in headers if (lowered := name.lower()) in _NAMES]
+    if not found and body_twin is None:
+        return DEFAULT_CONTROLS
+    wishes = _Wishes()
+    for name, value in found:
+        param = name.decode("ascii")
+        try:
+            text = value.decode("ascii").strip()
+        except UnicodeDecodeError:
+            _refuse(param, "ASCII")
+        if param == "cache-control":
+            _read_cache_control(text, wishes)
+        else:
+            _read_header(param, text, wishes)
+    if body_twin is not None:
+        _read_twin(body_twin, wishes)
+    return wishes.controls()
+
+
+def _refuse(param: str, wanted: str) -> NoReturn:
+    raise BadRequest(f"Invalid value for '{param}': expected {wanted}.", code="invalid_value", param=param)
+
+
+def _read_cache_control(text: str, wishes: _Wishes) -> None:
+    at = 0
+    while at < len(text):
+        match = _DIRECTIVE.match(text, at)
+        if match is None:
+            _refuse("cache-control", "a list of directives")
+        at = match.end()
+        if match[1] is None:  # an empty element, RFC 9110 §5.6.1
+            continue
+        argument = match[2]
+        if argument is not None and argument.startswith('"'):
+            argument = re.sub(r"\\(.)", r"\1", argument[1:-1])
+        _read_directive(match[1].lower(), argument, wishes)
+
+
+def _read_directive(name: str, argument: str | None, wishes: _Wishes) -> None:
+    match name:
+        case "no-cache":
+            wishes.deny("read")
+            wishes.ask("refresh")
+        case "no-store":
+            wishes.deny("read")
+            wishes.deny("write")
+        case "only-if-cached":
+            wishes.ask("only_if_cached")
+        case "max-age":
+            wishes.at_most("max_age_s", _seconds(argument or "", "cache-control"))
+        case "max-stale":
+            wishes.at_most("max_stale_s", math.inf if argument is None else _seconds(argument, "cache-control"))
+        case _:
+            pass  # RFC 9111 §5.2.3: a cache ignores what it does not know
+
+
+def _seconds(text: str, param: str) -> float:
+    if _SECONDS.fullmatch(text) is None:
+        _refuse(param, "whole seconds")
+    return float(min(int(text), SECONDS_MAX))
+
+
+def _read_header(param: str, text: str, wishes: _Wishes) -> None:
+    match param:
+        case "x-cache-mode":
+            wishes.mode(text.lower(), param)
+        case "x-cache-ttl":
+            wishes.at_most("ttl_s", _seconds(text, param))
+        case "x-cache-namespace":
+            _read_namespace(text, param, wishes)
+        case "x-cache-tags":
+            wishes.tags([tag for part in text.split(",") if (tag := part.strip())], param)
+        case "x-cache-max-error":
+            if _FRACTION.fullmatch(text) is None or not 0.0 <= float(text) <= 1.0:
+                _refuse(param, "a number from 0 to 1")
+            wishes.at_most("max_error", float(text))
+        case "x-cache-user":
+            if _USER.fullmatch(text) is None:
+                _refuse(param, "1 to 256 printable characters")
+            wishes.only("user", text, param)
+        case _:
+            if text.lower() in _TRUE:
+                wishes.ask("explain")
+            elif text.lower() not in _FALSE:
+                _refuse(param, "1 or 0")
+
+
+def _read_namespace(text: str, param: str, wishes: _Wishes) -> None:
+    if _NAMESPACE.fullmatch(text) is None:
+        _refuse(param, "1 to 128 letters, digits and ._:/@-")
+    wishes.only("namespace", text, param)
+
+
+def _read_twin(twin: object, wishes: _Wishes) -> None:
+    if not isinstance(twin, dict):
+        _refuse("cache", "an object")
+    for name, value in twin.items():
+        param = f"cache.{name[:64]}"
+        match name:
+            case "no-cache" | "no-store" | "use-cache":
+                if type(value) is not bool:
+                    _refuse(param, "true or false")
+                if name == "use-cache":
+                    if not value:
+                        wishes.mode("off", param)
+                elif value:
+                    _read_directive(name, None, wishes)
+            case "ttl" | "s-maxage":
+                if type(value) not in (int, float) or not 0 <= value:
+                    _refuse(param, "seconds")
+                wishes.at_most("ttl_s" if name == "ttl" else "max_age_s", float(min(value, SECONDS_MAX)))
+            case "namespace":
+                _read_namespace(_text(value, param), param, wishes)
+            case "mode":
+                wishes.mode(_text(value, param).lower(), param)
+            case "tags":
+                if not isinstance(value, list) or not all(isinstance(tag, str) for tag in value):
+                    _refuse(param, "an array of strings")
+                wishes.tags(value, param)
+            case _:
+                _refuse(param, "a known control")
+
+
+def _text(value: object, param: str) -> str:
+    if not isinstance(value, str):
+        _refuse(param, "a string")
+    return value
+
+
+# -- out ---------------------------------------------------------------------------------------------------------------
+
+_TOKEN = re.compile(r"[A-Za-z*][!#$%&'*+\-.^_`|~0-9A-Za-z:/]*")
+_UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
+_NANO = 10**9
+
+
+def _sf_item(text: str) -> str:
+    """A token where RFC 8941 §3.3.4 allows one, else a quoted string (§3.3.3)."""
+    if _TOKEN.fullmatch(text) is not None:
+        return text
+    printable = _UNPRINTABLE.sub("?", text)
+    return '"' + printable.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def cache_status(
+    *,
+    hit: bool = False,
+    fwd: str | None = None,
+    fwd_status: int | None = None,
+    ttl_s: int | None = None,
+    stored: bool = False,
+    collapsed: bool = False,
+    detail: str | None = None,
+) -> str:
+    """One Cache-Status member (RFC 9211 §2): either `hit`, or `fwd` with bypass, request, stale or miss."""
+    if hit == (fwd is not None):
+        raise ValueError("a Cache-Status says either hit or fwd")
+    said = ["ibid", "hit" if hit else f"fwd={fwd}"]
+    if fwd_status is not None:
+        said.append(f"fwd-status={fwd_status}")
+    if ttl_s is not None:
+        said.append(f"ttl={ttl_s}")
+    if stored:
+        said.append("stored")
+    if collapsed:
+        said.append("collapsed")
+    if detail:
+        said.append(f"detail={_sf_item(detail)}")
+    return "; ".join(said)
+
+
+def usd(nusd: int) -> str:
+    """Integer nano-dollars as exact decimal dollars."""
+    sign = "-" if nusd < 0 else ""
+    whole, part = divmod(abs(nusd), _NANO)
+    return f"{sign}{whole}.{part:09d}"
+
+
+def verdict_headers(
+    verdict: Verdict,
+    *,
+    request_id: str,
+    upstream: str,
+    age_s: int | None = None,
+    ttl_s: int | None = None,
+    fwd_status: int | None = None,
+    stored: bool = False,
+    collapsed: bool = False,
+    shadow: bool = False,
+    refresh: bool = False,
+    saved_nusd: int | None = None,
+    cost_nusd: int | None = None,
+) -> list[tuple[str, str]]:
+    """Cache-Status, x-cache* and the rest, known before the first byte. In shadow a hit was seen but not served."""
+    if isinstance(verdict, Hit) and not shadow:
+        tier = verdict.tier
+        status = cache_status(hit=True, ttl_s=ttl_s, collapsed=collapsed, detail=tier.value)
+        word = "STALE" if tier is Tier.STALE else "HIT"
+        headers = [("Cache-Status", status), ("x-cache", word), ("x-cache-tier", tier.value)]
+        if tier is Tier.SEMANTIC:
+            headers.append(("x-cache-similarity", f"{verdict.similarity:.4f}"))
+            headers.append(("x-cache-confidence", f"{verdict.probability:.4f}"))
+        headers.append(("x-cache-entry", str(verdict.entry.id)))
+    else:
+        headers = _forwarded(verdict, fwd_status, stored, collapsed, shadow, refresh)
+    if age_s is not None:
+        headers.append(("Age", str(age_s)))
+    if saved_nusd is not None:
+        headers.append(("x-cache-saved-usd", usd(saved_nusd)))
+    if cost_nusd is not None:
+        headers.append(("x-cost-usd", usd(cost_nusd)))
+    headers.append(("x-upstream", upstream))
+    headers.append(("x-request-id", request_id))
+    return headers
+
+
+def _forwarded(
+    verdict: Verdict, fwd_status: int | None, stored: bool, collapsed: bool, shadow: bool, refresh: bool
+) -> list[tuple[str, str]]:
+    if refresh:
+        fwd, word = "request", "REFRESH"
+    elif isinstance(verdict, Bypass):
+        fwd, word = "bypass", "BYPASS"
+    elif isinstance(verdict, Miss) and verdict.reason == "expired":
+        fwd, word = "stale", "MISS"
+    else:
+        fwd, word = "miss", "MISS"
+    if shadow:
+        word = "SHADOW"
+    reason = verdict.reason
+    status = cache_status(fwd=fwd, fwd_status=fwd_status, stored=stored, collapsed=collapsed, detail=reason)
+    headers = [("Cache-Status", status), ("x-cache", word)]
+    if collapsed:
+        headers.append(("x-cache-tier", Tier.COLLAPSED.value))
+    if isinstance(verdict, NearMiss | Hit):
+        headers.append(("x-cache-similarity", f"{verdict.similarity:.4f}"))
+        headers.append(("x-cache-confidence", f"{verdict.probability:.4f}"))
+    headers.append(("x-cache-reason", header_text(reason)))
+    return headers
+
+
+def header_text(text: str) -> str:
+    """Text that cannot end a header or start another: printable ASCII only."""
+    return _UNPRINTABLE.sub("?", text)

@@ -1,0 +1,174 @@
+"""Who asks, and which of a request's headers travel on.
+
+The proxy stores nothing about a credential but its digest. A header that may change the answer is part of the scope;
+a header that is not on the allow-list never leaves, so it cannot change anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+from proxy.core.errors import BadRequest
+
+CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key"})
+CREDENTIAL_LIMIT_BYTES = 4096
+
+FORWARDED = CREDENTIALS | {
+    b"accept",
+    b"content-type",
+    b"user-agent",
+    b"idempotency-key",
+    b"traceparent",
+    b"tracestate",
+}
+"""Names that go upstream. Absent by intent: accept-encoding and content-encoding (bodies are decoded here),
+content-length (reckoned anew), host, cookie, forwarded and x-forwarded-*, everything hop-by-hop."""
+
+FORWARDED_PREFIXES = (b"openai-", b"anthropic-", b"x-stainless-", b"x-goog-", b"x-ms-")
+
+NEVER_FORWARDED = frozenset(
+    {
+        b"connection",
+        b"content-encoding",
+        b"content-length",
+        b"cookie",
+        b"expect",
+        b"forwarded",
+        b"host",
+        b"keep-alive",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+"""Hop-by-hop (RFC 9110 §7.6.1), addressing and framing: not even configuration can add these."""
+
+DELIVERY_HEADERS = frozenset(
+    {
+        b"accept",  # stream or not is said in the body
+        b"content-type",  # always JSON here
+        b"user-agent",  # which program asks, not what
+        b"idempotency-key",  # names the attempt
+        b"traceparent",  # name the trace
+        b"tracestate",
+        b"x-goog-api-client",  # library versions
+        b"x-ms-client-request-id",  # names the attempt
+        b"x-ms-useragent",
+    }
+)
+"""Forwarded, yet not part of the scope: each only says how or by what the request travels."""
+
+DELIVERY_PREFIXES = (b"x-stainless-",)  # telemetry of the SDK
+
+_HEX64 = 64
+# RFC 9110 token characters, the rest of token68 and what providers put into keys; no blank, quote or control
+_SECRET = re.compile(rb"[A-Za-z0-9!#$%&*+\-./:=?@^_{|}~]+")
+_BEARER = re.compile(rb"[Bb][Ee][Aa][Rr][Ee][Rr] +([A-Za-z0-9!#$%&*+\-./:=?@^_{|}~]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """The credential headers of one request, (lower-case name, secret), in order of name. Never printed."""
+
+    secrets: tuple[tuple[bytes, bytes], ...] = field(repr=False)
+
+
+ANONYMOUS = Credential(())
+
+
+def _refuse(message: str) -> BadRequest:
+    return BadRequest(message, status=401, code="invalid_api_key", should_retry=False)
+
+
+def credential(headers: Iterable[tuple[bytes, bytes]], *, anonymous: bool = False) -> Credential:
+    """The credential the client brings, for an upstream that will check it.
+
+    Authorization must be a Bearer; several different credential headers count together (some SDKs send two). Raises
+    BadRequest (401, `invalid_api_key`) when none is there, one is there twice, empty, over 4 KiB, or holds what no key
+    holds; the message never quotes it. With `anonymous`, none at all gives ANONYMOUS.
+    """
+    found: dict[bytes, bytes] = {}
+    for raw_name, value in headers:
+        name = raw_name.lower()
+        if name not in CREDENTIALS:
+            continue
+        shown = name.decode("ascii")
+        if name in found:
+            raise _refuse(f"The header {shown} was sent twice.")
+        if len(value) > CREDENTIAL_LIMIT_BYTES:
+            raise _refuse(f"The header {shown} is longer than {CREDENTIAL_LIMIT_BYTES} bytes.")
+        if name == b"authorization":
+            match = _BEARER.fullmatch(value)
+            if match is None:
+                raise _refuse("The header authorization is not 'Bearer' and a key.")
+            found[name] = match[1]
+        elif _SECRET.fullmatch(value) is None:
+            raise _refuse(f"The header {shown} is not a key.")
+        else:
+            found[name] = value
+    if not found and not anonymous:
+        raise _refuse("No API key: send 'Authorization: Bearer ...' or 'x-api-key'.")
+    return Credential(tuple(sorted(found.items())))
+
+
+def tenant_of(secret: bytes, who: Credential) -> str:
+    """HMAC-SHA-256 over the whole credential, 64 hex digits. `secret` is the installation's own, never empty."""
+    if not secret:
+        raise ValueError("the installation's secret is empty")
+    mac = hmac.new(secret, b"tenant\x00", hashlib.sha256)
+    for name, value in who.secrets:
+        mac.update(b"%d:%b%d:%b" % (len(name), name, len(value), value))
+    return mac.hexdigest()
+
+
+def is_tenant(text: str) -> bool:
+    """Whether this is spelled like a tenant: 64 lower-case hex digits."""
+    return len(text) == _HEX64 and not text.strip("0123456789abcdef")
+
+
+def forwardable(headers: Iterable[tuple[bytes, bytes]], extra: Collection[str] = ()) -> list[tuple[str, str]]:
+    """The headers that go upstream, in order, spelled as they came.
+
+    The allow-list and `extra` (names, lower case), less everything hop-by-hop and everything a `Connection` header
+    names (RFC 9110 §7.6.1). A value that is not UTF-8 stays behind.
+    """
+    received = [(name, name.lower(), value) for name, value in headers]
+    named: set[bytes] = set()
+    for _, name, value in received:
+        if name == b"connection":
+            named.update(option.strip().lower() for option in value.split(b","))
+    wanted = {name.lower().encode("latin-1") for name in extra} if extra else ()
+    kept: list[tuple[str, str]] = []
+    for spelled, name, value in received:
+        if not (name in FORWARDED or name.startswith(FORWARDED_PREFIXES) or name in wanted):
+            continue
+        if name in NEVER_FORWARDED or name in named:
+            continue
+        try:
+            kept.append((spelled.decode("ascii"), value.decode("utf-8")))
+        except UnicodeDecodeError:
+            continue
+    return kept
+
+
+def scope_headers(headers: Iterable[tuple[bytes, bytes]], extra: Collection[str] = ()) -> tuple[tuple[str, str], ...]:
+    """What goes upstream and may change the answer: (lower-case name, value), by name, lines of one name in order.
+
+    Credentials are not in it: they are the tenant. What does not go upstream is not in it either.
+    """
+    kept: list[tuple[str, str]] = []
+    for spelled, value in forwardable(headers, extra):
+        name = spelled.lower()
+        as_bytes = name.encode("ascii")
+        if as_bytes in CREDENTIALS or as_bytes in DELIVERY_HEADERS or as_bytes.startswith(DELIVERY_PREFIXES):
+            continue
+        kept.append((name, value.strip()))
+    kept.sort(key=lambda header: header[0])
+    return tuple(kept)
