@@ -1,0 +1,234 @@
+"""Settings, read once: TOML file, then environment, then flags. The only reader of files and environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import urlsplit
+
+from proxy.configfile import Document, Fail, converted, setting_names
+from proxy.core.errors import ConfigError
+from proxy.core.model import Limits, Rules
+from proxy.settings import (
+    DEFAULT_UPSTREAMS,
+    RULES_BOUNDS,
+    SECTIONS,
+    Address,
+    Cache,
+    Embedding,
+    Flags,
+    Forward,
+    Index,
+    Log,
+    PriceOverride,
+    Server,
+    Settings,
+    StoreSettings,
+    UpstreamSettings,
+    options,
+)
+
+__all__ = ["Address", "Flags", "PriceOverride", "Settings", "UpstreamSettings", "load", "options"]
+
+Kind = TypeVar("Kind")
+
+TOKEN_CHARACTERS = 32
+
+
+def load(flags: Flags, environ: Mapping[str, str]) -> Settings:
+    """Settings from file, environment and flags, the later winning. Reads one file, touches nothing else.
+
+    Raises ConfigError; its one-line message names the file and line, the variable, or the flag.
+    """
+    document = Document.read(flags.config or environ.get("IBID_CONFIG"))
+    document.known("", frozenset({"data_dir", "prices", "upstream", *SECTIONS}))
+    document.known("prices", frozenset({"override"}))
+    settings = Settings(
+        data_dir=_data_dir(document, flags, environ),
+        server=_server(document, flags, environ),
+        limits=_limits(document),
+        upstreams=_upstreams(document, flags, environ),
+        forward=_section(document, "forward", Forward),
+        rules=_rules(document),
+        cache=_section(document, "cache", Cache),
+        embedding=_section(document, "embedding", Embedding),
+        index=_section(document, "index", Index),
+        store=_store(document, flags, environ),
+        prices=_prices(document),
+        log=_log(document, environ),
+        source=document.path,
+    )
+    _check_together(settings, document)
+    return settings
+
+
+def _section(document: Document, section: str, kind: type[Kind]) -> Kind:
+    names = frozenset[str]().union(*(setting_names(part) for part in SECTIONS[section]))
+    document.known(section, names)
+    return document.fill(section, kind, document.table(section), kind(), _address)
+
+
+def _named_tables(document: Document, section: str, kind: type[Kind], bases: Mapping[str, Kind]) -> dict[str, Kind]:
+    """One value per table of `[section.NAME]`, on top of the base of that name."""
+    found = {}
+    for name, table in document.table(section).items():
+        place = f"{section}.{name}"
+        if not isinstance(table, dict):
+            document.fail(section, name, "must be a table")
+        for unknown in table.keys() - setting_names(kind):
+            document.fail(place, unknown, "is unknown")
+        found[name] = document.fill(place, kind, table, bases.get(name, kind()), None)
+    return found
+
+
+def _named(source: str) -> Fail:
+    """A failure that names a variable or a flag."""
+
+    def fail(message: str) -> NoReturn:
+        raise ConfigError(f"{source} {message}", param=source)
+
+    return fail
+
+
+def _given(flag: str | None, flag_name: str, environ: Mapping[str, str], variable: str) -> tuple[str | None, Fail]:
+    """The flag's value, else the variable's, with the failure that names where it came from. Empty is unset."""
+    if flag:
+        return flag, _named(flag_name)
+    return environ.get(variable) or None, _named(variable)
+
+
+def _address(value: Any, fail: Fail) -> Address:
+    """ "HOST:PORT" or "[IPV6]:PORT" as an Address."""
+    found = (
+        re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^\s:\[\]/@]+)):(\d{1,5})", value) if isinstance(value, str) else None
+    )
+    if found is None or int(found[3]) > 65535:
+        fail('must be "HOST:PORT", with a port up to 65535')
+    return Address(found[1] or found[2], int(found[3]))
+
+
+def _data_dir(document: Document, flags: Flags, environ: Mapping[str, str]) -> Path:
+    named = flags.data_dir or environ.get("IBID_DATA_DIR") or document.values.get("data_dir")
+    if named is None:
+        base = environ.get("XDG_DATA_HOME") or os.path.join(environ.get("HOME") or "~", ".local", "share")
+        named = os.path.join(base, "ibid")
+    if not isinstance(named, str) or not named or "\0" in named:
+        document.fail("", "data_dir", "must be the path of a folder")
+    if named.startswith("~/") and environ.get("HOME"):
+        named = os.path.join(environ["HOME"], named[2:])
+    return Path(os.path.abspath(named))
+
+
+def _server(document: Document, flags: Flags, environ: Mapping[str, str]) -> Server:
+    if "admin_token" in document.table("server"):
+        document.fail("server", "admin_token", "is a secret: set IBID_ADMIN_TOKEN instead")
+    server = _section(document, "server", Server)
+    listen, fail_listen = _given(flags.listen, "--listen", environ, "IBID_LISTEN")
+    admin, fail_admin = _given(flags.admin, "--admin", environ, "IBID_ADMIN")
+    if listen:
+        server = dataclasses.replace(server, listen=_address(listen, fail_listen))
+    if admin:
+        server = dataclasses.replace(server, admin=_address(admin, fail_admin))
+    if flags.workers is not None:
+        server = dataclasses.replace(server, workers=converted(flags.workers, Server, "workers", _named("--workers")))
+    if token := environ.get("IBID_ADMIN_TOKEN"):
+        if not re.fullmatch(rf"[!-~]{{{TOKEN_CHARACTERS},}}", token):
+            _named("IBID_ADMIN_TOKEN")(f"must be at least {TOKEN_CHARACTERS} printable ASCII characters without spaces")
+        server = dataclasses.replace(server, admin_token=token)
+    return server
+
+
+def _limits(document: Document) -> Limits:
+    limits = _section(document, "limits", Limits)
+    for spec in dataclasses.fields(limits):
+        value = getattr(limits, spec.name)
+        if value == 0 and spec.name != "queued":
+            document.fail("limits", spec.name, "must be above 0: nothing would ever be served")
+    return limits
+
+
+def _rules(document: Document) -> Rules:
+    rules = _section(document, "cache", Rules)
+    for name, (least, most) in RULES_BOUNDS.items():
+        if not least <= getattr(rules, name) <= most:
+            document.fail("cache", name, f"must be between {least:g} and {most:g}")
+    return rules
+
+
+def _upstreams(document: Document, flags: Flags, environ: Mapping[str, str]) -> Mapping[str, UpstreamSettings]:
+    """The built-in upstreams, changed and added to by the file; or the one address of `--upstream` for everything."""
+    found = {**DEFAULT_UPSTREAMS, **_named_tables(document, "upstream", UpstreamSettings, DEFAULT_UPSTREAMS)}
+    for name, upstream in found.items():
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,31}", name):
+            document.fail("upstream", name, "must be 1-32 of a-z, 0-9, dot, hyphen, underscore")
+        if problem := _url_problem(upstream.base_url):
+            document.fail(f"upstream.{name}", "base_url", problem)
+    one, fail = _given(flags.upstream, "--upstream", environ, "IBID_UPSTREAM")
+    if one:
+        if problem := _url_problem(one):
+            fail(problem)
+        found = {"upstream": UpstreamSettings(one)}
+    return types.MappingProxyType(found)
+
+
+def _url_problem(url: str) -> str:
+    """What is wrong with an upstream's address, without quoting it: it may hold a secret. "" when nothing is."""
+    try:
+        parts = urlsplit(url)
+        has_port = parts.port != 0
+    except ValueError:
+        return "is not a URL"
+    if parts.scheme not in ("http", "https") or not parts.hostname or not has_port or re.search(r"[\s\\]", url):
+        return "must be http://HOST or https://HOST, with a port and a path if needed"
+    if "@" in parts.netloc:
+        return "must not hold a credential: clients bring their own"
+    return "must not have a query or a fragment" if "?" in url or "#" in url else ""
+
+
+def _store(document: Document, flags: Flags, environ: Mapping[str, str]) -> StoreSettings:
+    store = _section(document, "store", StoreSettings)
+    url, fail = _given(flags.database, "--database", environ, "IBID_DATABASE_URL")
+    if url is None:
+        url = store.database_url
+
+        def fail(message: str) -> NoReturn:
+            document.fail("store", "database_url", message)
+
+    if url and not re.match(r"(sqlite(\+aiosqlite)?|postgres(ql)?(\+asyncpg)?)://", url):
+        fail("must begin with sqlite:/// or postgresql://")
+    return dataclasses.replace(store, database_url=url)
+
+
+def _prices(document: Document) -> Mapping[str, PriceOverride]:
+    found = _named_tables(document, "prices.override", PriceOverride, {})
+    for name, override in found.items():
+        upstream, slash, model = name.partition("/")
+        if not (upstream and slash and model):
+            document.fail("prices.override", name, 'must be named "upstream/model" or "upstream/*"')
+        if override.input_usd_per_mtok is None or override.output_usd_per_mtok is None:
+            document.fail(f"prices.override.{name}", "", "needs input_usd_per_mtok and output_usd_per_mtok")
+    return types.MappingProxyType(found)
+
+
+def _log(document: Document, environ: Mapping[str, str]) -> Log:
+    log = _section(document, "log", Log)
+    if level := environ.get("IBID_LOG_LEVEL"):
+        log = dataclasses.replace(log, level=converted(level.upper(), Log, "level", _named("IBID_LOG_LEVEL")))
+    return log
+
+
+def _check_together(settings: Settings, document: Document) -> None:
+    server, rules = settings.server, settings.rules
+    if server.workers > 1:
+        document.fail("server", "workers", "(--workers) above 1 is not supported yet")
+    if server.anonymous and not server.listen.is_loopback:
+        document.fail("server", "anonymous", f"needs a loopback listener, and server.listen is {server.listen}")
+    if server.listen == server.admin and server.listen.port != 0:
+        document.fail("server", "admin", f"is the client listener's address, {server.listen}")
+    if rules.ttl_s > rules.max_ttl_s:
+        document.fail("cache", "ttl_s", f"is above max_ttl_s, {rules.max_ttl_s:g}")

@@ -1,0 +1,263 @@
+"""Frozen settings by section, and why each is there. Units are in the names.
+
+Every setting is a field with a default and one line of why; `options()` lists them, and a test compares that list with
+`deploy/config.example.toml` and the README. `config.load` makes them; core receives only its own `Rules` and `Limits`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from proxy.configfile import setting_names
+from proxy.core.model import Limits, Rules
+
+MIB = 1024 * 1024
+
+
+class Address(NamedTuple):
+    """Where a listener binds. Port 0 lets the system choose."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+def option(default: Any, why: str, *, least: float | None = None, most: float | None = None) -> Any:
+    """A field with its default, one line of why, and inclusive bounds."""
+    return field(default=default, metadata={"why": why, "least": least, "most": most})
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """The two listeners. `admin_token` comes from the environment alone; without one a token file is made."""
+
+    listen: Address = option(Address("127.0.0.1", 4141), "client listener; the loopback until you decide otherwise")
+    admin: Address = option(Address("127.0.0.1", 4142), "admin listener: metrics, ledger, purges; keep it private")
+    anonymous: bool = option(False, "serve clients without a credential, all as one tenant; loopback listener only")
+    workers: int = option(1, "event loops sharing the client port; more than 1 is not supported yet", least=1)
+    drain_timeout_s: float = option(30.0, "how long a stop waits for answers under way", least=0)
+    admin_token: str | None = field(default=None, repr=False, metadata={"environment_only": True})
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamSettings:
+    """One model server. The table's name is the upstream's name in headers, scopes and the ledger."""
+
+    base_url: str = option("", "address of the server, with or without its /v1; no credential, query or fragment")
+    dialect: Literal["openai", "anthropic", "gemini", "ollama"] = option("openai", "wire format it speaks")
+    prices_as: str | None = option(None, "provider whose list prices apply; unset: the one of the upstream's name")
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """How long a forward may take, and what more of the client's request it carries."""
+
+    connect_timeout_s: float = option(5.0, "TCP and TLS; a dead address must fail fast", least=0.001)
+    first_byte_timeout_s: float = option(600.0, "from request to response head; a long whole answer", least=0.001)
+    idle_timeout_s: float = option(120.0, "longest silence inside a response body", least=0.001)
+    extra_headers: tuple[str, ...] = option((), "request headers beyond the allow-list that reach the upstream")
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """What of the cache is not a rule of the policy."""
+
+    hot_bytes: int = option(64 * MIB, "memory for rows served without asking SQL; least recently used leave", least=0)
+    usage_on_hit: Literal["original", "zero"] = option("original", "usage a hit reports: as stored, or 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """The model that turns a prompt into a vector."""
+
+    model: str = option("all-MiniLM-L6-v2", "the bundled model, or a folder in sentence-transformers layout")
+    backend: Literal["onnx", "onnx-int8", "torch"] = option(
+        "onnx", "onnx-int8 is faster, less exact; torch is the reference, slower, and 400 MB larger"
+    )
+    threads: int = option(1, "threads of one model call; more only with idle cores", least=1)
+    queue: int = option(256, "texts waiting; when full the lookup is bypassed at once", least=1)
+    lru: int = option(4096, "vectors kept, so wording seen before is not embedded again; 1.5 KiB each", least=0)
+    deadline_ms: int = option(150, "longest wait for a vector; then the request is forwarded", least=1)
+    require_semantic: bool = option(False, "refuse to start without a working model, instead of exact hits only")
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """The vector index, derived from SQL."""
+
+    promote_at: int = option(2000, "vectors in one scope before an approximate index replaces the exact one", least=64)
+    snapshot_interval_s: float = option(300.0, "how often it is saved; a start replays only later rows", least=1)
+    queue: int = option(4096, "adds and removes waiting for the owner; a rebuild finds what did not fit", least=1)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSettings:
+    """SQL: entries and ledger. `database_url` may hold a password and is kept out of `repr`."""
+
+    database_url: str = field(
+        default="",
+        repr=False,
+        metadata={"why": "sqlite:///FILE or postgresql://USER@HOST/NAME; unset: ibid.db in data_dir"},
+    )
+    max_entries: int = option(100_000, "entries kept; the least recently used are evicted", least=1)
+    max_bytes: int = option(1024 * MIB, "stored answers together; the least recently used are evicted", least=MIB)
+    queue: int = option(10_000, "entries waiting for the one writer; when full an answer is not stored", least=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """One line per lookup on standard error."""
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = option("INFO", "INFO has one line per lookup")
+    format: Literal["json", "text"] = option("json", "json for machines, text for people at a terminal")
+
+
+@dataclass(frozen=True, slots=True)
+class PriceOverride:
+    """Prices agreed with a provider, USD per million tokens, exact as written."""
+
+    input_usd_per_mtok: Decimal | None = option(None, "input tokens; required", least=0)
+    output_usd_per_mtok: Decimal | None = option(None, "output tokens; required", least=0)
+    cache_read_usd_per_mtok: Decimal | None = option(None, "read from the provider's cache; unset: as input", least=0)
+    cache_write_usd_per_mtok: Decimal | None = option(None, "written to the provider's cache; unset: as input", least=0)
+
+    def rates(self) -> dict[str, str]:
+        """What is set, by the short names of the price book: input, output, cache_read, cache_write."""
+        given = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
+        return {name.removesuffix("_usd_per_mtok"): str(usd) for name, usd in given.items() if usd is not None}
+
+
+DEFAULT_UPSTREAMS: Mapping[str, UpstreamSettings] = types.MappingProxyType(
+    {
+        "openai": UpstreamSettings("https://api.openai.com", "openai"),
+        "anthropic": UpstreamSettings("https://api.anthropic.com", "anthropic"),
+        "gemini": UpstreamSettings("https://generativelanguage.googleapis.com", "gemini"),
+        "ollama": UpstreamSettings("http://127.0.0.1:11434", "ollama"),
+    }
+)
+
+LIMITS_WHY: Mapping[str, str] = {
+    "body_bytes": "largest request body, decoded",
+    "json_depth": "deepest nesting of a body",
+    "messages": "longest conversation",
+    "headers": "header lines of one request",
+    "header_line_bytes": "longest header line",
+    "header_timeout_s": "time to send the whole head; ends slow senders",
+    "body_timeout_s": "longest silence inside a request body",
+    "keep_alive_s": "idle time before a client's connection is closed",
+    "connections": "open client connections",
+    "in_flight": "requests worked on at once",
+    "queued": "requests waiting for a turn; beyond it 503 at once",
+    "queue_timeout_s": "longest wait for a turn",
+    "write_stall_s": "longest time a client may leave an answer unread",
+}
+
+RULES_WHY: Mapping[str, str] = {
+    "max_error_rate": "share of hits that may be wrong: the budget the judge keeps",
+    "ttl_s": "life of an entry when nobody says otherwise",
+    "max_ttl_s": "longest life a client may ask for",
+    "volatile_ttl_s": "life of an answer to a question about now",
+    "semantic_temperature_max": "explicit temperature above this: exact only, the client wants variety",
+    "cache_sampled": "exact hits even for a high temperature or a seed",
+    "cache_tools": "exact hits for requests that carry tools and were answered in text",
+    "semantic": "look for reworded questions at all",
+    "min_words": "shorter prompts say too little to compare",
+    "near_floor": "similarity from which a miss is listed as a near-miss",
+    "answer_limit_bytes": "longer answers are not stored",
+    "prompt_limit_bytes": "longer prompts are not looked up",
+}
+
+RULES_BOUNDS: Mapping[str, tuple[float, float]] = {
+    "max_error_rate": (0.0, 0.5),
+    "semantic_temperature_max": (0.0, 2.0),
+    "near_floor": (0.0, 1.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All of it, checked. `source` is the file it came from, if any."""
+
+    data_dir: Path
+    server: Server
+    limits: Limits
+    upstreams: Mapping[str, UpstreamSettings]
+    forward: Forward
+    rules: Rules
+    cache: Cache
+    embedding: Embedding
+    index: Index
+    store: StoreSettings
+    prices: Mapping[str, PriceOverride]  # by "upstream/model" or "upstream/*"
+    log: Log
+    source: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """What the command line said; None where it said nothing."""
+
+    config: str | None = None
+    listen: str | None = None
+    admin: str | None = None
+    upstream: str | None = None
+    database: str | None = None
+    data_dir: str | None = None
+    workers: int | None = None
+
+
+class Option(NamedTuple):
+    """One documented setting, `[section] name = default`."""
+
+    section: str
+    name: str
+    default: Any
+    why: str
+
+
+# One TOML table may fill two dataclasses: [cache] holds the policy's rules and the cache's own bounds.
+SECTIONS: Mapping[str, tuple[type[Any], ...]] = {
+    "server": (Server,),
+    "limits": (Limits,),
+    "forward": (Forward,),
+    "cache": (Rules, Cache),
+    "embedding": (Embedding,),
+    "index": (Index,),
+    "store": (StoreSettings,),
+    "log": (Log,),
+}
+NAMED: Mapping[str, type[Any]] = {"upstream": UpstreamSettings, "prices.override": PriceOverride}
+
+
+def options() -> list[Option]:
+    """Every setting a file may hold, in the order of the file; NAME stands for a name the operator gives."""
+    found = [Option("", "data_dir", None, "database, index, converted model, secrets; unset: ~/.local/share/ibid")]
+    named = [(f"{section}.NAME", (kind,)) for section, kind in NAMED.items()]
+    for section, kinds in [*SECTIONS.items(), *named]:
+        for kind in kinds:
+            for spec in dataclasses.fields(kind):
+                if spec.name in setting_names(kind):
+                    found.append(Option(section, spec.name, spec.default, _why(kind, spec)))
+    return found
+
+
+def _why(kind: type[Any], spec: dataclasses.Field[Any]) -> str:
+    if kind is Limits:
+        return LIMITS_WHY[spec.name]
+    return RULES_WHY[spec.name] if kind is Rules else str(spec.metadata["why"])

@@ -1,0 +1,254 @@
+"""Settings: where they come from, what beats what, and what is refused, by line."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from proxy import settings as nouns
+from proxy.config import Address, Flags, load, options
+from proxy.core.errors import ConfigError
+from proxy.core.model import Limits, Rules
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "deploy" / "config.example.toml"
+HOME = {"HOME": "/home/ann"}
+LINE = re.compile(r"^(# )?([a-z_]+) = (.+?) +# (\S.*)$")
+
+
+def written(folder: Path, text: str) -> Flags:
+    path = folder / "ibid.toml"
+    path.write_text(text)
+    return Flags(config=str(path))
+
+
+def refusal(folder: Path, text: str, environ: dict[str, str] | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(written(folder, text), {**HOME, **(environ or {})})
+    assert "\n" not in caught.value.message
+    return caught.value.message
+
+
+def test_without_anything_the_defaults_are_the_documented_ones() -> None:
+    settings = load(Flags(), HOME)
+    assert settings.server.listen == Address("127.0.0.1", 4141)
+    assert settings.server.admin == Address("127.0.0.1", 4142)
+    assert settings.server.admin_token is None
+    assert settings.rules == Rules()
+    assert settings.limits == Limits()
+    assert settings.data_dir == Path("/home/ann/.local/share/ibid")
+    assert list(settings.upstreams) == ["openai", "anthropic", "gemini", "ollama"]
+    assert all(name == upstream.dialect for name, upstream in settings.upstreams.items())
+    assert settings.source is None
+
+
+def test_flags_beat_environment_beats_file(tmp_path: Path) -> None:
+    flags = written(tmp_path, 'data_dir = "/file"\n[server]\nlisten = "127.0.0.1:1"\nadmin = "127.0.0.1:2"\n')
+    environ = {**HOME, "IBID_LISTEN": "127.0.0.1:11", "IBID_DATA_DIR": "/env", "IBID_DATABASE_URL": "sqlite:///env.db"}
+    from_file = load(flags, HOME)
+    assert (from_file.server.listen.port, from_file.server.admin.port) == (1, 2)
+    assert from_file.data_dir == Path("/file")
+    from_environment = load(flags, environ)
+    assert (from_environment.server.listen.port, from_environment.server.admin.port) == (11, 2)
+    assert from_environment.data_dir == Path("/env")
+    assert from_environment.store.database_url == "sqlite:///env.db"
+    chosen = dataclasses.replace(flags, listen="[::1]:21", data_dir="/flag", database="postgresql://h/d")
+    from_flags = load(chosen, environ)
+    assert from_flags.server.listen == Address("::1", 21)
+    assert from_flags.data_dir == Path("/flag")
+    assert from_flags.store.database_url == "postgresql://h/d"
+
+
+def test_every_variable_of_the_contract_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "named.toml"
+    path.write_text("[cache]\nttl_s = 7\n")
+    environ = {
+        "IBID_CONFIG": str(path),
+        "IBID_ADMIN": "127.0.0.1:9",
+        "IBID_UPSTREAM": "http://127.0.0.1:8080/v1",
+        "IBID_ADMIN_TOKEN": "t" * 32,
+        "IBID_LOG_LEVEL": "debug",
+        "XDG_DATA_HOME": "/xdg",
+    }
+    settings = load(Flags(), environ)
+    assert settings.source == path
+    assert settings.rules.ttl_s == 7.0
+    assert settings.server.admin.port == 9
+    assert settings.server.admin_token == "t" * 32
+    assert settings.log.level == "DEBUG"
+    assert settings.data_dir == Path("/xdg/ibid")
+    assert [upstream.base_url for upstream in settings.upstreams.values()] == ["http://127.0.0.1:8080/v1"]
+
+
+def test_a_file_changes_a_built_in_upstream_and_adds_others(tmp_path: Path) -> None:
+    text = (
+        '[upstream.openai]\nbase_url = "https://gate.example"\n[upstream.lab]\nbase_url = "http://10.0.0.1:8000/v1"\n'
+    )
+    upstreams = load(written(tmp_path, text), HOME).upstreams
+    assert list(upstreams) == ["openai", "anthropic", "gemini", "ollama", "lab"]
+    assert upstreams["openai"].base_url == "https://gate.example"
+    assert upstreams["openai"].dialect == "openai"
+    assert upstreams["lab"].base_url == "http://10.0.0.1:8000/v1"
+
+
+def test_prices_stay_exact_to_the_digit(tmp_path: Path) -> None:
+    text = '[prices.override."openai/gpt-x"]\ninput_usd_per_mtok = 0.1\noutput_usd_per_mtok = 3\n'
+    override = load(written(tmp_path, text), HOME).prices["openai/gpt-x"]
+    assert override.input_usd_per_mtok == Decimal("0.1")
+    assert override.rates() == {"input": "0.1", "output": "3"}
+
+
+def test_secrets_are_not_shown_by_repr() -> None:
+    environ = {**HOME, "IBID_ADMIN_TOKEN": "s3cret" * 8, "IBID_DATABASE_URL": "postgresql://u:hunter2@h/d"}
+    shown = repr(load(Flags(), environ))
+    assert "s3cret" not in shown
+    assert "hunter2" not in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("[server]\n\nlisen = '127.0.0.1:1'\n", 3, "server.lisen is unknown (did you mean listen?)"),
+        ("\n[sever]\n", 2, "sever is unknown (did you mean server?)"),
+        ("[upstream.lab]\nbase_url = 'http://h'\nkey = 'sk-1'\n", 3, "upstream.lab.key is unknown"),
+        ("[cache]\nttl_s = '1d'\n", 2, "cache.ttl_s must be a finite number"),
+        ("[cache]\nttl_s = nan\n", 2, "cache.ttl_s must be a finite number"),
+        ("[cache]\nsemantic = 1\n", 2, "cache.semantic must be true or false"),
+        ("[limits]\nmessages = true\n", 2, "limits.messages must be a whole number"),
+        ("[limits]\nmessages = 1.5\n", 2, "limits.messages must be a whole number"),
+        ("[limits]\nbody_bytes = -1\n", 2, "limits.body_bytes must be at least 0"),
+        ("[limits]\nin_flight = 0\n", 2, "limits.in_flight must be above 0"),
+        ("[cache]\nmax_error_rate = 0.6\n", 2, "cache.max_error_rate must be between 0 and 0.5"),
+        ("[cache]\nmin_words = 3\nmax_ttl_s = 5\nttl_s = 6\n", 4, "cache.ttl_s is above max_ttl_s, 5"),
+        ("[embedding]\nbackend = 'tpu'\n", 2, "embedding.backend must be one of onnx, onnx-int8, torch"),
+        ("[server]\nlisten = 'localhost'\n", 2, 'server.listen must be "HOST:PORT"'),
+        ("[server]\nlisten = '127.0.0.1:65536'\n", 2, 'server.listen must be "HOST:PORT"'),
+        ("[server]\nworkers = 2\n", 2, "server.workers (--workers) above 1 is not supported yet"),
+        ("[server]\nadmin_token = 'x'\n", 2, "server.admin_token is a secret: set IBID_ADMIN_TOKEN instead"),
+        ("[server]\nlisten = '0.0.0.0:1'\nanonymous = true\n", 3, "server.anonymous needs a loopback listener"),
+        ("[server]\nadmin = '127.0.0.1:4141'\n", 2, "server.admin is the client listener's address"),
+        ("[upstream.Lab]\nbase_url = 'http://h'\n", 1, "upstream.Lab must be 1-32 of"),
+        ("[upstream.lab]\ndialect = 'openai'\n", 1, "upstream.lab.base_url must be http://HOST"),
+        ("[store]\ndatabase_url = 'mysql://h/d'\n", 2, "store.database_url must begin with"),
+        ("[prices.override.gpt]\ninput_usd_per_mtok = 1\n", 1, "prices.override.gpt must be named"),
+        ('[prices.override."a/b"]\ninput_usd_per_mtok = 1\n', 1, "needs input_usd_per_mtok and output_usd_per_mtok"),
+        ("data_dir = 5\n", 1, "data_dir must be the path of a folder"),
+        ("server = 3\n", 1, "server must be a table"),
+        ("[upstream]\nlab = 3\n", 2, "upstream.lab must be a table"),
+    ],
+)
+def test_a_mistake_is_named_with_its_line(tmp_path: Path, text: str, line: int, words: str) -> None:
+    assert f"ibid.toml, line {line}: " in (message := refusal(tmp_path, text)), message
+    assert words in message
+
+
+def test_a_file_that_is_not_toml_names_the_line(tmp_path: Path) -> None:
+    assert "not valid TOML" in (message := refusal(tmp_path, "[server]\nlisten = \n"))
+    assert "line 2" in message
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.toml: No such file"):
+        load(Flags(config=str(tmp_path / "absent.toml")), HOME)
+    (tmp_path / "binary.toml").write_bytes(b"a = '\xff'")
+    with pytest.raises(ConfigError, match="byte 5 is not UTF-8"):
+        load(Flags(config=str(tmp_path / "binary.toml")), HOME)
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("ftp://h", "must be http://HOST"),
+        ("h:80", "must be http://HOST"),
+        ("http://", "must be http://HOST"),
+        ("http://h:99999", "is not a URL"),
+        ("http://h ost", "must be http://HOST"),
+        ("https://user:hunter2@h", "must not hold a credential"),
+        ("https://h/v1?key=hunter2", "must not have a query"),
+        ("https://h/#hunter2", "must not have a query"),
+    ],
+)
+def test_an_unusable_upstream_address_is_refused_without_being_quoted(url: str, words: str) -> None:
+    for flags, environ, source in (
+        (Flags(upstream=url), HOME, "--upstream"),
+        (Flags(), {**HOME, "IBID_UPSTREAM": url}, "IBID_UPSTREAM"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load(flags, environ)
+        assert caught.value.message.startswith(f"{source} {words}")
+        assert "hunter2" not in caught.value.message
+
+
+@pytest.mark.parametrize("token", ["short", "ä" * 40, "with space " * 4])
+def test_a_weak_admin_token_is_refused_and_not_quoted(token: str) -> None:
+    with pytest.raises(ConfigError, match="IBID_ADMIN_TOKEN must be at least 32") as caught:
+        load(Flags(), {**HOME, "IBID_ADMIN_TOKEN": token})
+    assert token not in caught.value.message
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_other_than_one_worker_is_refused(workers: int) -> None:
+    with pytest.raises(ConfigError, match="workers"):
+        load(Flags(workers=workers), HOME)
+
+
+@pytest.mark.parametrize("section", sorted(nouns.SECTIONS))
+def test_every_section_refuses_what_it_does_not_know(tmp_path: Path, section: str) -> None:
+    other = "backend" if section != "embedding" else "listen"  # known, but elsewhere
+    for name in ("x", '"quoted name"', other):
+        assert f"line 2: {section}.{name.strip(chr(34))} is unknown" in refusal(tmp_path, f"[{section}]\n{name} = 1\n")
+
+
+def documented(text: str) -> dict[tuple[str, str], tuple[str, str]]:
+    """(section, name) → (value as written, why) of an example file, commented settings included."""
+    found, section = {}, ""
+    for line in text.splitlines():
+        if header := re.match(r"^(?:# )?\[(.+)\]$", line):
+            section = re.sub(r"^(upstream|prices\.override)\..+", r"\1.NAME", header[1])
+        elif setting := LINE.match(line):
+            found[section, setting[2]] = (setting[3], setting[4])
+    return found
+
+
+def test_the_example_file_shows_every_setting_with_its_default_and_why() -> None:
+    text = EXAMPLE.read_text()
+    shown = documented(text)
+    assert list(shown) == [(option.section, option.name) for option in options()]
+    for option in options():
+        value, why = shown[option.section, option.name]
+        assert why == option.why
+        if option.default not in (None, "") and not option.section.endswith("NAME"):
+            written_value = tomllib.loads(f"x = {value}")["x"]
+            default = str(option.default) if isinstance(option.default, Address) else option.default
+            assert (list(default) if isinstance(default, tuple) else default) == written_value, option
+
+
+def test_the_example_file_gives_the_defaults() -> None:
+    with_file = load(Flags(config=str(EXAMPLE)), HOME)
+    assert dataclasses.replace(with_file, source=None) == load(Flags(), HOME)
+
+
+def test_the_example_file_is_valid_with_every_comment_opened(tmp_path: Path) -> None:
+    opened = re.sub(r"(?m)^# (\[[a-z].*\]|[a-z_]+ = .*)$", r"\1", EXAMPLE.read_text())
+    settings = load(written(tmp_path, opened), HOME)
+    assert settings.upstreams["example"].base_url == "https://models.example/v1"
+    assert settings.prices["openai/gpt-example"].output_usd_per_mtok == Decimal("8.00")
+    assert settings.data_dir == Path("/var/lib/ibid")
+
+
+def test_the_readme_table_names_every_setting() -> None:
+    """Rows of the README's configuration table: | `section.name` | default | why |."""
+    text = (ROOT / "README.md").read_text()
+    rows = dict(re.findall(r"(?m)^\| `([a-z_.NAME]+)` \| (?:`([^`]*)`|[^|]*) \|", text))
+    wanted = {".".join(filter(None, (option.section, option.name))): option.default for option in options()}
+    assert sorted(rows) == sorted(wanted)
+    for name, default in wanted.items():
+        if isinstance(default, bool):
+            assert rows[name] == str(default).lower(), name
+        elif isinstance(default, int | float) and not name.startswith(("upstream.", "prices.")):
+            assert float(rows[name]) == default, name
