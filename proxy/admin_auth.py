@@ -54,25 +54,39 @@ GATE = web.AppKey("gate", Gate)
 def load_token(given: str | None, data_dir: Path) -> tuple[str, Path | None]:
     """The operator's token with None, or the one kept in DATA_DIR/admin-token (made on first use, 0600) with its path.
 
-    Raises ConfigError when the token is short or not printable ASCII, or the file cannot be read, made or is
-    readable by others.
+    Raises ConfigError when the token is short or not printable ASCII, or its file cannot be read, made, or is open to
+    others.
     """
+    path = data_dir / TOKEN_FILE
+    if given is None:
+        try:
+            return _make_token(path), path
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise ConfigError(f"the admin token in {path} cannot be kept: {error.strerror}") from error
+    return find_token(given, data_dir)
+
+
+def find_token(given: str | None, data_dir: Path) -> tuple[str, Path | None]:
+    """As `load_token`, without making a token where there is none. Raises ConfigError."""
     if given is not None:
         return _checked(given, "IBID_ADMIN_TOKEN"), None
     path = data_dir / TOKEN_FILE
     try:
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        except FileExistsError:
-            return _checked(read_token(path), str(path)), path
-        token = secrets.token_urlsafe(TOKEN_CHARACTERS)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(token + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        return _checked(read_token(path), str(path)), path
     except OSError as error:
-        raise ConfigError(f"cannot keep the admin token in {path}: {error.strerror}") from error
-    return token, path
+        raise ConfigError(f"the admin token in {path} cannot be read: {error.strerror}") from error
+
+
+def _make_token(path: Path) -> str:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    token = secrets.token_urlsafe(TOKEN_CHARACTERS)
+    with os.fdopen(descriptor, "w") as opened:
+        opened.write(token + "\n")
+        opened.flush()
+        os.fsync(opened.fileno())
+    return token
 
 
 def read_token(path: Path) -> str:

@@ -1,0 +1,8 @@
+"""`python -m proxy` is the command `ibid`."""
+
+import sys
+
+from proxy.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""`ibid check`: is everything there that `serve` will need, and if not, what must the operator do. Changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import os
+import socket
+import sqlite3
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from index.errors import ModelFault
+from proxy.config import Address, Settings
+from proxy.core.errors import ConfigError
+
+OUR_PACKAGES = ("proxy", "index")
+OUR_DISTRIBUTION = "ibid-proxy"
+EARLIEST_S = 1_760_000_000  # October 2025, before this program was written
+LATEST_S = 4_102_444_800  # the year 2100
+SNAPSHOT = "index.snapshot"
+
+
+class Finding(NamedTuple):
+    """`state`: "ok", "warn" (serves, less well) or "fail" (will not start)."""
+
+    part: str
+    state: str
+    note: str
+
+
+def inspect(settings: Settings) -> list[Finding]:
+    """Every part looked at, in the order a start uses them."""
+    looks: tuple[Callable[[Settings], Iterator[Finding]], ...] = (
+        _configuration, _packages, _clock, _data_dir, _database, _model, _snapshot, _token, _ports,
+    )  # fmt: skip
+    return [finding for look in looks for finding in look(settings)]
+
+
+def _configuration(settings: Settings) -> Iterator[Finding]:
+    yield Finding("configuration", "ok", str(settings.source or "defaults, environment and flags"))
+
+
+def _packages(_settings: Settings) -> Iterator[Finding]:
+    owners = importlib.metadata.packages_distributions()
+    for name in OUR_PACKAGES:
+        others = sorted(
+            {owner for owner in owners.get(name, ()) if owner.lower().replace("_", "-") != OUR_DISTRIBUTION}
+        )
+        if others:
+            note = f"{', '.join(others)} also installs a package named {name}: give ibid an environment of its own"
+            yield Finding("packages", "fail", note)
+            return
+    yield Finding("packages", "ok", "no other distribution owns our names")
+
+
+def _clock(settings: Settings) -> Iterator[Finding]:
+    now_s = time.time()
+    if not EARLIEST_S < now_s < LATEST_S:
+        yield Finding("clock", "fail", f"the clock says {time.strftime('%Y-%m-%d', time.gmtime(now_s))}: set it")
+        return
+    newest_s = max((path.stat().st_mtime for path in _files(settings.data_dir)), default=0.0)
+    if newest_s > now_s + 300:
+        yield Finding(
+            "clock", "warn", f"files of ibid are {newest_s - now_s:.0f} s in the future: was the clock set back?"
+        )
+    else:
+        yield Finding("clock", "ok", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now_s)))
+
+
+def _files(directory: Path) -> list[Path]:
+    return [path for path in directory.iterdir() if path.is_file()] if directory.is_dir() else []
+
+
+def _data_dir(settings: Settings) -> Iterator[Finding]:
+    path = settings.data_dir
+    if not path.exists():
+        parent = next(p for p in path.parents if p.exists())
+        if os.access(parent, os.W_OK):
+            yield Finding("data directory", "ok", f"{path} will be made")
+        else:
+            yield Finding("data directory", "fail", f"{path} cannot be made: {parent} is not writable")
+        return
+    about = path.stat()
+    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+        yield Finding("data directory", "fail", f"{path} is not a directory this user can write to")
+    elif about.st_uid != os.geteuid():
+        yield Finding("data directory", "fail", f"{path} belongs to user id {about.st_uid}")
+    elif stat.S_IMODE(about.st_mode) & 0o077:
+        yield Finding("data directory", "warn", f"{path} is open to others; the start makes it 0700")
+    else:
+        yield Finding("data directory", "ok", str(path))
+
+
+def _database(settings: Settings) -> Iterator[Finding]:
+    from proxy.store.engine import SAFE_SQLITE, parse_url
+
+    url = settings.store.database_url or None
+    try:
+        parsed = parse_url(url, settings.data_dir)
+        if parsed.get_backend_name() == "sqlite" and not Path(str(parsed.database)).exists():
+            yield Finding("database", "ok", f"{parsed.database} will be made")
+        else:
+            yield asyncio.run(_schema(url, settings.data_dir))
+        if parsed.get_backend_name() == "sqlite" and sqlite3.sqlite_version_info < SAFE_SQLITE:
+            note = f"version {sqlite3.sqlite_version}: let no other program write to the database (fixed in 3.51.3)"
+            yield Finding("sqlite", "warn", note)
+    except ConfigError as error:
+        yield Finding("database", "fail", error.message)
+
+
+async def _schema(url: str | None, data_dir: Path) -> Finding:
+    from proxy.store import migrate, reading
+
+    database = reading.open_reading(url, data_dir)
+    try:
+        found = await reading.revision(database)
+        migrate.refuse_unless_current(found)
+        return Finding("database", "ok", f"{database.label}, schema {found or 'empty: will be made'}")
+    finally:
+        await database.close()
+
+
+def _model(settings: Settings) -> Iterator[Finding]:
+    from index import model
+
+    state = "fail" if settings.embedding.require_semantic else "warn"
+    if not settings.rules.semantic:
+        yield Finding("model", "ok", "semantic lookups are off")
+        return
+    wanted = settings.embedding.model
+    try:
+        files = model.locate(None if wanted in model.BUNDLED_NAMES else wanted, settings.data_dir / "models")
+    except ModelFault as fault:
+        yield Finding("model", state, f"{fault}; without it ibid serves exact hits only")
+        return
+    yield Finding("model", "ok", f"{files.name}, {files.window} tokens, sha256 {files.digest[:16]}…")
+
+
+def _snapshot(settings: Settings) -> Iterator[Finding]:
+    path = settings.data_dir / SNAPSHOT
+    if not path.exists():
+        yield Finding("index", "ok", "no snapshot: the start builds the index from SQL")
+    elif not path.is_file() or not os.access(path, os.R_OK):
+        yield Finding("index", "warn", f"{path} cannot be read: the start builds the index from SQL")
+    else:
+        age_s = max(time.time() - path.stat().st_mtime, 0)
+        note = f"snapshot of {path.stat().st_size / 2**20:.1f} MiB, {age_s / 60:.0f} minutes old; checked at start"
+        yield Finding("index", "ok", note)
+
+
+def _token(settings: Settings) -> Iterator[Finding]:
+    from proxy.admin_auth import TOKEN_FILE, find_token
+
+    given, path = settings.server.admin_token, settings.data_dir / TOKEN_FILE
+    if given is None and not os.path.lexists(path):
+        yield Finding("admin token", "ok", f"{path} will be made")
+        return
+    try:
+        find_token(given, settings.data_dir)
+    except ConfigError as error:
+        yield Finding("admin token", "fail", error.message)
+    else:
+        yield Finding("admin token", "ok", "IBID_ADMIN_TOKEN" if given else str(path))
+
+
+def _ports(settings: Settings) -> Iterator[Finding]:
+    for part, address in (("client port", settings.server.listen), ("admin port", settings.server.admin)):
+        try:
+            _bind(address)
+        except OSError as error:
+            yield Finding(part, "fail", f"cannot listen on {address}: {error.strerror} (is ibid running already?)")
+        else:
+            yield Finding(part, "ok", str(address))
+
+
+def _bind(address: Address) -> None:
+    family, kind, protocol, _, where = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(where)

@@ -1,0 +1,311 @@
+"""The command `ibid`. Exit codes: 0 fine, 2 the operator must act (one line on standard error says what), 1 a bug.
+
+`serve` runs the program. `savings` and `sql` read the database directly, whether a server runs or not; `stats`,
+`entries`, `explain` and `purge` ask a running one over its admin listener.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import http.client
+import logging
+import os
+import sys
+import time
+import urllib.parse
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, NoReturn
+
+import orjson
+
+from proxy import config, printing
+from proxy.admin_routes import GROUPS
+from proxy.admin_schema import read_time
+from proxy.core.errors import BadRequest, CacheFault, ConfigError
+
+FINE, BUG, ACT, INTERRUPTED = 0, 1, 2, 130
+ADMIN_TIMEOUT_S = 60.0
+ROWS = 10_000
+ENTRY_COLUMNS = ("id", "model", "prompt", "namespace", "tags", "answer_bytes", "created", "expires", "quarantined")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    chosen = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.ERROR, format="ibid: %(message)s")  # `serve` sets up its own
+    try:
+        flags = {name: getattr(chosen, name, None) for name in config.Flags.__slots__}
+        settings = config.load(config.Flags(**flags), os.environ)
+        code: int = chosen.run(settings, chosen)
+        sys.stdout.flush()
+        return code
+    except (ConfigError, BadRequest, CacheFault) as error:
+        print(f"ibid: {printing.printable(error.message)}", file=sys.stderr)
+        return ACT
+    except BrokenPipeError:  # the reader of our output, a pager perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FINE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(ACT, f"ibid: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    places = _Parser(add_help=False)
+    places.add_argument("--config", metavar="FILE", help="TOML configuration (IBID_CONFIG)")
+    places.add_argument("--data-dir", metavar="DIR", help="where ibid keeps its files (IBID_DATA_DIR)")
+    places.add_argument("--database", metavar="URL", help="sqlite:///FILE or postgresql://… (IBID_DATABASE_URL)")
+    places.add_argument("--admin", metavar="HOST:PORT", help="admin listener (IBID_ADMIN)")
+    machine = _Parser(add_help=False)
+    machine.add_argument("--json", action="store_true", help="JSON for machines")
+    table = _Parser(add_help=False)
+    table.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    table.add_argument("--json", dest="format", action="store_const", const="json", help="the same as --format json")
+    table.add_argument("--limit", type=int, default=1000, metavar="N", help="rows at most (1000)")
+
+    parser = _Parser(prog="ibid", description="A semantic caching proxy for LLM APIs.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, run: Any, about: str, *parents: _Parser) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, parents=[places, *parents], help=about, description=about)
+        made.set_defaults(run=run)
+        return made
+
+    serve = command("serve", _serve, "run the proxy")
+    serve.add_argument("--listen", metavar="HOST:PORT", help="client listener (IBID_LISTEN)")
+    serve.add_argument("--upstream", metavar="URL", help="one address for every dialect (IBID_UPSTREAM)")
+    serve.add_argument("--workers", type=int, metavar="N", help="event loops sharing the port")
+    command("migrate", _migrate, "bring the database to this program's schema")
+    command("check", _check, "say what would keep `serve` from starting", machine).add_argument(
+        "--listen", metavar="HOST:PORT", help="client listener (IBID_LISTEN)"
+    )
+    command("rebuild-index", _rebuild_index, "build the index from SQL and save it; no server may be running")
+    command("stats", _stats, "what a running ibid holds and has done", machine)
+    _add_selection(command("entries", _entries, "list stored answers", machine), listing=True)
+    explain = command("explain", _explain, "how a chat request would be answered; nothing is served or stored", machine)
+    explain.add_argument("file", nargs="?", default="-", help="JSON of a chat request (standard input)")
+    explain.add_argument("--tenant", metavar="HEX", help="look as this tenant")
+    purge = command("purge", _purge, "remove stored answers; says which unless --yes", machine)
+    _add_selection(purge, listing=False)
+    savings = command("savings", _savings, "what was saved: a summary, or a named query", table)
+    savings.add_argument("name", nargs="?", help="named query; `list` shows them")
+    savings.add_argument("--since", default="30d", metavar="WHEN", help="30d, 2026-11-01 (30d)")
+    savings.add_argument("--until", metavar="WHEN", help="up to this day, itself included")
+    savings.add_argument("--group-by", default="day", metavar="COLUMNS", help=f"of {','.join(GROUPS)} (day)")
+    command("sql", _sql, "any read-only query of the ledger", table).add_argument("statement", metavar="SELECT")
+    return parser
+
+
+def _add_selection(parser: argparse.ArgumentParser, *, listing: bool) -> None:
+    parser.add_argument("--namespace", metavar="NAME")
+    parser.add_argument("--model", metavar="NAME")
+    if listing:
+        parser.add_argument("--tag", metavar="TAG")
+        parser.add_argument("--q", metavar="TEXT", help="text in the prompt")
+        parser.add_argument("--limit", metavar="N", default="50")
+        parser.add_argument("--cursor", metavar="ID", help="next_cursor of the page before")
+        return
+    parser.add_argument("--id", dest="ids", action="append", metavar="ID", help="may be given again")
+    parser.add_argument("--tag", dest="tags", action="append", metavar="TAG", help="may be given again")
+    parser.add_argument("--older-than", metavar="WHEN", help="30d, 2026-11-01")
+    parser.add_argument("--writer", metavar="ID", help="the request, or the tenant, that caused them")
+    parser.add_argument("--everything", action="store_true")
+    parser.add_argument("--yes", action="store_true", help="do it")
+
+
+def _serve(settings: config.Settings, _chosen: argparse.Namespace) -> int:
+    from proxy import app
+
+    app.serve(settings)
+    return FINE
+
+
+def _migrate(settings: config.Settings, _chosen: argparse.Namespace) -> int:
+    from proxy.store.store import migrate_store
+
+    done = asyncio.run(migrate_store(settings.store.database_url or None, settings.data_dir))
+    if done.before == done.after:
+        print(f"the schema is current: {done.after}")
+    else:
+        print(f"schema {done.before or 'empty'} → {done.after}")
+    if done.backup:
+        print(f"the older database is kept as {done.backup}")
+    return FINE
+
+
+def _check(settings: config.Settings, chosen: argparse.Namespace) -> int:
+    from proxy import checks
+
+    found = checks.inspect(settings)
+    if chosen.json:
+        sys.stdout.write(printing.as_json([finding._asdict() for finding in found]))
+    else:
+        for finding in found:
+            print(f"{finding.state:<5} {finding.part:<15} {printing.printable(finding.note)}")
+    failed = [finding for finding in found if finding.state == "fail"]
+    if failed:
+        print(f"ibid: {printing.printable(failed[0].part)}: {printing.printable(failed[0].note)}", file=sys.stderr)
+    return ACT if failed else FINE
+
+
+def _rebuild_index(settings: config.Settings, _chosen: argparse.Namespace) -> int:
+    from proxy.rebuild import rebuild
+
+    began_s = time.monotonic()
+    count = asyncio.run(rebuild(settings))
+    print(f"{count:,} vectors indexed in {time.monotonic() - began_s:.1f} s")
+    return FINE
+
+
+def _stats(settings: config.Settings, chosen: argparse.Namespace) -> int:
+    stats = ask(settings, "GET", "/cache/stats")
+    if chosen.json:
+        sys.stdout.write(printing.as_json(stats))
+    else:
+        sys.stdout.write(printing.as_table(("what", "value"), printing.flat(stats)))
+    return FINE
+
+
+def _entries(settings: config.Settings, chosen: argparse.Namespace) -> int:
+    names = ("namespace", "model", "tag", "q", "limit", "cursor")
+    wanted = {name: value for name in names if (value := getattr(chosen, name)) is not None}
+    page = ask(settings, "GET", f"/cache/entries?{urllib.parse.urlencode(wanted)}")
+    if chosen.json:
+        sys.stdout.write(printing.as_json(page))
+        return FINE
+    rows = [
+        [
+            _moment(entry.get(f"{name}_ms")) if name in ("created", "expires") else entry.get(name)
+            for name in ENTRY_COLUMNS
+        ]
+        for entry in page["entries"]
+    ]
+    sys.stdout.write(printing.as_table(ENTRY_COLUMNS, rows))
+    if page.get("next_cursor") is not None:
+        print(f"more: --cursor {page['next_cursor']}")
+    return FINE
+
+
+def _moment(ms: int | None) -> str | None:
+    return None if ms is None else datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _explain(settings: config.Settings, chosen: argparse.Namespace) -> int:
+    try:
+        with contextlib.ExitStack() as stack:
+            file = sys.stdin.buffer if chosen.file == "-" else stack.enter_context(open(chosen.file, "rb"))
+            body = file.read()
+    except OSError as error:
+        raise ConfigError(f"{chosen.file}: {error.strerror}") from error
+    path = "/cache/explain" + (f"?{urllib.parse.urlencode({'tenant': chosen.tenant})}" if chosen.tenant else "")
+    explained = ask(settings, "POST", path, body)
+    if chosen.json:
+        sys.stdout.write(printing.as_json(explained))
+    else:
+        sys.stdout.write(printing.as_table(("what", "value"), printing.flat(explained)))
+    return FINE
+
+
+def _purge(settings: config.Settings, chosen: argparse.Namespace) -> int:
+    names = ("ids", "tags", "namespace", "model", "older_than", "writer")
+    wanted = {name: value for name in names if (value := getattr(chosen, name)) is not None}
+    if chosen.everything:
+        if wanted or not chosen.yes:
+            raise ConfigError("--everything goes with --yes and nothing else")
+        done = ask(settings, "POST", "/cache/flush", orjson.dumps({"confirm": "flush"}))
+    else:
+        done = ask(settings, "POST", "/cache/invalidate", orjson.dumps({**wanted, "dry_run": not chosen.yes}))
+    if chosen.json:
+        sys.stdout.write(printing.as_json(done))
+    elif done["dry_run"]:
+        print(f"{done['count']:,} entries would be purged{_some(done['ids'])}; --yes does it")
+    else:
+        print(f"{done['count']:,} entries purged{_some(done['ids'])}")
+    return FINE
+
+
+def _some(ids: Sequence[int]) -> str:
+    return f" ({', '.join(map(str, ids[:10]))}{', …' if len(ids) > 10 else ''})" if ids else ""
+
+
+def _savings(settings: config.Settings, chosen: argparse.Namespace) -> int:
+    now_ms = int(time.time() * 1000)
+    since = _day("since", chosen.since, now_ms)
+    until = _day("until", chosen.until, now_ms) if chosen.until else "9999"
+    if chosen.name == "list":
+        from proxy.store.named_queries import NAMED
+
+        rows = [(query.name, query.title) for query in NAMED.values()]
+        sys.stdout.write(printing.render(chosen.format, ("name", "title"), rows))
+        return FINE
+    return _show(settings, chosen, chosen.name, None, since, until)
+
+
+def _sql(settings: config.Settings, chosen: argparse.Namespace) -> int:
+    return _show(settings, chosen, None, chosen.statement)
+
+
+def _day(name: str, text: str, now_ms: int) -> str:
+    return datetime.fromtimestamp(read_time(name, text, now_ms) / 1000, UTC).date().isoformat()
+
+
+def _show(
+    settings: config.Settings,
+    chosen: argparse.Namespace,
+    name: str | None,
+    sql: str | None,
+    since: str = "",
+    until: str = "9999",
+) -> int:
+    from proxy.store.queries import Queries, Result
+    from proxy.store.reading import open_reading
+
+    async def read() -> Result:
+        database = open_reading(settings.store.database_url or None, settings.data_dir)
+        try:
+            queries = Queries(database)
+            if sql is not None:
+                return await queries.run_readonly(sql, row_limit=chosen.limit)
+            if name is not None:
+                return await queries.named(name, since_day=since, until_day=until, row_limit=chosen.limit)
+            groups = tuple(part.strip() for part in chosen.group_by.split(","))
+            return await queries.savings(groups, since_day=since, until_day=until, row_limit=chosen.limit)
+        finally:
+            await database.close()
+
+    result = asyncio.run(read())
+    sys.stdout.write(printing.render(chosen.format, result.columns, result.rows))
+    if result.truncated:
+        print("ibid: more rows exist; raise --limit", file=sys.stderr)
+    return FINE
+
+
+def ask(settings: config.Settings, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
+    """What the running ibid's admin listener answers. Raises ConfigError when it cannot be reached or refuses."""
+    from proxy.admin_auth import find_token
+
+    server = settings.server
+    token, _ = find_token(server.admin_token, settings.data_dir)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.admin.host, server.admin.host)
+    headers = {"Authorization": f"Bearer {token}", "Accept": "application/json"}
+    if body is not None:
+        headers["Content-Type"] = "application/json"
+    connection = http.client.HTTPConnection(host, server.admin.port, timeout=ADMIN_TIMEOUT_S)
+    try:
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        answer = orjson.loads(response.read())
+    except (OSError, http.client.HTTPException, orjson.JSONDecodeError) as error:
+        raise ConfigError(f"no ibid answers on {server.admin}: start it with `ibid serve` ({error})") from error
+    finally:
+        connection.close()
+    if response.status >= 400:
+        raise ConfigError(f"ibid on {server.admin} refused: {answer['error']['message']} ({answer['error']['code']})")
+    return dict(answer)
