@@ -78,6 +78,8 @@ class Query:
     controls: Controls
     body: bytes  # as received, decoded
     forward_body: bytes  # as it goes upstream: usage asked for, body twin removed, otherwise the client's bytes
+    n: int = 1  # choices asked for
+    wants_json: bool = False  # the answer was asked to be JSON (response_format json_object or json_schema)
 
 
 @dataclass(frozen=True, slots=True)
