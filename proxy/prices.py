@@ -48,14 +48,21 @@ class Rates(NamedTuple):
     price_id: str
 
 
-class _Flat(NamedTuple):
-    """Rates without tiers as integers over one denominator: the common case, kept fast."""
+class _Step(NamedTuple):
+    """Integer rates over one denominator, for inputs of more than `above` tokens."""
 
+    above: int
     input: int
     output: int
     cache_read: int
     cache_write: int
     denominator: int
+
+
+class _Ready(NamedTuple):
+    """Rates in the form a price is computed from: steps from the highest threshold down, the last above −1."""
+
+    steps: tuple[_Step, ...]
     basis: str
     price_id: str
 
@@ -77,7 +84,7 @@ class Prices:
         self.source = f"genai-prices {version('genai-prices')}"
         self._providers = dict(providers or {})
         self._overrides = {name: _override(name, fields) for name, fields in (overrides or {}).items()}
-        self._memo: dict[tuple[str, str, str, int], _Flat | Rates | None] = {}
+        self._memo: dict[tuple[str, str, str, int], _Ready | None] = {}
         self._snapshot: DataSnapshot | None = None
 
     def price(self, upstream: str, model: str, usage: Usage, tier: str, ts_ms: int) -> Price:
@@ -93,23 +100,21 @@ class Prices:
         plain = usage.input_tokens - read - write
         if plain < 0:  # an upstream whose input counter leaves the cache out
             plain = usage.input_tokens
-        if isinstance(rates, _Flat):
-            total = (plain * rates.input + usage.output_tokens * rates.output + read * rates.cache_read
-                     + write * rates.cache_write)  # fmt: skip
-            denominator = rates.denominator
-            nusd = total if denominator == 1 else round(Fraction(total, denominator))
-            return Price(nusd, rates.basis, rates.price_id)
-        size = usage.input_tokens
-        exact = (plain * _rate(rates.input, size) + usage.output_tokens * _rate(rates.output, size)
-                 + read * _rate(rates.cache_read, size) + write * _rate(rates.cache_write, size))  # fmt: skip
-        return Price(round(exact), rates.basis, rates.price_id)
+        for step in rates.steps:
+            if usage.input_tokens > step.above:
+                total = plain * step.input + usage.output_tokens * step.output
+                if read or write:
+                    total += read * step.cache_read + write * step.cache_write
+                nusd = total if step.denominator == 1 else round(Fraction(total, step.denominator))
+                return Price(nusd, rates.basis, rates.price_id)
+        return _UNPRICED  # a negative input counter: an upstream that cannot be believed
 
-    def _remember(self, key: tuple[str, str, str, int], ts_ms: int) -> _Flat | Rates | None:
+    def _remember(self, key: tuple[str, str, str, int], ts_ms: int) -> _Ready | None:
         upstream, model, tier, _ = key
         rates = self._resolve(upstream, model, tier, ts_ms)
         if len(self._memo) >= MEMO_LIMIT:
             self._memo.clear()
-        self._memo[key] = found = None if rates is None else _flatten(rates)
+        self._memo[key] = found = None if rates is None else _ready(rates)
         return found
 
     def _resolve(self, upstream: str, model: str, tier: str, ts_ms: int) -> Rates | None:
@@ -175,14 +180,14 @@ def _rates(prices: ModelPrice, price_id: str) -> Rates | None:
     )
 
 
-def _flatten(rates: Rates) -> _Flat | Rates:
+def _ready(rates: Rates) -> _Ready:
     sides = (rates.input, rates.output, rates.cache_read, rates.cache_write)
-    if any(len(side) > 1 for side in sides):
-        return rates
-    flat = [side[0][1] for side in sides]
-    denominator = math.lcm(*(rate.denominator for rate in flat))
-    scaled = [int(rate * denominator) for rate in flat]
-    return _Flat(scaled[0], scaled[1], scaled[2], scaled[3], denominator, rates.basis, rates.price_id)
+    steps = []
+    for above in sorted({start for side in sides for start, _ in side}, reverse=True):
+        exact = [_rate(side, above + 1) for side in sides]
+        denominator = math.lcm(*(rate.denominator for rate in exact))
+        steps.append(_Step(above, *(int(rate * denominator) for rate in exact), denominator))
+    return _Ready(tuple(steps), rates.basis, rates.price_id)
 
 
 def _override(name: str, fields: Mapping[str, float | int | str]) -> Rates:

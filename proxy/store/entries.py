@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import ColumnElement, bindparam, delete, func, insert, literal_column, select, update
+from sqlalchemy import BigInteger, ColumnElement, bindparam, delete, func, insert, literal_column, select, update
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -86,7 +86,7 @@ class Entries:
         self._writer = writer
         self._limit_entries = limit_entries
         self._limit_bytes = limit_bytes
-        self._known: set[bytes] | None = None
+        self._known: set[int] | None = None
         self._used: dict[int, int] = {}
         self._put_work = self._put_many  # one bound method, so that the writer sees equal work
         self.damaged = 0
@@ -100,19 +100,26 @@ class Entries:
         """Read what must be in memory before the first lookup. Raises CacheFault."""
         if self._database.dialect != "sqlite":
             return
-        known: set[bytes] = set()
+        known: set[int] = set()
         statement = "SELECT substr(fingerprint, 1, 8) FROM entry WHERE fingerprint > ? ORDER BY fingerprint LIMIT 20000"
         last = b""
         while rows := await self._database.rows(statement, (last,)):
-            known.update(row[0] for row in rows)
+            known.update(int.from_bytes(row[0], "big") for row in rows)
             last = rows[-1][0] + b"\xff" * 24
             if len(rows) < 20_000:
                 break
         self._known = known
 
+    async def fingerprints(self) -> set[int] | None:
+        """First eight bytes, big-endian, of every fingerprint; the store's own set, kept up by `put`.
+
+        Ids of rows since gone may linger in it. None on PostgreSQL, where other processes store too.
+        """
+        return self._known
+
     async def find(self, fingerprint: bytes) -> Entry | None:
         """The entry of this exact identity, or None. Raises CacheFault."""
-        if self._known is not None and fingerprint[:8] not in self._known:
+        if self._known is not None and int.from_bytes(fingerprint[:8], "big") not in self._known:
             return None
         return self._sound(await self._database.rows(self._find_sql, (fingerprint,)))
 
@@ -149,7 +156,7 @@ class Entries:
         if "\x00" in draft.prompt or any("\x00" in value for value in (draft.model, draft.namespace, *draft.tags)):
             raise CacheFault("entry cannot be kept: NUL in its text", code="store_refused")
         if self._known is not None:  # before the commit: a put that is cancelled while waiting may still commit
-            self._known.add(draft.fingerprint[:8])
+            self._known.add(int.from_bytes(draft.fingerprint[:8], "big"))
         entry_id, replaced = await self._writer.submit(self._put_work, row)
         return Stored(Entry(entry_id, draft, row["checksum"]), replaced)
 
@@ -309,8 +316,7 @@ class Entries:
         chosen = select(c.id, c.scope, c.embedding, c.signature, c.expires_ms).where(
             c.id > bindparam("after_id"), c.embedder == bindparam("embedder"), *sound
         )
-        page = chosen.order_by(c.id).limit(literal_column(str(int(chunk))))
-        statement = _spell(page, self._database.reader.dialect)
+        statement = _spell(chosen.order_by(c.id), self._database.reader.dialect) + f" LIMIT {int(chunk)}"
         while rows := await self._database.rows(statement, (after_id, embedder)):
             after_id = rows[-1][0]
             shape = (32, len(rows[0][2]), len(rows[0][3]))
@@ -341,8 +347,8 @@ class Entries:
 async def _write_uses(connection: AsyncConnection, used: dict[int, int]) -> None:
     change = (
         update(entry)
-        .where(entry.c.id == bindparam("entry_id"), entry.c.used_ms < bindparam("at") - USE_GRAIN_MS)
-        .values(used_ms=bindparam("at"))
+        .where(entry.c.id == bindparam("entry_id"), entry.c.used_ms + USE_GRAIN_MS < bindparam("at", type_=BigInteger))
+        .values(used_ms=bindparam("at", type_=BigInteger))
     )
     await connection.execute(change, [{"entry_id": entry_id, "at": at} for entry_id, at in sorted(used.items())])
 
@@ -382,8 +388,8 @@ def _entry(row: Any) -> Entry:
 
 
 def _listed(row: Any) -> Listed:
-    *plain, tags, embedder, quarantined = row
-    return Listed(*plain, tuple(json.loads(tags)), embedder, bool(quarantined))
+    fields: tuple[Any, ...] = (*row[:-3], tuple(json.loads(row[-3])), row[-2], bool(row[-1]))
+    return Listed(*fields)
 
 
 def _block(rows: Sequence[Any]) -> VectorBlock:

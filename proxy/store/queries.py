@@ -16,12 +16,13 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
 
 from proxy.core.errors import BadRequest, CacheFault
 from proxy.store.engine import DATABASE_ERRORS, Database, fault_of
 from proxy.store.named_queries import GROUPS, NAMED, NamedQuery, grouped
+from proxy.store.schema import request
 
 ROW_LIMIT = 10_000
 BYTE_LIMIT = 16 * 1024 * 1024
@@ -47,7 +48,7 @@ class Queries:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def catalogue(self) -> tuple[NamedQuery, ...]:
+    def list(self) -> tuple[NamedQuery, ...]:
         """The named queries with their titles, columns and units."""
         return tuple(NAMED.values())
 
@@ -92,6 +93,28 @@ class Queries:
         if not parts["request"]:
             return None
         return {**parts["request"][0], "calls": parts["calls"], "savings": parts["savings"]}
+
+    async def requests(
+        self,
+        *,
+        limit: int = 50,
+        since: int | None = None,
+        until: int | None = None,
+        model: str | None = None,
+        cache_status: str | None = None,
+    ) -> tuple[dict[str, Any], ...]:
+        """Ledger rows, newest first; `since` (inclusive) and `until` (exclusive) in epoch milliseconds."""
+        wanted = select(request).order_by(request.c.ts.desc(), request.c.id.desc()).limit(_row_limit(limit))
+        if since is not None:
+            wanted = wanted.where(request.c.ts >= since)
+        if until is not None:
+            wanted = wanted.where(request.c.ts < until)
+        if model is not None:
+            wanted = wanted.where(request.c.model_requested == model)
+        if cache_status is not None:
+            wanted = wanted.where(request.c.cache_status == cache_status)
+        names = request.c.keys()
+        return tuple(dict(zip(names, row, strict=True)) for row in await self._database.rows(wanted))
 
     async def run_readonly(self, sql: str, *, row_limit: int = 1_000, timeout_s: float = 10) -> Result:
         """The operator's own SELECT, one statement. Raises BadRequest (invalid_sql, query_timeout), CacheFault."""
@@ -195,7 +218,7 @@ def _sql_error(error: BaseException) -> BadRequest | CacheFault:
     name = str(getattr(original, "sqlite_errorname", None) or getattr(original, "sqlstate", None) or "")
     if name in {"SQLITE_INTERRUPT", "57014"} or isinstance(original, TimeoutError):
         return BadRequest("the query took too long and was stopped", code="query_timeout", param="sql")
-    if name in {"SQLITE_ERROR", "SQLITE_AUTH", "SQLITE_TOOBIG", "SQLITE_READONLY", "SQLITE_MISMATCH"}:
+    if name in {"SQLITE_ERROR", "SQLITE_AUTH", "SQLITE_TOOBIG", "SQLITE_READONLY", "SQLITE_SCHEMA"}:
         return BadRequest(f"sql: {str(original)[:300]}", code="invalid_sql", param="sql")
     if isinstance(original, sqlite3.Warning | sqlite3.ProgrammingError) or name[:2] in {"42", "22", "25", "0A"}:
         return BadRequest(f"sql: {str(original)[:300]}", code="invalid_sql", param="sql")

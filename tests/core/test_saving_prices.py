@@ -1,0 +1,108 @@
+"""List prices: exact, offline, never a guess."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from datetime import UTC, datetime
+from decimal import Decimal
+
+import genai_prices
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.core.errors import ConfigError
+from proxy.core.model import Usage
+from proxy.prices import Prices
+from tests.rows import NOON_MS
+
+BOOK = Prices()
+counts = st.integers(0, 2_000_000)
+
+
+def reference_nusd(model: str, provider: str, usage: Usage) -> int:
+    """What genai-prices itself says, as exact nano-dollars."""
+    priced = genai_prices.calc_price(
+        genai_prices.Usage(
+            input_tokens=usage.input_tokens,
+            output_tokens=usage.output_tokens,
+            cache_read_tokens=usage.cache_read_tokens,
+            cache_write_tokens=usage.cache_write_tokens,
+        ),
+        model,
+        provider_id=provider,
+        genai_request_timestamp=datetime.fromtimestamp(NOON_MS / 1000, UTC),
+    )
+    return round(priced.total_price * Decimal(10**9))
+
+
+@pytest.mark.parametrize(
+    ("provider", "model"),
+    [("openai", "gpt-4o-mini"), ("openai", "gpt-5.4"), ("openai", "gpt-6.1-sol"), ("anthropic", "claude-opus-5-5")],
+)
+@given(plain=counts, output=counts, read=counts, write=counts)
+def test_prices_agree_with_their_source_to_the_nano_dollar(provider, model, plain, output, read, write):
+    if write and model != "claude-opus-5-5" and model != "gpt-6.1-sol":
+        write = 0  # these models have no price for cache writes in the source, which then refuses or drops them
+    usage = Usage(plain + read + write, output, read, write)
+    found = BOOK.price(provider, model, usage, "default", NOON_MS)
+    assert found.basis == "list"
+    assert abs(found.nusd - reference_nusd(model, provider, usage)) <= 0
+
+
+def test_the_price_names_its_source_version_provider_and_model():
+    price = BOOK.price("openai", "gpt-4o-mini", Usage(1, 1), "default", NOON_MS)
+    assert price.price_id == f"genai-prices {genai_prices.__version__} openai/gpt-4o-mini"
+
+
+@pytest.mark.parametrize(
+    ("upstream", "model", "tier"),
+    [("local", "smollm2", "default"), ("openai", "gpt-99-nothing", "default"), ("openai", "", "default"),
+     ("openai", "gpt-4o-mini", "a-tier-nobody-sells"), ("openai", "x" * 10_000, "default")],
+)  # fmt: skip
+def test_unknown_is_unpriced_not_guessed(upstream, model, tier):
+    assert BOOK.price(upstream, model, Usage(1000, 1000), tier, NOON_MS) == (0, "unpriced", "")
+
+
+def test_flex_costs_less_than_default():
+    usage = Usage(1000, 1000)
+    flex = BOOK.price("openai", "gpt-5.4", usage, "flex", NOON_MS)
+    assert 0 < flex.nusd < BOOK.price("openai", "gpt-5.4", usage, "default", NOON_MS).nusd
+
+
+def test_overrides_are_exact_and_a_star_prices_the_whole_upstream():
+    book = Prices({"openai/gpt-4o-mini": {"input": 0.1, "output": 0.3}, "local/*": {"input": "0.0001", "output": 0}})
+    assert book.price("openai", "gpt-4o-mini", Usage(3, 1), "default", NOON_MS) == (
+        600, "override", "override openai/gpt-4o-mini"
+    )  # fmt: skip
+    assert book.price("local", "anything", Usage(15, 9), "default", NOON_MS).nusd == 2  # 1.5, half to even
+    assert book.price("local", "anything", Usage(25, 9), "default", NOON_MS).nusd == 2  # 2.5, half to even
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{"gpt": {"input": 1, "output": 1}}, {"a/b": {"input": 1}}, {"a/b": {"input": -1, "output": 1}},
+     {"a/b": {"input": 1, "output": float("nan")}}, {"a/b": {"input": 1, "output": 1, "inptu": 1}},
+     {"a/b": {"input": True, "output": 1}}, {"a/b": {"input": "one", "output": 1}}],
+)  # fmt: skip
+def test_a_bad_override_is_refused_by_name(overrides):
+    with pytest.raises(ConfigError, match=r"prices\.override"):
+        Prices(overrides)
+
+
+def test_pricing_opens_no_socket_and_starts_no_thread(monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("a price must not touch the network")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    before = threading.active_count()
+    assert Prices().price("anthropic", "claude-opus-5-5", Usage(10, 10), "default", NOON_MS).nusd > 0
+    assert threading.active_count() == before
+
+
+def test_clients_cannot_grow_the_memo_without_bound():
+    book = Prices({"local/*": {"input": 1, "output": 1}})
+    for number in range(10_000):
+        book.price("local", f"m{number}", Usage(1, 1), "default", NOON_MS)
+    assert len(book._memo) <= 4_096

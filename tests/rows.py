@@ -1,0 +1,70 @@
+"""Builders of drafts, calls and outcomes for the store's tests, and a price list small enough to check by hand."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from proxy.core.model import Call, Draft, Outcome, Usage
+from proxy.ports import Price
+
+NOON_MS = 1_795_348_800_000  # 2026-11-22 12:00 UTC
+HOUR_MS = 3_600_000
+
+
+def list_price(upstream: str, model: str, usage: Usage, tier: str, ts_ms: int) -> Price:
+    """1,000 nano-dollars an input token, 4,000 an output token, half of it on flex; "free" models have no price."""
+    if model == "free":
+        return Price(0, "unpriced", "")
+    nusd = usage.input_tokens * 1_000 + usage.output_tokens * 4_000
+    return Price(nusd // 2 if tier == "flex" else nusd, "list", f"test {upstream}/{model}")
+
+
+def digest(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
+
+
+def draft(name: str = "a", **changes: Any) -> Draft:
+    """A storable answer whose fingerprint follows from its name."""
+    embedding = np.random.default_rng(int.from_bytes(digest(name)[:4], "little")).normal(size=8).astype("<f4")
+    embedding /= np.linalg.norm(embedding)
+    fields: dict[str, Any] = {
+        "scope": digest("scope"), "fingerprint": digest(name), "tenant": "t" * 64, "namespace": "", "model": "m",
+        "upstream": "openai", "operation": "chat", "prompt": f"question {name}", "answer": f"answer {name}".encode(),
+        "usage": Usage(10, 5, 2, 1), "created_ms": NOON_MS, "expires_ms": NOON_MS + HOUR_MS, "request_id": f"r-{name}",
+        "total_ms": 812.5, "tags": (), "embedding": embedding.tobytes(), "embedder": "e1",
+        "signature": np.arange(4, dtype="<u8").tobytes(),
+    }  # fmt: skip
+    return Draft(**{**fields, **changes})
+
+
+def call(name: str = "c", **changes: Any) -> Call:
+    fields: dict[str, Any] = {
+        "id": name, "ts_ms": NOON_MS, "upstream": "openai", "model": "m", "purpose": "answer", "tier": "default",
+        "won": True, "usage": Usage(100, 20), "usage_basis": "measured", "status": 200, "ttft_ms": 90.0,
+        "total_ms": 800.0,
+    }  # fmt: skip
+    return Call(**{**fields, **changes})
+
+
+def outcome(name: str = "q", **changes: Any) -> Outcome:
+    """A forward that cost 180,000 nano-dollars; give `mechanism` and `calls=()` for a hit."""
+    fields: dict[str, Any] = {
+        "request_id": name, "ts_ms": NOON_MS, "tenant": "t" * 64, "namespace": "", "tag": "", "dialect": "openai",
+        "endpoint": "/v1/chat/completions", "stream": False, "model_requested": "m", "model_served": "m",
+        "upstream": "openai", "mechanism": None, "outcome": "ok", "cache_status": "MISS", "reason": "nothing_alike",
+        "status": 200, "similarity": None, "entry_id": None, "retry_of": None, "usage": Usage(100, 20),
+        "usage_basis": "measured", "calls": (call(f"{name}-call"),), "ttft_ms": 90.0, "total_ms": 800.0,
+        "baseline_ms": None,
+    }  # fmt: skip
+    return Outcome(**{**fields, **changes})
+
+
+def hit(name: str = "h", mechanism: str = "cache.exact", **changes: Any) -> Outcome:
+    return outcome(
+        name,
+        **{"mechanism": mechanism, "calls": (), "cache_status": "HIT", "reason": "hit", "entry_id": 1, "total_ms": 2.0,
+           "baseline_ms": 800.0, "similarity": 1.0, **changes},
+    )  # fmt: skip

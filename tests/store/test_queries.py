@@ -1,0 +1,148 @@
+"""Views and queries: one text, two databases, the same rows. And reading is all that SQL may do."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from proxy.core.errors import BadRequest
+from proxy.core.model import Usage
+from proxy.store.named_queries import NAMED
+from proxy.store.schema import VIEWS
+from tests.rows import NOON_MS, call, draft, hit, outcome
+
+DAY_MS = 86_400_000
+
+
+async def fill(store):
+    await store.entries.put(draft())
+    for number in range(60):
+        ts_ms = NOON_MS - (number % 3) * DAY_MS
+        common = {"ts_ms": ts_ms, "tenant": "ab"[number % 2] * 64, "tag": ("", "eval")[number % 2]}
+        if number % 4 == 0:
+            store.ledger.record(hit(f"r{number}", total_ms=1.0 + number / 7, **common))
+        elif number % 4 == 1:
+            near = {"similarity": 0.9 + number / 1000, "mechanism": "cache.semantic", "model_requested": "m2"}
+            store.ledger.record(hit(f"r{number}", **near, **common))
+        elif number % 4 == 2:
+            lost = call(f"l{number}", purpose="hedge", won=False, usage=Usage(number, 3, 1))
+            store.ledger.record(outcome(f"r{number}", calls=(call(f"c{number}"), lost), **common))
+        else:
+            store.ledger.record(
+                outcome(f"r{number}", calls=(), usage=None, cache_status="BYPASS", model_requested="free", **common)
+            )
+    for number in (0, 1, 5, 9):
+        await store.feedback(verdict="wrong" if number == 5 else "right", ts_ms=NOON_MS, request_id=f"r{number}")
+
+
+def close_to(rows):
+    return [tuple(round(value, 9) if isinstance(value, float) else value for value in row) for row in rows]
+
+
+async def test_views_and_named_queries_agree_between_sqlite_and_postgresql(sqlite_store, pg_store):
+    await fill(sqlite_store)
+    await fill(pg_store)
+    for name, select in VIEWS.items():
+        both = []
+        for store in (sqlite_store, pg_store):
+            result = await store.queries.run_readonly(f"SELECT * FROM {name}")
+            fresh = await store.queries.run_readonly(select)
+            assert sorted(fresh.rows) == sorted(result.rows), f"{name}: migration and schema differ"
+            assert result.rows, name
+            both.append((result.columns, close_to(sorted(result.rows))))
+        assert both[0] == both[1], name
+        types = [[tuple(map(type, row)) for row in rows] for _, rows in both]
+        assert types[0] == types[1], name
+    for name, query in NAMED.items():
+        results = [await store.queries.named(name) for store in (sqlite_store, pg_store)]
+        assert results[0].columns == results[1].columns == tuple(query.columns), name
+        assert close_to(results[0].rows) == close_to(results[1].rows), name
+        assert results[0].rows or name == "balance", name
+    for group in (["day"], ["model", "tenant"], ["strategy"], ["day", "strategy"]):
+        results = [await store.queries.savings(group) for store in (sqlite_store, pg_store)]
+        assert close_to(results[0].rows) == close_to(results[1].rows)
+        assert results[0].columns[: len(group)] == tuple(group)
+
+
+async def test_the_ledger_balances_and_an_unbalanced_row_is_named(store):
+    await fill(store)
+    assert (await store.queries.named("balance")).rows == ()
+
+    async def spoil(connection):
+        await connection.exec_driver_sql("UPDATE saving SET saved_nusd = saved_nusd + 1 WHERE request_id = 'r0'")
+
+    await store.writer.run(spoil)
+    assert [row[0] for row in (await store.queries.named("balance")).rows] == ["r0"]
+
+
+async def test_numbers_of_the_summary_are_right(store):
+    for name in ("a", "b"):
+        store.ledger.record(hit(name))
+    store.ledger.record(outcome("c"))
+    await store.ledger.flush()
+    (row,) = (await store.queries.named("total")).rows
+    assert row == pytest.approx((3, 540_000 / 1e9, 180_000 / 1e9, 360_000 / 1e9, 2 / 3))
+    (row,) = (await store.queries.savings(["day"], since_day="2026-11-22", until_day="2026-11-22")).rows
+    assert row[:3] == ("2026-11-22", 3, 2)
+    assert (await store.queries.savings(["day"], since_day="2026-11-23")).rows == ()
+
+
+@pytest.mark.parametrize(
+    "sql",
+    ["DELETE FROM request", "WITH x AS (SELECT 1) DELETE FROM request", "SELECT 1; DELETE FROM request",
+     "PRAGMA query_only=OFF", "ATTACH 'x.db' AS x", "CREATE TABLE t(a INTEGER)", "DROP VIEW savings_daily",
+     "UPDATE request SET tenant = ''", "INSERT INTO saving DEFAULT VALUES", "VACUUM", "BEGIN", "COMMIT", "", ";",
+     "SELECT nothing FROM nowhere", "SELECT load_extension('x')", "COPY request TO '/tmp/x'"],
+)  # fmt: skip
+async def test_only_reading_is_possible(store, sql):
+    store.ledger.record(hit())
+    await store.ledger.flush()
+    with pytest.raises(BadRequest):
+        await store.queries.run_readonly(sql)
+    assert (await store.queries.run_readonly("SELECT COUNT(*) FROM request")).rows == ((1,),)
+
+
+async def test_a_runaway_query_is_stopped_in_time(store):
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT COUNT(*) FROM n"
+    started = time.monotonic()
+    with pytest.raises(BadRequest) as stopped:
+        await store.queries.run_readonly(endless, timeout_s=0.2)
+    assert stopped.value.code == "query_timeout"
+    assert time.monotonic() - started < 3
+    assert (await store.queries.run_readonly("SELECT 1")).rows == ((1,),)
+
+
+async def test_rows_beyond_the_limit_are_cut_and_said_to_be(store):
+    many = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 50) SELECT i FROM n"
+    result = await store.queries.run_readonly(many, row_limit=10)
+    assert (len(result.rows), result.truncated) == (10, True)
+    assert not (await store.queries.run_readonly(many, row_limit=50)).truncated
+
+
+async def test_a_query_cannot_build_a_huge_value(sqlite_store):
+    with pytest.raises(BadRequest):
+        await sqlite_store.queries.run_readonly("SELECT zeroblob(1000000000)")
+
+
+@pytest.mark.parametrize("group_by", [[], ["nothing"], ["day", "day"], ["day; DROP TABLE request"]])
+async def test_grouping_is_by_known_columns_only(sqlite_store, group_by):
+    with pytest.raises(BadRequest):
+        await sqlite_store.queries.savings(group_by)
+
+
+async def test_requests_are_listed_newest_first_and_filtered(store):
+    await fill(store)
+    rows = await store.queries.requests(limit=5, cache_status="HIT", model="m2", since=NOON_MS)
+    assert [row["cache_status"] for row in rows] == ["HIT"] * 5
+    assert {row["ts"] for row in rows} == {NOON_MS}
+
+
+async def test_feedback_on_what_nobody_knows_is_not_recorded(store):
+    assert await store.feedback(verdict="wrong", ts_ms=1, request_id="nobody") is None
+    assert await store.feedback(verdict="wrong", ts_ms=1, entry_id=77) is None
+    made = await store.entries.put(draft())
+    assert await store.feedback(verdict="wrong", ts_ms=1, entry_id=made.entry.id) == made.entry.id
+    store.ledger.record(hit("just-now", entry_id=made.entry.id))
+    assert await asyncio.wait_for(store.feedback(verdict="right", ts_ms=1, request_id="just-now"), 5) == made.entry.id

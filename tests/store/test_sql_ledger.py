@@ -1,0 +1,124 @@
+"""The ledger: nothing lost, nothing twice, nothing on the caller's time."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+
+import pytest
+
+from proxy.store.store import open_store
+from tests.rows import call, hit, list_price, outcome
+
+
+async def count(store, table):
+    ((found,),) = await store.database.rows(f"SELECT COUNT(*) FROM {table}")
+    return found
+
+
+async def test_close_writes_everything_recorded(tmp_path):
+    store = await open_store(None, tmp_path, price=list_price)
+    for number in range(1_500):
+        store.ledger.record(outcome(f"f{number}") if number % 2 else hit(f"h{number}"))
+    await store.close()
+    again = await open_store(None, tmp_path, price=list_price)
+    assert await count(again, "request") == 1_500
+    assert await count(again, "upstream_call") == 750
+    assert await count(again, "saving") == 750
+    await again.close()
+
+
+async def test_rows_appear_without_being_asked_for(store):
+    store.ledger.record(hit())
+    async with asyncio.timeout(5):
+        while await count(store, "request") == 0:  # each look is a round trip, so the ledger's task gets its turn
+            pass
+
+
+async def test_a_row_reads_back_as_it_was_settled(store):
+    store.ledger.record(outcome(calls=(call("c1"), call("c2", purpose="hedge", won=False)), tag="eval"))
+    await store.ledger.flush()
+    row = await store.queries.request("q")
+    assert (row["tag"], row["day"], row["baseline_nusd"], row["actual_nusd"]) == (
+        "eval",
+        "2026-11-22",
+        180_000,
+        360_000,
+    )
+    assert [line["id"] for line in row["calls"]] == ["c1", "c2"]
+    assert [step["saved_nusd"] for step in row["savings"]] == [-180_000]
+    assert await store.queries.request("nobody") is None
+
+
+async def test_recording_the_same_request_twice_keeps_one(store):
+    for _ in range(2):
+        store.ledger.record(outcome())
+        await store.ledger.flush()
+    assert await count(store, "request") == 1
+    assert await count(store, "upstream_call") == 1
+
+
+async def test_a_row_no_database_takes_does_not_take_others_along(store):
+    store.ledger.record(outcome("good-1"))
+    store.ledger.record(outcome("bad", tag="\ud800"))
+    store.ledger.record(outcome("good-2"))
+    await store.ledger.flush()
+    assert await count(store, "request") == 2
+    assert store.ledger.refused == 1
+
+
+async def test_a_locked_database_spills_and_is_replayed_when_it_is_free(sqlite_store):
+    blocker = sqlite3.connect(sqlite_store.database.path, isolation_level=None)
+    blocker.execute("BEGIN EXCLUSIVE")
+    for number in range(40):
+        sqlite_store.ledger.record(hit(f"h{number}"))
+    await sqlite_store.ledger.flush()
+    assert sqlite_store.ledger.spilled == 40
+    assert sqlite_store.state == "down"
+    blocker.execute("ROLLBACK")
+    blocker.close()
+    async with asyncio.timeout(5):
+        while await count(sqlite_store, "request") < 41:
+            sqlite_store.ledger.record(hit("last"))
+            await asyncio.sleep(0.1)
+    assert sqlite_store.state == "ok"
+    assert not (sqlite_store.database.data_dir / "ledger-spill.jsonl").exists()
+
+
+async def test_a_spill_is_replayed_at_start_once_and_a_torn_line_is_skipped(tmp_path):
+    store = await open_store(None, tmp_path, price=list_price)
+    rows = await store.ledger._settle([hit("a"), outcome("b")])
+    assert store.ledger._spill(rows)
+    assert store.ledger._spill(rows)
+    await store.writer.close()
+    await store.ledger.close()
+    await store.database.close()
+    spill = tmp_path / "ledger-spill.jsonl"
+    assert spill.stat().st_mode & 0o777 == 0o600
+    with spill.open("ab") as file:
+        file.write(b'[[["torn')
+    again = await open_store(None, tmp_path, price=list_price)
+    assert await count(again, "request") == 2
+    assert await count(again, "saving") == 1
+    assert again.ledger.refused == 1
+    assert not spill.exists()
+    await again.close()
+
+
+async def test_with_neither_database_nor_disk_outcomes_wait_in_memory(sqlite_store, monkeypatch):
+    blocker = sqlite3.connect(sqlite_store.database.path, isolation_level=None)
+    blocker.execute("BEGIN EXCLUSIVE")
+    monkeypatch.setattr(sqlite_store.ledger, "_spill", lambda rows: False)
+    sqlite_store.ledger.record(hit())
+    await sqlite_store.ledger.flush()
+    assert sqlite_store.ledger.waiting == 1
+    assert sqlite_store.ledger.dropped == 0
+    blocker.close()
+
+
+@pytest.mark.parametrize("mechanism", ["cache.exact", "stream.coalesce"])
+async def test_no_prompt_text_reaches_the_ledger(sqlite_store, mechanism):
+    sqlite_store.ledger.record(hit(mechanism=mechanism))
+    await sqlite_store.ledger.flush()
+    row = await sqlite_store.queries.request("h")
+    assert not {"prompt", "answer", "body"} & set(row)
