@@ -1,0 +1,433 @@
+"""The embedder's owner, driven by a scripted model on its real thread."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from index import batcher
+from index.batcher import EmbedderOwner
+from index.errors import EmbedderFault, ModelFault, Overloaded, TextTooLong
+
+PATIENCE_S = 10.0
+
+
+class Scripted:
+    """A backend whose token is a word; `gate` holds calls, `spoil` changes what they return."""
+
+    identity = "scripted:test:16"
+    dimension = 8
+    window = 16
+
+    def __init__(self, batch_limit: int = 8) -> None:
+        self.batch_limit = batch_limit
+        self.calls: list[int] = []
+        self.encoded: list[tuple[int, ...]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+        self.spoil: Callable[[np.ndarray], np.ndarray] | None = None
+        self.hang_in_tokens = False
+        self.threads: set[str] = set()
+
+    def tokens(self, text: str) -> list[int]:
+        if self.hang_in_tokens:
+            self.entered.set()
+            self.gate.wait(PATIENCE_S)
+        ids = [sum(word.encode()) for word in text.split()]
+        if len(ids) > self.window:
+            raise TextTooLong("too many words")
+        return ids
+
+    def encode_tokens(self, rows: Sequence[list[int]]) -> np.ndarray:
+        self.threads.add(threading.current_thread().name)
+        self.calls.append(len(rows))
+        self.encoded.extend(tuple(row) for row in rows)
+        self.entered.set()
+        self.gate.wait(PATIENCE_S)
+        vectors = np.zeros((len(rows), self.dimension), dtype=np.float32)
+        for vector, row in zip(vectors, rows, strict=True):
+            vector[sum(row) % self.dimension] = 1.0
+        return self.spoil(vectors) if self.spoil else vectors
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_tokens([self.tokens(text)])[0]
+
+    def hold(self) -> None:
+        self.entered.clear()
+        self.gate.clear()
+
+    async def reached(self) -> None:
+        assert await asyncio.to_thread(self.entered.wait, PATIENCE_S)
+
+    def saw(self, text: str) -> int:
+        return self.encoded.count(tuple(sum(word.encode()) for word in text.split()))
+
+
+@asynccontextmanager
+async def running(backend: Scripted, **settings: Any) -> AsyncIterator[EmbedderOwner]:
+    settings = {"encode_deadline_s": PATIENCE_S, "queue_deadline_s": PATIENCE_S} | settings
+    owner = EmbedderOwner(backend, **settings)
+    await owner.start()
+    backend.calls.clear()
+    backend.encoded.clear()
+    backend.entered.clear()
+    try:
+        yield owner
+    finally:
+        backend.gate.set()
+        await owner.close()
+
+
+async def settle() -> None:
+    """Let tasks that were just made run up to their first wait."""
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
+async def test_the_model_is_warm_before_start_returns_and_runs_on_its_own_thread() -> None:
+    backend = Scripted()
+    owner = EmbedderOwner(backend)
+    assert not owner.is_ready
+    await owner.start()
+    assert owner.is_ready
+    assert len(backend.encoded) == len(batcher.WARM_UP)
+    assert backend.threads == {"ibid-embedder"}
+    assert (owner.embedded, owner.lru_hits, owner.queue_length) == (0, 0, 0)
+    await owner.close()
+    assert not owner.is_ready
+
+
+async def test_a_vector_is_read_only_and_of_unit_length() -> None:
+    async with running(Scripted()) as owner:
+        vector = await owner.embed("one two")
+        assert vector.shape == (8,)
+        assert vector.dtype == np.float32
+        with pytest.raises(ValueError, match="read-only"):
+            vector[0] = 2.0
+
+
+async def test_identical_texts_in_flight_are_embedded_once() -> None:
+    backend = Scripted()
+    async with running(backend) as owner:
+        backend.hold()
+        asking = [asyncio.create_task(owner.embed("same words")) for _ in range(50)]
+        await backend.reached()
+        assert owner.queue_length == 1
+        backend.gate.set()
+        vectors = await asyncio.gather(*asking)
+        assert backend.saw("same words") == 1
+        assert all(vector is vectors[0] for vector in vectors)
+        assert owner.joined == 49
+
+
+async def test_a_text_seen_before_is_answered_without_the_model() -> None:
+    backend = Scripted()
+    async with running(backend) as owner:
+        first = await owner.embed("seen before")
+        backend.hold()
+        assert await owner.embed("seen before") is first
+        assert (owner.embedded, owner.lru_hits) == (1, 1)
+
+
+async def test_the_memory_is_bounded_and_forgets_the_least_recently_used() -> None:
+    backend = Scripted()
+    async with running(backend, lru=2) as owner:
+        for text in ("alpha", "beta", "alpha", "gamma", "alpha", "beta"):
+            await owner.embed(text)
+        assert (backend.saw("alpha"), backend.saw("beta"), backend.saw("gamma")) == (1, 2, 1)
+
+
+async def test_the_memory_holds_no_text() -> None:
+    async with running(Scripted()) as owner:
+        await owner.embed("confidential words")
+        assert "confidential" not in repr(owner._known)
+        assert all(isinstance(digest, bytes) and len(digest) == 16 for digest in owner._known)
+
+
+async def test_a_full_queue_refuses_at_once_and_grows_no_further() -> None:
+    backend = Scripted()
+    async with running(backend, queue=3) as owner:
+        backend.hold()
+        asking = [asyncio.create_task(owner.embed(f"text {n}")) for n in range(3)]
+        await backend.reached()
+        for n in range(1000):
+            with pytest.raises(Overloaded):
+                await owner.embed(f"other {n}")
+        assert owner.queue_length == 3
+        assert owner.overloaded == 1000
+        backend.gate.set()
+        assert len(await asyncio.gather(*asking)) == 3
+
+
+async def test_a_caller_that_left_is_not_encoded_for_and_frees_its_place() -> None:
+    backend = Scripted(batch_limit=1)
+    async with running(backend, queue=2) as owner:
+        backend.hold()
+        first = asyncio.create_task(owner.embed("first"))
+        await backend.reached()
+        leaver = asyncio.create_task(owner.embed("leaver"))
+        await settle()
+        leaver.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaver
+        assert owner.queue_length == 1
+        third = asyncio.create_task(owner.embed("third"))
+        backend.gate.set()
+        await asyncio.gather(first, third)
+        assert backend.saw("leaver") == 0
+
+
+async def test_one_caller_leaving_does_not_disturb_another_with_the_same_text() -> None:
+    backend = Scripted(batch_limit=1)
+    async with running(backend) as owner:
+        backend.hold()
+        first = asyncio.create_task(owner.embed("first"))
+        await backend.reached()
+        leaver, stayer = (asyncio.create_task(owner.embed("shared")) for _ in range(2))
+        await settle()
+        leaver.cancel()
+        backend.gate.set()
+        assert (await stayer).shape == (8,)
+        await first
+        assert leaver.cancelled()
+
+
+async def test_a_hung_model_fails_its_callers_refuses_new_ones_and_is_believed_again_when_it_returns() -> None:
+    backend = Scripted(batch_limit=1)
+    async with running(backend, encode_deadline_s=0.05) as owner:
+        backend.hold()
+        asking = [asyncio.create_task(owner.embed(text)) for text in ("hanging", "behind it")]
+        results = await asyncio.gather(*asking, return_exceptions=True)
+        assert [type(result) for result in results] == [EmbedderFault, EmbedderFault]
+        assert not owner.is_ready
+        with pytest.raises(EmbedderFault):
+            await owner.embed("new text")
+        assert owner.queue_length == 0
+        returned = asyncio.Event()
+        owner._answer = lambda *args: (EmbedderOwner._answer(owner, *args), returned.set())  # type: ignore[method-assign]
+        backend.gate.set()
+        async with asyncio.timeout(PATIENCE_S):
+            await returned.wait()
+        assert owner.is_ready
+        assert backend.saw("behind it") == 0
+        await owner.embed("hanging")
+        assert backend.saw("hanging") == 1, "the late vector was remembered"
+        assert owner.faults == 1
+
+
+async def test_a_tokenizer_that_hangs_is_treated_like_a_model_that_hangs() -> None:
+    backend = Scripted()
+    async with running(backend, encode_deadline_s=0.05) as owner:
+        backend.hold()
+        backend.hang_in_tokens = True
+        with pytest.raises(EmbedderFault):
+            await owner.embed("some text")
+        returned = asyncio.Event()
+        owner._returned = lambda: (EmbedderOwner._returned(owner), returned.set())  # type: ignore[method-assign]
+        backend.gate.set()
+        backend.hang_in_tokens = False
+        async with asyncio.timeout(PATIENCE_S):
+            await returned.wait()
+        assert (await owner.embed("some text")).shape == (8,)
+
+
+async def test_waiting_too_long_for_a_turn_is_overload_not_a_fault() -> None:
+    backend = Scripted(batch_limit=1)
+    async with running(backend, queue_deadline_s=0.02) as owner:
+        backend.hold()
+        first = asyncio.create_task(owner.embed("first"))
+        await backend.reached()
+        with pytest.raises(Overloaded):
+            await owner.embed("second")
+        backend.gate.set()
+        assert (await first).shape == (8,)
+        assert (owner.overloaded, owner.faults) == (1, 0)
+
+
+async def test_a_long_call_does_not_put_off_the_deadline_of_those_behind_it() -> None:
+    backend = Scripted(batch_limit=1)
+    async with running(backend, queue_deadline_s=0.02) as owner:
+        backend.hold()
+        first = asyncio.create_task(owner.embed("first"))
+        await backend.reached()
+        (encoding,) = owner._jobs.values()
+        encoding.asked_s -= 1.0  # it has been in the model for longer than the queue deadline
+        owner._disarm()
+        owner._check()
+        async with asyncio.timeout(PATIENCE_S / 2):
+            with pytest.raises(Overloaded):
+                await owner.embed("second")
+        backend.gate.set()
+        assert (await first).shape == (8,)
+
+
+async def test_warm_up_leaves_the_usual_deadlines_in_force() -> None:
+    owner = EmbedderOwner(Scripted(), encode_deadline_s=0.05, queue_deadline_s=0.5)
+    await owner.start()
+    assert owner._watch is None
+    assert (owner._encode_deadline_s, owner._queue_deadline_s) == (0.05, 0.5)
+    await owner.close()
+
+
+async def test_close_does_not_wait_for_a_model_that_hangs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(batcher, "CLOSE_S", 0.02)
+    backend = Scripted()
+    async with running(backend) as owner:
+        backend.hold()
+        asking = asyncio.create_task(owner.embed("hanging"))
+        await backend.reached()
+        with caplog.at_level(logging.WARNING, logger="index.batcher"):
+            async with asyncio.timeout(PATIENCE_S):
+                await owner.close()
+        with pytest.raises(EmbedderFault):
+            await asking
+        assert "left behind" in caplog.text
+        with pytest.raises(EmbedderFault):
+            await owner.embed("after closing")
+
+
+async def test_close_ends_the_thread_and_may_be_called_twice() -> None:
+    async with running(Scripted()) as owner:
+        await owner.close()
+        await owner.close()
+        owner._thread.join(PATIENCE_S)
+        assert not owner._thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda v: v * np.float32("nan"), id="NaN"),
+        pytest.param(lambda v: v * np.float32("inf"), id="infinite"),
+        pytest.param(lambda v: v * np.float32(0), id="zero"),
+        pytest.param(lambda v: v * np.float32(1.01), id="not of unit length"),
+        pytest.param(lambda v: v[:, :4], id="another dimension"),
+        pytest.param(lambda v: v[0], id="one row short of a matrix"),
+        pytest.param(lambda v: v.astype(np.float64), id="another type"),
+        pytest.param(lambda v: [][1], id="raises"),
+        pytest.param(lambda v: v + "x", id="raises a type error"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+async def test_a_bad_vector_is_a_fault_is_not_remembered_and_the_thread_lives_on(spoil: Any) -> None:
+    backend = Scripted()
+    async with running(backend) as owner:
+        backend.spoil = spoil
+        with pytest.raises(EmbedderFault):
+            await owner.embed("some text")
+        backend.spoil = None
+        assert (await owner.embed("some text")).shape == (8,)
+        assert (owner.faults, owner.embedded, owner.queue_length) == (1, 1, 0)
+
+
+async def test_a_thread_that_dies_of_a_bug_fails_its_callers_and_all_later_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Bug(BaseException):
+        pass
+
+    def die(vectors: np.ndarray) -> np.ndarray:
+        raise Bug
+
+    monkeypatch.setattr(threading, "excepthook", lambda report: None)
+    backend = Scripted()
+    async with running(backend) as owner:
+        backend.spoil = die
+        with pytest.raises(EmbedderFault):
+            await owner.embed("some text")
+        owner._thread.join(PATIENCE_S)
+        with pytest.raises(EmbedderFault):
+            await owner.embed("some text")
+        assert not owner.is_ready
+
+
+async def test_texts_of_equal_length_share_a_call_and_others_never_do() -> None:
+    backend = Scripted()
+    async with running(backend) as owner:
+        backend.hold()
+        asking = [asyncio.create_task(owner.embed("the first"))]
+        await backend.reached()
+        asking += [asyncio.create_task(owner.embed(text)) for text in ("a b c", "d", "e f g", "h", "i j k")]
+        await settle()
+        backend.gate.set()
+        await asyncio.gather(*asking)
+        assert backend.calls == [1, 3, 2]
+
+
+async def test_a_call_takes_no_more_tokens_than_fit_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batcher, "CALL_TOKENS", 6)
+    backend = Scripted()
+    async with running(backend) as owner:
+        backend.hold()
+        asking = [asyncio.create_task(owner.embed("first"))]
+        await backend.reached()
+        asking += [asyncio.create_task(owner.embed(f"a b {n}")) for n in range(4)]
+        asking += [asyncio.create_task(owner.embed("one two three four five six seven eight"))]
+        await settle()
+        backend.gate.set()
+        await asyncio.gather(*asking)
+        assert backend.calls == [1, 2, 2, 1]
+
+
+async def test_a_backend_that_must_work_alone_gets_one_text_at_a_time() -> None:
+    backend = Scripted(batch_limit=1)
+    async with running(backend) as owner:
+        await asyncio.gather(*(owner.embed(f"text {n}") for n in range(20)))
+        assert backend.calls == [1] * 20
+
+
+async def test_each_caller_gets_the_vector_of_its_own_text() -> None:
+    backend = Scripted()
+    async with running(backend) as owner:
+        texts = [f"{'w ' * (n % 5)}{chr(97 + n % 26)}{n}" for n in range(60)]
+        vectors = await asyncio.gather(*(owner.embed(text) for text in texts))
+        for text, vector in zip(texts, vectors, strict=True):
+            assert np.array_equal(vector, backend.encode(text))
+
+
+async def test_a_text_beyond_the_window_is_refused_without_the_model() -> None:
+    backend = Scripted()
+    async with running(backend) as owner:
+        with pytest.raises(TextTooLong):
+            await owner.embed("w " * 17)
+        with pytest.raises(TextTooLong):
+            await owner.embed("w" * 100_000)
+        assert backend.calls == []
+        assert (owner.too_long, owner.faults, owner.queue_length) == (2, 0, 0)
+
+
+async def test_a_lone_surrogate_is_a_fault_of_that_text_only() -> None:
+    async with running(Scripted()) as owner:
+        with pytest.raises(EmbedderFault):
+            await owner.embed("bad \ud800 text")
+        assert owner.is_ready
+
+
+async def test_a_model_that_does_not_convert_is_served_by_torch_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Any
+) -> None:
+    async def refuse(*args: object) -> None:
+        raise ModelFault("it has a layer without a twin")
+
+    monkeypatch.setattr(batcher, "converted", refuse)
+    monkeypatch.setattr(batcher, "TorchBackend", lambda files, threads: Scripted())
+    with caplog.at_level(logging.WARNING, logger="index.batcher"):
+        owner = await batcher.open_embedder(tmp_path)
+    assert owner.identity == Scripted.identity
+    assert "without a twin" in caplog.text
+    await owner.close()
+
+
+async def test_an_unknown_backend_is_refused(tmp_path: Any) -> None:
+    with pytest.raises(ModelFault, match="tensorrt"):
+        await batcher.open_embedder(tmp_path, backend="tensorrt")
