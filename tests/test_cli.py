@@ -16,15 +16,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from aiohttp import web
 
-from proxy import checks, cli, printing
+from index.tokens import WIDTH
+from index.vectors import VectorOwner
+from proxy import checks, cli, printing, rebuild
 from proxy.admin import EntryFilter, Selector, build
 from proxy.admin_auth import Gate, load_token
 from proxy.core.errors import ConfigError
-from proxy.store.store import migrate_store
+from proxy.store.store import migrate_store, open_store
 from proxy.telemetry import Telemetry
+from tests.rows import draft, list_price
 
 
 @pytest.fixture(autouse=True)
@@ -344,3 +348,32 @@ def test_serve_hands_checked_settings_to_the_program(
     monkeypatch.setattr(app, "serve", refuse)
     code, _, err = run(capsys, "serve")
     assert (code, err) == (2, "ibid: port taken\\x1b[2J\n")
+
+
+def test_rebuild_index_saves_every_vector_of_sql_and_of_the_model_in_use(
+    capsys: pytest.CaptureFixture[str], data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Embedder:
+        identity = "e1"
+        dimension = 8
+
+        async def close(self) -> None: ...
+
+    async def open_embedder(data_dir: Path, **_: Any) -> Embedder:
+        return Embedder()
+
+    async def fill() -> None:
+        store = await open_store(None, data_dir, price=list_price)
+        signature = np.zeros(WIDTH, "<u8").tobytes()
+        for name in "abc":
+            await store.entries.put(draft(name, signature=signature))
+        await store.entries.put(draft("other", signature=signature, embedder="e2"))
+        await store.close()
+
+    asyncio.run(fill())
+    monkeypatch.setattr(rebuild, "open_embedder", open_embedder)
+    code, out, err = run(capsys, "rebuild-index")
+    assert (code, err) == (0, "")
+    assert out.startswith("3 vectors indexed")
+    index = VectorOwner.load(data_dir / "index.snapshot", "e1", 8)
+    assert index.size == 3
