@@ -60,7 +60,7 @@ class _Step(NamedTuple):
 
 
 class _Ready(NamedTuple):
-    """Rates in the form a price is computed from: steps from the highest threshold down, the last above −1."""
+    """Rates in the form a price is computed from: steps from the highest threshold down, the last above -1."""
 
     steps: tuple[_Step, ...]
     basis: str
@@ -186,7 +186,8 @@ def _ready(rates: Rates) -> _Ready:
     for above in sorted({start for side in sides for start, _ in side}, reverse=True):
         exact = [_rate(side, above + 1) for side in sides]
         denominator = math.lcm(*(rate.denominator for rate in exact))
-        steps.append(_Step(above, *(int(rate * denominator) for rate in exact), denominator))
+        fresh, output, read, write = (int(rate * denominator) for rate in exact)
+        steps.append(_Step(above, fresh, output, read, write, denominator))
     return _Ready(tuple(steps), rates.basis, rates.price_id)
 
 
