@@ -9,6 +9,7 @@ November 2026); the threshold is lowered here.
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any, Final
 
 import faiss
@@ -21,6 +22,7 @@ RECALL_GOAL: Final = 0.995
 _PROBES: Final = (4, 8, 12, 16, 24, 32, 48, 64)
 QUERIES: Final = 1024
 _POINTS_PER_LIST: Final = 24
+_LISTS: Final = 2.8
 _LIKENESS: Final = 0.93
 """Cosine of a perturbed query to its member: what a reworded question has in the field."""
 
@@ -29,6 +31,14 @@ def prepare_thread() -> None:
     """FAISS settings of this thread and process: one OpenMP thread, BLAS for batches."""
     faiss.omp_set_num_threads(1)
     faiss.cvar.distance_compute_blas_threshold = 20
+
+
+def trim_heap() -> None:
+    """Give freed pages back to the system where the C library can (glibc): training leaves much behind."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        return
 
 
 def perturbed(
@@ -55,7 +65,7 @@ class Approximate:
         """An empty index for about `size` entries, trained on `sample` (n, d). Raises IndexFault."""
         prepare_thread()
         dimension = sample.shape[1]
-        lists = max(8, min(int(1.6 * size**0.5), sample.shape[0] // 8))
+        lists = max(8, min(int(_LISTS * size**0.5), sample.shape[0] // 8))
         quantizer = faiss.IndexFlatIP(dimension)
         index = faiss.IndexIVFScalarQuantizer(
             quantizer, dimension, lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
@@ -78,7 +88,7 @@ class Approximate:
     @staticmethod
     def sample_size(size: int) -> int:
         """How many vectors `train` wants of `size`; a quarter is always left to measure recall with."""
-        return min(size * 3 // 4, max(1024, int(1.6 * size**0.5) * _POINTS_PER_LIST))
+        return min(size * 3 // 4, max(1024, int(_LISTS * size**0.5) * _POINTS_PER_LIST))
 
     @property
     def size(self) -> int:

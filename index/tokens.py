@@ -158,6 +158,12 @@ _SPECIAL: Final = (
 )
 
 
+_COUNTED: Final = (
+    set(lex.NUMBER_WORDS) | set(lex.MULTIPLIERS) | set(lex.ORDINALS) | set(lex.DATES) | set(lex.CURRENCIES)
+)
+"""Words with a class of their own: "three" must equal "3", so it is no content word."""
+
+
 def stem(word: str) -> str:
     """A crude English stem: enough that flight/flights, book/booking/booked agree; other languages pass through."""
     if word.endswith(("'s", "\u2019s")):
@@ -193,7 +199,7 @@ def _know(word: str) -> _Word:
         or (len(folded) > 8 and folded.startswith("non") and folded not in ("nonsense", "nonetheless"))
     )
     bare = folded[:-2] if folded.endswith("'s") else folded
-    content = not (bare in lex.STOPWORDS or folded in lex.STOPWORDS or negation)
+    content = not (bare in lex.STOPWORDS or folded in lex.STOPWORDS or negation or folded in _COUNTED)
     root = stem(folded)
     return _Word(
         folded,
@@ -287,7 +293,9 @@ class _Reading:
                 self.antonyms[word.pair & 1] |= 1 << (word.pair >> 1)
             if word.negation:
                 self.negations += 1
-            self._special(word, capital)
+            if self._special(word, capital):
+                self.starts = self.first_word = False
+                return
         if word.digest:
             if capital and not self.starts:
                 self.content[word.digest] = True
@@ -311,16 +319,18 @@ class _Reading:
         else:
             self.other(kind, raw)
 
-    def _special(self, word: _Word, capital: bool) -> None:
+    def _special(self, word: _Word, capital: bool) -> bool:
+        """Sort a word of a closed class; whether it was a number or a unit, and so is no content word."""
         text = word.folded
         if self._number_word(text):
-            return
+            return True
         followed = self.last_number or self.pending is not None
         self.flush()
         self.last_number = False
         if followed and (unit := lex.UNITS.get(text)) is not None:
             self.units.append(unit)
-        elif (currency := lex.CURRENCIES.get(text)) is not None:
+            return True
+        if (currency := lex.CURRENCIES.get(text)) is not None:
             self.units.append(currency)
         if (date := lex.DATES.get(text)) is not None:
             self.dates.append(date)
@@ -334,6 +344,7 @@ class _Reading:
             self.question = 15
         if self.question == 14 and len(self.words) > 1 and self.words[-2].folded in ("how", "how's"):
             self.question = _QUESTION_INDEX[lex.HOW_KINDS.get(text, "how")]
+        return False
 
     def _number_word(self, text: str) -> bool:
         value = lex.NUMBER_WORDS.get(text)
@@ -433,12 +444,17 @@ class _Reading:
                     self.word(_know(part), part[0].isupper())
 
 
+_DIRECTIONAL: Final = frozenset(("from", "to", "into", "than"))
+
+
 def _direction(words: list[_Word]) -> list[str]:
     """Ordered pairs: "from X to Y" and "to Y from X" are X>Y; "convert X to Y" likewise; "X than Y" is X>>Y."""
     found: list[str] = []
     origin = target = ""
     last_content = ""
     size = len(words)
+    if not any(word.folded in _DIRECTIONAL for word in words):
+        return found
     for i, word in enumerate(words):
         text = word.folded
         if text == "from" or text == "to" or text == "into":

@@ -6,7 +6,7 @@ index from pieces it asks the owner for, and hands it back; a snapshot is read t
 meantime is remembered by entry id and applied at the hand-over.
 
 States of a scope: exact (chain of slots, scanned by the kernel) → building (still exact) → approximate (FAISS
-proposes, the kernel rescores) → rebuilding when four times as large → exact again when it shrinks below half the limit.
+proposes, the kernel rescores) → rebuilding when twice as large → exact again when it shrinks below half the limit.
 A scope whose measured recall misses the goal stays exact until it has doubled.
 """
 
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from index import kernels, snapshot
 from index.arena import UNIT_TOLERANCE, Arena, Candidate, Piece, check_vectors
 from index.errors import IndexFault, IndexRebuilding, IndexRoomError, Overloaded, SnapshotRefused
-from index.partition import QUERIES, Approximate, ExactBest, prepare_thread, sample_queries
+from index.partition import QUERIES, Approximate, ExactBest, prepare_thread, sample_queries, trim_heap
 from index.tokens import STAMP, WIDTH
 
 __all__ = ["Candidate", "VectorOwner"]
@@ -42,6 +42,8 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 PROMOTE_ABOVE: Final = 2000
+RETRAIN_AT: Final = 2
+"""Growth since training. At 4 a scope of 100 000 was left with lists of 330 entries and searched in 0.8 ms."""
 QUEUE_LIMIT: Final = 4096
 PIECE: Final = 1024
 _SWEEP: Final = 2048
@@ -370,7 +372,7 @@ class VectorOwner:
     def _consider(self, number: int) -> None:
         size = int(self._arena.counts[number])
         approximate = self._approximate.get(number)
-        limit = 4 * approximate.built_for if approximate is not None else self._promote_above
+        limit = RETRAIN_AT * approximate.built_for if approximate is not None else self._promote_above
         if size <= max(limit, self._not_before.get(number, 0)) or number == self._building:
             return
         self._wanted[number] = None
@@ -413,9 +415,33 @@ class VectorOwner:
             _log.warning("promotion failed", extra={"fault": type(fault).__name__})
         took = time.monotonic() - started
         try:
-            self._submit(self._quietly(lambda: self._hand_over(number, len(slots), built, took)), bounded=False)
-        except IndexFault:
+            while built is not None and self._catch_up(number, built):
+                pass
+            self._ask(lambda: self._hand_over(number, len(slots), built, took)).result()
+        except IndexRoomError:
             return  # closing
+        trim_heap()
+
+    def _catch_up(self, number: int, built: Approximate) -> bool:
+        """Apply what changed while building; False when so little is left that the hand-over may do it."""
+
+        def take() -> NDArray[np.int64]:
+            touched = self._touched or set()
+            if len(touched) <= 256:
+                return np.empty(0, np.int64)
+            self._touched = set()
+            return np.fromiter(touched, np.int64, len(touched))
+
+        changed = self._ask(take).result()
+        for at in range(0, len(changed), PIECE):
+            part = changed[at : at + PIECE]
+            built.remove(part)
+            slots = self._ask(lambda part=part: self._arena.find_many(part)).result()  # type: ignore[misc]
+            if len(slots):
+                ids, vectors = self._floats(slots, number)
+                known = np.isin(ids, part)  # a slot may have changed hands since: then it was touched again
+                built.add(ids[known], vectors[known])
+        return len(changed) > 0
 
     def _built(self, number: int, slots: NDArray[np.int32]) -> Approximate | None:
         shuffled = np.random.default_rng(len(slots)).permutation(slots)

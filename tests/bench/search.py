@@ -1,7 +1,8 @@
 """Vector search: latency, recall, memory and upkeep of the index at 10 000 and 100 000 entries.
 
-Run: python tests/bench/search.py [ENTRIES]. Vectors are random unit vectors and queries lie at cosine 0.93 of a member,
-as a reworded question does. Times are of this machine; the exact scan beside each figure is its floor.
+Run: python tests/bench/search.py [topics|random] [ENTRIES...]. Queries lie at cosine 0.93 of a member, as a reworded
+question does. `topics`: unit vectors around 2 000 centres at cosine 0.6 to their own, as questions of one application
+are. `random`: no structure at all, the worst case for an approximate index, which then probes more lists.
 """
 
 from __future__ import annotations
@@ -24,11 +25,21 @@ from index.vectors import VectorOwner
 DIMENSION = 384
 FAR = 1 << 60
 BIG = b"L" * 32
+LIKENESS = 0.6
 
 
-def unit(n: int, rng: np.random.Generator) -> np.ndarray:
+CENTRES = np.random.default_rng(12).standard_normal((2000, DIMENSION), dtype=np.float32)
+CENTRES /= np.linalg.norm(CENTRES, axis=1, keepdims=True)
+STRUCTURE = {"random": 0.0, "topics": 0.6}
+
+
+def unit(n: int, rng: np.random.Generator, likeness: float = 0.0) -> np.ndarray:
     vectors = rng.standard_normal((n, DIMENSION), dtype=np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    if likeness:
+        vectors = likeness * CENTRES[rng.integers(0, len(CENTRES), n)] + np.sqrt(1 - likeness**2) * vectors
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors.astype(np.float32)
 
 
 def resident() -> int:
@@ -47,7 +58,7 @@ async def fill(owner: VectorOwner, first: int, scopes: list[bytes], seed: int) -
     took = 0.0
     for at in range(0, len(scopes), 4096):
         part = scopes[at : at + 4096]
-        vectors = unit(len(part), rng)
+        vectors = unit(len(part), rng, LIKENESS)
         started = time.perf_counter()
         ids = np.arange(first + at, first + at + len(part), dtype=np.int64)
         await owner.add_many(ids, part, vectors, signs[: len(part)], np.full(len(part), FAR))
@@ -60,7 +71,7 @@ def members(n: int, seed: int, wanted: np.ndarray) -> np.ndarray:
     rng = np.random.default_rng(seed)
     parts = []
     for at in range(0, n, 4096):
-        vectors = unit(min(4096, n - at), rng)
+        vectors = unit(min(4096, n - at), rng, LIKENESS)
         parts.append(vectors[wanted[(wanted >= at) & (wanted < at + 4096)] - at])
     return np.concatenate(parts)
 
@@ -127,13 +138,11 @@ async def run(n: int, small: int = 20_000) -> None:
         await owner.search(BIG, probe, signature("x"), 0, 8)
         worst = max(worst, time.perf_counter() - at)
         await asyncio.sleep(0)
-    print(
-        f"  promoted {time.perf_counter() - started:.1f} s after the first add; slowest search meanwhile {worst * 1e3:.0f} ms"
-    )
+    took = time.perf_counter() - started
+    print(f"  promoted {took:.1f} s after the first add; slowest search meanwhile {worst * 1e3:.0f} ms")
     gc.collect()
-    print(
-        f"  resident {(resident() - before) / n:.0f} B per entry ({(DIMENSION * 2 + WIDTH * 8)} B are vector and signature)"
-    )
+    bare = DIMENSION * 2 + WIDTH * 8
+    print(f"  resident {(resident() - before) / n:.0f} B per entry ({bare} B are vector and signature)")
     await search(owner, n, 1)
     await upkeep(owner, n)
     before = resident()
@@ -145,9 +154,8 @@ async def run(n: int, small: int = 20_000) -> None:
         path = Path(folder) / "index.snapshot"
         started = time.perf_counter()
         await owner.snapshot(path)
-        print(
-            f"  snapshot of {owner.size}: {time.perf_counter() - started:.2f} s, {path.stat().st_size / owner.size:.0f} B per entry"
-        )
+        took = time.perf_counter() - started
+        print(f"  snapshot of {owner.size}: {took:.2f} s, {path.stat().st_size / owner.size:.0f} B per entry")
         owner.close()
         started = time.perf_counter()
         loaded = VectorOwner.load(path, "bench", DIMENSION)
@@ -162,8 +170,13 @@ async def run(n: int, small: int = 20_000) -> None:
 
 
 def main() -> None:
-    for n in [int(word) for word in sys.argv[1:]] or [10_000, 100_000]:
-        asyncio.run(run(n))
+    global LIKENESS
+    words = sys.argv[1:]
+    for kind in [word for word in words if word in STRUCTURE] or list(STRUCTURE):
+        LIKENESS = STRUCTURE[kind]
+        for n in [int(word) for word in words if word not in STRUCTURE] or [10_000, 100_000]:
+            print(f"{kind}: ", end="")
+            asyncio.run(run(n))
 
 
 if __name__ == "__main__":
