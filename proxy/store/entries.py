@@ -333,6 +333,11 @@ class Entries:
             statement = statement.where(entry.c.embedder == embedder)
         return np.fromiter((row[0] for row in await self._database.rows(statement)), np.int64)
 
+    async def tenants(self, limit: int) -> tuple[str, ...]:
+        """At most `limit` tenants that have entries. Raises CacheFault."""
+        statement = select(entry.c.tenant).distinct().limit(limit)
+        return tuple(row[0] for row in await self._database.rows(statement))
+
     async def stats(self) -> EntryStats:
         """Counts for the operator. Raises CacheFault."""
         c = entry.c

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import insert, select
+from sqlalchemy import insert, literal, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.core.errors import ConfigError
@@ -40,6 +40,10 @@ class Store:
     def state(self) -> str:
         """ "ok", "full" or "down": what /readyz says of the store."""
         return {"ok": "ok", "store_full": "full"}.get(self.writer.state, "down")
+
+    async def ping(self) -> None:
+        """One round trip to the database. Raises CacheFault."""
+        await self.database.rows(select(literal(1)))
 
     async def feedback(
         self,

@@ -7,6 +7,7 @@ import sqlite3
 
 import pytest
 
+from proxy.store.ledger import _TABLES
 from proxy.store.store import open_store
 from tests.rows import call, hit, list_price, outcome
 
@@ -14,6 +15,11 @@ from tests.rows import call, hit, list_price, outcome
 async def count(store, table):
     ((found,),) = await store.database.rows(f"SELECT COUNT(*) FROM {table}")
     return found
+
+
+def test_settled_rows_have_the_tables_columns_in_the_tables_order():
+    for table, columns in _TABLES:
+        assert tuple(column.name for column in table.columns) == columns
 
 
 async def test_close_writes_everything_recorded(tmp_path):
