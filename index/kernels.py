@@ -1,7 +1,7 @@
 """Numba kernels of the index: contiguous arrays in, arrays out, no objects, no allocation inside loops.
 
 A stored vector is a row of int16 fixed-point numbers with one float32 scale: half the memory of float32, inner products
-within 5e-6 of it for embeddings. Which slots belong to a scope is a doubly linked list over int32 slot numbers, and
+within 1e-5 of it for embeddings. Which slots belong to a scope is a doubly linked list over int32 slot numbers, and
 entry ids are found by an open-addressing table. Every kernel releases the GIL and is compiled by `compile_kernels`,
 before ready; with NUMBA_DISABLE_JIT=1 the same functions run as plain Python.
 """
@@ -371,7 +371,7 @@ def expired(
 
 
 def compile_kernels(dimension: int = 384) -> None:
-    """Compile every kernel for the types the index uses, by running each once. About 3 s; never inside a request."""
+    """Compile every kernel for the types the index uses, by running each once. About 4 s; never inside a request."""
     rows = np.zeros((4, dimension), np.int16)
     scales = np.ones(4, np.float32)
     signatures = np.zeros((4, WIDTH), np.uint64)

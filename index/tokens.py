@@ -68,7 +68,8 @@ def names(vetoes: int) -> tuple[str, ...]:
 HARD: Final = mask(*(guard for guard in GUARDS if guard != "possessive"))
 """The guards that veto in the shipped default: each was dropped in turn on the developers' streams (README).
 
-Possessives only inform: as a veto they cost a tenth of the hits and take away no error that a reader would call one.
+Possessives only inform: as a veto at bound 0.92 they cost 13 % (banking77) and 9 % (QQP) of the hits and take away 2 of
+14 and 2 of 9 hits that the labels call wrong.
 """
 
 _SUSPICIOUS = re.compile(
