@@ -87,6 +87,7 @@ async def test_a_locked_database_spills_and_is_replayed_when_it_is_free(sqlite_s
         while await count(sqlite_store, "request") < 41:
             sqlite_store.ledger.record(hit("last"))
             await asyncio.sleep(0.1)
+    await sqlite_store.ledger.flush()  # waits for the replay under way, which removes the file after its last row
     assert sqlite_store.state == "ok"
     assert not (sqlite_store.database.data_dir / "ledger-spill.jsonl").exists()
 
