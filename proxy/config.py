@@ -172,7 +172,7 @@ def _upstreams(document: Document, flags: Flags, environ: Mapping[str, str]) -> 
     if one:
         if problem := _url_problem(one):
             fail(problem)
-        found = {"upstream": UpstreamSettings(one)}
+        found = {name: dataclasses.replace(upstream, base_url=one) for name, upstream in found.items()}
     return types.MappingProxyType(found)
 
 

@@ -308,7 +308,7 @@ def set_up(
     for handler in root.handlers[:]:
         root.removeHandler(handler)
     root.addHandler(writer)
-    for noisy in ("aiohttp.access", "sqlalchemy.engine", "aiosqlite", "asyncio", "numba", "alembic"):
+    for noisy in ("aiohttp.access", "alembic", "sqlalchemy.engine", "aiosqlite", "asyncio", "numba", "alembic"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
     logging.captureWarnings(True)
     sys.excepthook = _report_uncaught

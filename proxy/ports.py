@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from index.errors import IndexRoomError
 from proxy.core.errors import CacheFault
-from proxy.core.model import Candidate, Draft, Entry, Outcome, Usage
+from proxy.core.model import Draft, Entry, Outcome, Usage
 
 Vector = NDArray[np.float32]
 Signature = NDArray[np.uint64]
@@ -44,8 +44,11 @@ class VectorIndex(Protocol):
 
     async def search(
         self, scope: bytes, vector: Vector, signature: Signature, now_ms: int, k: int = 8
-    ) -> list[Candidate]:
-        """At most k fresh candidates of this scope, best first. Raises IndexFault, Overloaded."""
+    ) -> Sequence[tuple[int, float, int]]:
+        """At most k fresh candidates of this scope, best first: (entry id, similarity, veto bits).
+
+        Raises IndexFault, Overloaded.
+        """
         ...
 
     def add(self, entry_id: int, scope: bytes, vector: Vector, signature: Signature, expires_ms: int) -> None:
@@ -54,7 +57,9 @@ class VectorIndex(Protocol):
 
     def remove(self, entry_ids: Sequence[int]) -> None: ...
 
-    def compare(self, vector: Vector, signature: Signature, row_vector: bytes, row_signature: bytes) -> tuple[float, int]:
+    def compare(
+        self, vector: Vector, signature: Signature, row_vector: bytes, row_signature: bytes
+    ) -> tuple[float, int]:
         """Similarity and veto bits against a row's own bytes: the gate. (nan, 0) never passes a judge."""
         ...
 
@@ -74,7 +79,7 @@ class EntryStore(Protocol):
     async def get(self, entry_id: int) -> Entry | None: ...
 
     async def put(self, draft: Draft) -> Stored:
-        """Commit. Returns after the row is durable; raises CacheFault(code="store_busy") at once when the queue is full."""
+        """Commit: returns when the row is durable. Raises CacheFault(code="store_busy") at once when the queue is full."""
         ...
 
     async def touch(self, entry_id: int, expires_ms: int) -> None: ...
@@ -109,7 +114,7 @@ class UpstreamResponse(Protocol):
     def header(self, name: str) -> str | None: ...
 
     async def read_some(self) -> bytes:
-        """Next bytes as they arrive, decoded; b"" at a clean end. Raises UpstreamError when the body is cut or stalls."""
+        """Next bytes as they arrive; b"" at a clean end. Raises UpstreamError when the body is cut or stalls."""
         ...
 
     def abort(self) -> None: ...

@@ -11,10 +11,11 @@ already taken in. Measured on a slow core: orjson 2.0 us a chunk of 230 bytes, t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from proxy.core.answer import to_json
 from proxy.core.errors import UpstreamError
@@ -359,3 +360,40 @@ def _join_detail(known: list[Any], detail: Any) -> bool:
         elif value is not None and last[name] != value:
             return False
     return True
+
+
+class Recording(NamedTuple):
+    """What a complete body said. `usage` is there also when the answer is not storable: it was paid for."""
+
+    answer: Answer | None
+    refusal_reason: str
+    usage: Usage | None
+
+
+def record(body: bytes, *, is_stream: bool, n: int = 1, loads: Loads = json.loads) -> Recording:
+    """Read a body that ended cleanly, streamed or whole."""
+    if is_stream:
+        recorder = Recorder(n=n, loads=loads)
+        recorder.feed(body)
+        answer = recorder.finish()
+    else:
+        answer = read_whole(body, loads)
+    if isinstance(answer, Answer):
+        return Recording(answer, "", answer.usage)
+    return Recording(None, answer, find_usage(body))
+
+
+def find_usage(body: bytes) -> Usage | None:
+    """The last usage object in a body, streamed or whole, complete or cut; None when there is none."""
+    at = len(body)
+    while (at := body.rfind(b'"usage"', 0, at)) >= 0:
+        start = body.find(b"{", at, at + 12)
+        if start >= 0:
+            with contextlib.suppress(ValueError, RecursionError):
+                raw, _end = _DECODER.raw_decode(body[start : start + 4096].decode("utf-8", "replace"))
+                if (usage := read_usage(raw)) is not None:
+                    return usage
+    return None
+
+
+_DECODER = json.JSONDecoder()

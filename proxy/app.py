@@ -1,0 +1,373 @@
+"""Composition root: builds every edge, opens them in order, closes them in reverse. Imported by the command line only.
+
+Order: data directory and secret → database → model and index → listeners. The client listener accepts only when the
+embedder is warm, the kernels are compiled and the index holds what SQL holds, or when it is certain that they will not
+be there (then exact hits and forwarding still work, and `/readyz` says what is degraded).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import stat
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import uvloop
+from aiohttp import web
+
+from index.batcher import EmbedderOwner, open_embedder
+from index.errors import IndexRoomError, SnapshotRefused
+from index.vectors import VectorOwner
+from proxy import admin, listener, logs
+from proxy.admin_auth import LOOPBACK_NAMES, Gate, load_token
+from proxy.config import Settings, UpstreamSettings
+from proxy.core.errors import CacheFault, ConfigError
+from proxy.explain import Explainer
+from proxy.handlers import ClientHandler
+from proxy.hot import HotRows
+from proxy.operations import Operator
+from proxy.pipeline import Pipeline
+from proxy.prices import Prices
+from proxy.store.store import Store, open_store
+from proxy.tasks import Tasks
+from proxy.telemetry import Telemetry
+from proxy.upstream import UpstreamAddress, Upstreams
+
+log = logging.getLogger(__name__)
+
+BUNDLED_MODEL = "all-MiniLM-L6-v2"
+SNAPSHOT_NAME = "index.snapshot"
+SECRET_NAME = "installation-secret"
+BEAT_S = 0.02
+HOUSEKEEPING_S = 60.0
+
+
+class Pulse:
+    """Measures how late the event loop wakes up, and lets once-a-second work ride along."""
+
+    def __init__(self) -> None:
+        self.longest_ms = 0.0
+
+    async def run(self, handler: ClientHandler) -> None:
+        second = time.monotonic()
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(BEAT_S)
+            now = time.monotonic()
+            self.longest_ms = max(self.longest_ms, (now - before - BEAT_S) * 1e3)
+            if now - second >= 1.0:
+                second = now
+                handler.beat(now)
+
+
+@dataclass(slots=True)
+class App:
+    """A running ibid. `stopping` ends it when set."""
+
+    settings: Settings
+    pipeline: Pipeline
+    store: Store
+    telemetry: Telemetry
+    operator: Operator
+    admin_token: str
+    admin_token_path: Path | None
+    stopping: asyncio.Event
+    port: int = 0
+    admin_port: int = 0
+
+
+def read_secret(data_dir: Path) -> bytes:
+    """The installation's own secret, 32 bytes, made at the first start. Raises ConfigError when it cannot be kept."""
+    path = data_dir / SECRET_NAME
+    try:
+        try:
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(os.urandom(32))
+                file.flush()
+                os.fsync(file.fileno())
+        except FileExistsError:
+            if stat.S_IMODE(path.stat().st_mode) & 0o077:
+                raise ConfigError(f"{path} must be readable by its owner only (chmod 600).") from None
+        secret = path.read_bytes()
+    except OSError as fault:
+        raise ConfigError(f"{path} cannot be used: {fault.strerror}.") from fault
+    if len(secret) != 32:
+        raise ConfigError(f"{path} is damaged: it must hold 32 bytes.")
+    return secret
+
+
+async def open_index(settings: Settings, embedder: EmbedderOwner, store: Store) -> VectorOwner:
+    """The index as SQL says it must be: the snapshot, less what SQL no longer has, plus what it does not hold yet."""
+    path = settings.data_dir / SNAPSHOT_NAME
+    promote_above, queue_limit = settings.index.promote_at, settings.index.queue
+    try:
+        index = await asyncio.to_thread(
+            VectorOwner.load,
+            path,
+            embedder.identity,
+            embedder.dimension,
+            promote_above=promote_above,
+            queue_limit=queue_limit,
+        )
+    except SnapshotRefused as refusal:
+        log.info("building the index from SQL", extra={"reason": str(refusal)})
+        index = VectorOwner(embedder.identity, embedder.dimension, promote_above=promote_above, queue_limit=queue_limit)
+    index.start()
+    try:
+        held, wanted = await index.ids(), await store.entries.ids(embedder.identity)
+        gone = np.setdiff1d(held, wanted, assume_unique=True)
+        if len(gone):
+            index.remove(gone.tolist())
+        missing = np.setdiff1d(wanted, held, assume_unique=True)
+        if len(missing):
+            async for block in store.entries.vectors(embedder.identity, after_id=int(missing[0]) - 1):
+                new = np.isin(block.ids, missing)
+                scopes = [scope.tobytes() for scope in block.scopes[new]]
+                await index.add_many(
+                    block.ids[new], scopes, block.vectors[new], block.signatures[new], block.expires_ms[new]
+                )
+    except BaseException:
+        await asyncio.to_thread(index.close)
+        raise
+    return index
+
+
+async def open_semantic(
+    settings: Settings, store: Store, stack: contextlib.AsyncExitStack
+) -> tuple[EmbedderOwner | None, VectorOwner | None, str]:
+    """Embedder and index, or why there are none. Raises ConfigError when `embedding.require_semantic` is set."""
+    wanted = settings.embedding
+    if not settings.rules.semantic:
+        return None, None, "semantic_off"
+    try:
+        embedder = await open_embedder(
+            settings.data_dir,
+            model=None if wanted.model == BUNDLED_MODEL else wanted.model,
+            backend=wanted.backend,
+            threads=wanted.threads,
+            queue=wanted.queue,
+            lru=wanted.lru,
+            encode_deadline_s=wanted.deadline_ms / 1000,
+        )
+        stack.push_async_callback(embedder.close)
+        index = await open_index(settings, embedder, store)
+        stack.push_async_callback(asyncio.to_thread, index.close)
+    except (IndexRoomError, CacheFault) as fault:
+        if wanted.require_semantic:
+            raise ConfigError(f"semantic lookups are required and cannot start: {fault}") from fault
+        reason = fault.code if isinstance(fault, CacheFault) else fault.reason
+        log.error("serving exact hits only", extra={"reason": reason, "cause": str(fault)})
+        return None, None, reason
+    return embedder, index, ""
+
+
+async def housekeep(app: App, index: VectorOwner | None) -> None:
+    """Expire, evict, and save the index now and then."""
+    saved_s = time.monotonic()
+    while True:
+        await asyncio.sleep(HOUSEKEEPING_S)
+        try:
+            now_ms = int(time.time() * 1000)
+            app.pipeline.forget(await app.store.entries.housekeep(now_ms))
+            if index is not None and time.monotonic() - saved_s >= app.settings.index.snapshot_interval_s:
+                await index.snapshot(app.settings.data_dir / SNAPSHOT_NAME)
+                saved_s = time.monotonic()
+        except (CacheFault, IndexRoomError) as fault:
+            app.telemetry.fault(fault.code if isinstance(fault, CacheFault) else fault.reason)
+
+
+@contextlib.asynccontextmanager
+async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = None) -> AsyncIterator[App]:
+    """A serving ibid; leaving the context stops accepting, drains, flushes and closes. Raises ConfigError."""
+    async with contextlib.AsyncExitStack() as stack:
+        started_s = time.perf_counter()
+        telemetry = Telemetry(log_writer, level=logging.getLevelNamesMapping()[settings.log.level])
+        prices = Prices(price_overrides(settings))
+        store = await open_store(
+            settings.store.database_url or None,
+            settings.data_dir,
+            price=prices.price,
+            limit_entries=settings.store.max_entries,
+            limit_bytes=settings.store.max_bytes,
+            queue_limit=settings.store.queue,
+        )
+        stack.push_async_callback(store.close)
+        secret = read_secret(settings.data_dir)
+        token, token_path = load_token(settings.server.admin_token, settings.data_dir)
+        if log_writer is not None:
+            log_writer.form.redactor.register(token)
+        embedder, index, fault = await open_semantic(settings, store, stack)
+        upstreams = Upstreams([upstream_address(n, u) for n, u in settings.upstreams.items()])
+        await upstreams.start()
+        stack.push_async_callback(upstreams.close)
+        tasks = Tasks(telemetry.fault)
+        background = Tasks(telemetry.fault)
+        stack.push_async_callback(background.close, 1.0)
+        pipeline = Pipeline(
+            rules=settings.rules,
+            store=store.entries,
+            ledger=store.ledger,
+            prices=prices,
+            upstream=upstreams,
+            telemetry=telemetry,
+            tasks=tasks,
+            hot=HotRows(settings.cache.hot_bytes),
+            embedder=embedder,
+            index=index,
+            semantic_fault=fault,
+            usage_on_hit=settings.cache.usage_on_hit,
+        )
+        handler = ClientHandler(
+            pipeline=pipeline,
+            upstream=upstreams,
+            ledger=store.ledger,
+            telemetry=telemetry,
+            rules=settings.rules,
+            limits=settings.limits,
+            secret=secret,
+            anonymous=settings.server.anonymous,
+        )
+        pulse = Pulse()
+        stopping = asyncio.Event()
+        operator = Operator(
+            pipeline=pipeline,
+            store=store,
+            telemetry=telemetry,
+            explain=Explainer(pipeline, handler, store).explain,
+            gauges=lambda: {
+                "loop_stall_ms_max": round(pulse.longest_ms, 3),
+                "uptime_s": round(time.perf_counter() - started_s),
+            },
+            is_stopping=stopping.is_set,
+        )
+        app = App(settings, pipeline, store, telemetry, operator, token, token_path, stopping)
+        watch(app, handler, pulse, embedder, index)
+        runner = web.AppRunner(
+            admin.build(operator, telemetry, Gate(token, LOOPBACK_NAMES | {settings.server.admin.host})),
+            access_log=None,
+            handle_signals=False,
+        )
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        app.admin_port = await _bind(runner, settings.server.admin.host, settings.server.admin.port)
+        try:
+            clients = await listener.start(
+                handler, settings.server.listen.host, settings.server.listen.port, settings.limits
+            )
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {settings.server.listen}: {error.strerror}") from error
+        app.port = clients.port
+        endless = [
+            background.spawn(pulse.run(handler), "pulse"),
+            background.spawn(housekeep(app, index), "housekeeping"),
+        ]
+        try:
+            yield app
+        finally:
+            stopping.set()
+            for task in endless:
+                task.cancel()
+            await clients.stop(settings.server.drain_timeout_s)
+            await tasks.close(5.0)
+            if index is not None:
+                with contextlib.suppress(IndexRoomError):
+                    await index.snapshot(settings.data_dir / SNAPSHOT_NAME)
+
+
+async def _bind(runner: web.AppRunner, host: str, port: int) -> int:
+    site = web.TCPSite(runner, host, port)
+    try:
+        await site.start()
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    return int(runner.addresses[0][1])
+
+
+def watch(
+    app: App, handler: ClientHandler, pulse: Pulse, embedder: EmbedderOwner | None, index: VectorOwner | None
+) -> None:
+    """Gauges that are read at scrape time."""
+    gauge = app.telemetry.watch
+    limits = app.settings.limits
+    gauge("ibid_in_flight", "Client requests being answered", lambda: limits.in_flight - handler.admission.free)
+    gauge("ibid_queue_length", "Waiting work", lambda: handler.admission.queued, queue="admission")
+    gauge("ibid_queue_length", "Waiting work", lambda: app.store.ledger.waiting, queue="ledger")
+    gauge("ibid_queue_length", "Waiting work", lambda: app.store.writer.waiting, queue="store")
+    gauge("ibid_hot_bytes", "Memory of rows served without SQL", lambda: app.pipeline.hot.size_bytes)
+    gauge("ibid_loop_stall_seconds_max", "Longest stall of the event loop", lambda: pulse.longest_ms / 1e3)
+    if embedder is not None and index is not None:
+        gauge("ibid_queue_length", "Waiting work", lambda: embedder.queue_length, queue="embedder")
+        gauge("ibid_queue_length", "Waiting work", lambda: index.waiting, queue="index")
+        gauge("ibid_vectors", "Vectors in the index", lambda: index.size)
+
+
+def upstream_address(name: str, settings: UpstreamSettings) -> UpstreamAddress:
+    return UpstreamAddress(name, settings.base_url, settings.dialect)
+
+
+def price_overrides(settings: Settings) -> dict[str, dict[str, float]]:
+    """Overrides as `Prices` takes them: fields that are set, by "model" or "upstream/model"."""
+    names = ("input_usd_per_mtok", "output_usd_per_mtok", "cache_read_usd_per_mtok", "cache_write_usd_per_mtok")
+    return {
+        model: {name: value for name in names if (value := getattr(override, name)) is not None}
+        for model, override in settings.prices.items()
+    }
+
+
+def banner(app: App) -> str:
+    """What the operator needs to know, once, without secrets."""
+    token = app.admin_token_path or "IBID_ADMIN_TOKEN"
+    host = app.settings.server
+    lines = [
+        f"ibid serves   http://{host.listen.host}:{app.port}/v1",
+        f"admin         http://{host.admin.host}:{app.admin_port}  (token: {token})",
+        f"upstreams     {', '.join(f'{n} {u.base_url}' for n, u in app.settings.upstreams.items())}",
+        f"database      {app.store.database.label}",
+        f"semantic      {describe(app.pipeline)}",
+    ]
+    return "\n".join(lines)
+
+
+def describe(pipeline: Pipeline) -> str:
+    return pipeline.semantic_fault if pipeline.embedder is None else f"on, embedder {pipeline.embedder.identity}"
+
+
+async def run(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT; a second signal ends the process at once."""
+    writer = logs.set_up(settings.log.level, as_json=settings.log.format == "json", secrets=secrets_of(settings))
+    try:
+        async with open_app(settings, log_writer=writer) as app:
+            loop = asyncio.get_running_loop()
+
+            def on_signal() -> None:
+                if app.stopping.is_set():
+                    os._exit(1)
+                app.stopping.set()
+
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, on_signal)
+            sys.stderr.write(banner(app) + "\n")
+            sys.stderr.flush()
+            await app.stopping.wait()
+    finally:
+        logs.tear_down(writer)
+
+
+def secrets_of(settings: Settings) -> list[str]:
+    """What no log line may show."""
+    password = urlsplit(settings.store.database_url).password
+    return [secret for secret in (settings.server.admin_token, password) if secret]
+
+
+def serve(settings: Settings) -> None:
+    """Run in the foreground. Raises ConfigError."""
+    uvloop.run(run(settings))

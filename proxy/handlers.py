@@ -1,0 +1,396 @@
+"""web.Request → Query, Reply → web.Response: the client listener's handler.
+
+Identical bytes from identical headers are the same question, so what was read from them is remembered: headers once per
+distinct header block, bodies once per distinct body. Everything remembered is a pure function of those bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+from aiohttp import web
+from aiohttp.hdrs import METH_POST
+
+from proxy.core import fingerprint, identity, jsontext, policy
+from proxy.core.dialects import openai_chat
+from proxy.core.directives import controls_of, verdict_headers
+from proxy.core.errors import BadRequest, IbidError, UpstreamError
+from proxy.core.model import Bypass, Call, Controls, Limits, Outcome, Query, Rules
+from proxy.incoming import body_stream, error_response, query_of, read_body, target_of
+from proxy.listener import Admission
+from proxy.pipeline import Client, Pipeline
+from proxy.ports import Ledger, Upstream
+from proxy.relay import Relay, Replay
+from proxy.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+CHAT_PATHS = frozenset({"/v1/chat/completions", "/chat/completions", "/v1/v1/chat/completions"})
+CHAT_UPSTREAM_PATH = "/v1/chat/completions"
+WHOLE_LIMIT_BYTES = 1024 * 1024
+MEMO_BODY_BYTES = 16 * 1024
+MEMO_ENTRIES = 2048
+HEARTBEAT = b": ping\n"  # a single LF: every SDK that speaks this dialect accepts it, also after an `id:` line
+HEARTBEAT_S = 15.0
+_PASSED = Bypass("pass_through")
+
+
+class Target(NamedTuple):
+    """Where a raw request target leads."""
+
+    path: str
+    path_qs: str  # as it goes upstream
+    query: str
+    is_chat: bool
+
+
+class Caller:
+    """What a header block says. Compared by identity: one object per distinct block."""
+
+    __slots__ = ("controls", "headers", "is_json", "is_retry", "scope_headers", "tenant")
+
+    def __init__(
+        self,
+        tenant: str,
+        headers: tuple[tuple[bytes, bytes], ...],
+        scope_headers: tuple[tuple[str, str], ...],
+        *,
+        is_json: bool,
+        is_retry: bool,
+    ) -> None:
+        self.tenant = tenant
+        self.headers = headers
+        self.scope_headers = scope_headers
+        self.is_json = is_json
+        self.is_retry = is_retry
+
+
+class ClientHandler:
+    """Answers every request of the client listener. Owns its memos; everything else is lent to it."""
+
+    def __init__(
+        self,
+        *,
+        pipeline: Pipeline,
+        upstream: Upstream,
+        ledger: Ledger,
+        telemetry: Telemetry,
+        rules: Rules,
+        limits: Limits,
+        secret: bytes,
+        anonymous: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.admission = Admission(limits.in_flight, limits.queued, limits.queue_timeout_s)
+        self.streams: set[LiveStream] = set()
+        self._pipeline = pipeline
+        self._upstream = upstream
+        self._ledger = ledger
+        self._telemetry = telemetry
+        self._rules = rules
+        self._limits = limits
+        self._secret = secret
+        self._anonymous = anonymous
+        self._clock = clock
+        self._targets: dict[str, Target] = {}
+        self._callers: dict[tuple[tuple[bytes, bytes], ...], Caller] = {}
+        self._queries: dict[tuple[Target, Caller, bytes], Query] = {}
+        self._id_prefix = os.urandom(10).hex()
+        self._id_count = int.from_bytes(os.urandom(3), "big")
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        self._id_count += 1
+        request_id = f"{self._id_prefix}{self._id_count:012x}"
+        try:
+            if not self.admission.try_enter():
+                await self.admission.enter()
+            try:
+                return await self._answer(request, request_id)
+            finally:
+                self.admission.leave()
+        except IbidError as error:
+            return error_response(error, request_id)
+        except (ConnectionError, asyncio.CancelledError):
+            raise
+        except Exception:
+            log.exception("a request failed inside ibid", extra={"request_id": request_id})
+            return error_response(IbidError("Something failed inside ibid."), request_id)
+
+    async def _answer(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
+        started_s = time.perf_counter()
+        target = self._targets.get(request.raw_path) or self._read_target(request)
+        caller = self._callers.get(request.raw_headers) or self._read_caller(request)
+        if not target.is_chat:
+            return await self._pass_through(request, request_id, target, caller, started_s)
+        if request.method != METH_POST:
+            raise BadRequest("Use POST here.", code="method_not_allowed", status=405)
+        if not caller.is_json:
+            raise BadRequest("Content-Type must be application/json.", code="unsupported_media_type", status=415)
+        body = await read_body(request, self._limits)
+        query = self._queries.get((target, caller, body)) or self.read_query(target, caller, body)
+        client = Client(
+            request_id, int(self._clock() * 1000), started_s, target.path_qs, caller.headers, caller.is_retry
+        )
+        reply = self._pipeline.recall(query, client) or await self._pipeline.answer(query, client)
+        if isinstance(reply, Replay):
+            return web.Response(status=reply.status, headers=reply.headers, body=reply.body)
+        return await self._relay(request, reply)
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def _read_target(self, request: web.BaseRequest) -> Target:
+        path = target_of(request)
+        query = query_of(request)
+        is_chat = path in CHAT_PATHS
+        target = Target(path, (CHAT_UPSTREAM_PATH if is_chat else path) + query, query, is_chat)
+        if request.raw_path.startswith("/"):
+            _remember(self._targets, request.raw_path, target)
+        return target
+
+    def _read_caller(self, request: web.BaseRequest) -> Caller:
+        headers = request.raw_headers
+        tenant = identity.tenant_of(self._secret, identity.credential(headers, anonymous=self._anonymous))
+        caller = Caller(
+            tenant,
+            headers,
+            identity.scope_headers(headers),
+            is_json=request.content_type == "application/json",
+            is_retry=request.headers.get("x-stainless-retry-count", "0") not in ("", "0"),
+        )
+        _remember(self._callers, headers, caller)
+        return caller
+
+    def read_query(self, target: Target, caller: Caller, raw: bytes) -> Query:
+        """The question in a chat body. Raises BadRequest."""
+        body = jsontext.parse(raw, self._limits.json_depth)
+        facts = openai_chat.read(body)
+        controls: Controls = controls_of(caller.headers, body.get(openai_chat.CACHE_TWIN))
+        upstream = self._upstream.route(target.path, {})
+        eligibility = policy.classify(facts, controls, self._rules)
+        scope = fingerprint.scope_of(
+            facts,
+            tenant=caller.tenant,
+            upstream=upstream,
+            operation="chat",
+            controls=controls,
+            headers=caller.scope_headers,
+            query=target.query,
+        )
+        query = Query(
+            dialect="openai",
+            operation="chat",
+            endpoint=CHAT_UPSTREAM_PATH,
+            upstream=upstream,
+            tenant=caller.tenant,
+            model=facts.model,
+            stream=facts.stream,
+            wants_usage=facts.wants_usage,
+            prompt=facts.prompt or "",
+            scope=scope,
+            fingerprint=fingerprint.fingerprint_of(scope, facts.prompt),
+            eligibility=eligibility,
+            controls=controls,
+            body=raw,
+            forward_body=openai_chat.forward_body(raw, body),
+            n=facts.n,
+            wants_json=facts.response_format in ("json_object", "json_schema"),
+        )
+        if len(raw) <= MEMO_BODY_BYTES:
+            _remember(self._queries, (target, caller, raw), query)
+        return query
+
+    # -- writing --------------------------------------------------------------------------------------------------
+
+    async def _relay(self, request: web.BaseRequest, relay: Relay) -> web.StreamResponse:
+        outcome = "cancelled"
+        try:
+            if relay.content_length is not None and relay.content_length <= WHOLE_LIMIT_BYTES and not relay.is_stream:
+                body = await relay.whole()
+                outcome = "ok" if relay.status < 400 else "error"
+                relay.close(outcome)  # settles, and so knows the cost
+                return web.Response(status=relay.status, headers=relay.headers, body=body)
+            response = web.StreamResponse(status=relay.status, headers=relay.headers)
+            live = LiveStream(response, beats=relay.is_stream)
+            self.streams.add(live)
+            try:
+                outcome = await self._copy(request, relay, live)
+            finally:
+                self.streams.discard(live)
+            return response
+        except UpstreamError:
+            outcome = "error"
+            raise
+        finally:
+            relay.close(outcome)
+
+    async def _copy(self, request: web.BaseRequest, relay: Relay, live: LiveStream) -> str:
+        """Relay piece by piece. Past the first byte an upstream's fault is said in the stream, or by cutting it."""
+        response = live.response
+        await response.prepare(request)
+        try:
+            while piece := await relay.next():
+                if relay.first_byte_s is None:
+                    relay.first_byte_s = time.perf_counter()
+                await live.write(piece)
+        except UpstreamError as error:
+            if not relay.is_stream:
+                response.force_close()
+                if request.transport is not None:
+                    request.transport.abort()
+                return "error"
+            response.force_close()
+            await live.write(openai_chat.stream_error(error))
+        await response.write_eof()
+        return "error" if relay.broken is not None or relay.status >= 400 else "ok"
+
+    def beat(self, now_s: float) -> None:
+        """Called about once a second: keep silent event streams alive. `now_s` is `time.monotonic`."""
+        for live in self.streams:
+            live.beat(now_s)
+
+    # -- every other path -------------------------------------------------------------------------------------------
+
+    async def _pass_through(
+        self, request: web.BaseRequest, request_id: str, target: Target, caller: Caller, started_s: float
+    ) -> web.StreamResponse:
+        """Bytes untouched in both directions, never whole in memory."""
+        name = self._upstream.route(target.path, request.headers)
+        ts_ms = int(self._clock() * 1000)
+        status, word, first_byte_s = 0, "cancelled", None
+        try:
+            body = body_stream(request, self._limits)
+            answer = await self._upstream.open(name, request.method, target.path_qs, caller.headers, body)
+            status = answer.status
+            first_byte_s = time.perf_counter()
+            headers = [
+                *answer.headers,
+                *verdict_headers(_PASSED, request_id=request_id, upstream=name, fwd_status=status),
+            ]
+            response = web.StreamResponse(status=status, headers=headers)
+            try:
+                if answer.content_length is not None:
+                    response.content_length = answer.content_length
+                await response.prepare(request)
+                while piece := await answer.read_some():
+                    await response.write(piece)
+                await response.write_eof()
+            except BaseException as cause:
+                answer.abort()
+                if isinstance(cause, UpstreamError):  # the head is out: a cut is the only honest end
+                    word = "error"
+                    response.force_close()
+                    if request.transport is not None:
+                        request.transport.abort()
+                    return response
+                raise
+            answer.release()
+            word = "ok" if status < 400 else "error"
+            return response
+        except UpstreamError as error:
+            status, word = error.status, "error"
+            raise
+        finally:
+            self._book_passed(request_id, target, caller, name, ts_ms, started_s, first_byte_s, status, word)
+
+    def _book_passed(
+        self,
+        request_id: str,
+        target: Target,
+        caller: Caller,
+        upstream: str,
+        ts_ms: int,
+        started_s: float,
+        first_byte_s: float | None,
+        status: int,
+        word: str,
+    ) -> None:
+        total_ms = (time.perf_counter() - started_s) * 1e3
+        ttft_ms = None if first_byte_s is None else (first_byte_s - started_s) * 1e3
+        call = Call(
+            f"{request_id}-p",
+            ts_ms,
+            upstream,
+            "",
+            "pass",
+            "default",
+            word == "ok",
+            None,
+            "none",
+            status,
+            ttft_ms,
+            total_ms,
+        )
+        outcome = Outcome(
+            request_id=request_id,
+            ts_ms=ts_ms,
+            tenant=caller.tenant,
+            namespace="",
+            tag="",
+            dialect="",
+            endpoint=target.path[:200],
+            stream=False,
+            model_requested="",
+            model_served="",
+            upstream=upstream,
+            mechanism=None,
+            outcome=word,
+            cache_status="BYPASS",
+            reason="pass_through",
+            status=status,
+            similarity=None,
+            entry_id=None,
+            retry_of=None,
+            usage=None,
+            usage_basis="none",
+            calls=(call,),
+            ttft_ms=ttft_ms,
+            total_ms=total_ms,
+            baseline_ms=None,
+        )
+        self._ledger.record(outcome)
+        self._telemetry.lookup(outcome)
+
+
+class LiveStream:
+    """A response being written piece by piece, and when it last said something."""
+
+    __slots__ = ("_beats", "_spoke_s", "_writing", "response")
+
+    def __init__(self, response: web.StreamResponse, *, beats: bool) -> None:
+        self.response = response
+        self._beats = beats
+        self._spoke_s = time.monotonic()
+        self._writing = False
+
+    async def write(self, piece: bytes) -> None:
+        self._writing = True
+        await self.response.write(piece)
+        self._writing = False
+        self._spoke_s = time.monotonic()
+
+    def beat(self, now_s: float) -> None:
+        """A comment line when nothing was said for HEARTBEAT_S; only ever between two events."""
+        if self._beats and not self._writing and now_s - self._spoke_s >= HEARTBEAT_S:
+            self._spoke_s = now_s
+            asyncio.ensure_future(self.response.write(HEARTBEAT)).add_done_callback(_swallow_connection_loss)
+
+
+def _swallow_connection_loss(task: asyncio.Future[None]) -> None:
+    if not task.cancelled() and (fault := task.exception()) is not None and not isinstance(fault, ConnectionError):
+        log.warning("heartbeat failed", exc_info=fault)
+
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+def _remember(memo: dict[K, V], key: K, value: V) -> None:
+    """Keep at most MEMO_ENTRIES, oldest out first."""
+    memo[key] = value
+    if len(memo) > MEMO_ENTRIES:
+        del memo[next(iter(memo))]

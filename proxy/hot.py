@@ -1,0 +1,111 @@
+"""Rows that passed the gate, kept in memory with their rendered replies.
+
+Filled only with rows that SQL has committed and whose checksum held; emptied by a purge before the purge returns.
+Bounded by bytes, least recently used out first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from proxy.core.dialects.openai_replay import Template
+from proxy.core.model import Answer, Entry
+
+ROW_OVERHEAD_BYTES = 1024
+
+
+class HotRow:
+    """An entry, its decoded answer, and the replies rendered from it so far."""
+
+    __slots__ = ("answer", "baseline_nusd", "entry", "size_bytes", "templates")
+
+    def __init__(self, entry: Entry, answer: Answer) -> None:
+        self.entry = entry
+        self.answer = answer
+        self.templates: dict[str, Template] = {}
+        self.baseline_nusd: int | None = None
+        draft = entry.draft
+        self.size_bytes = ROW_OVERHEAD_BYTES + 2 * len(draft.answer) + len(draft.prompt) + len(draft.embedding or b"")
+
+
+class Alias(NamedTuple):
+    """A wording that was judged to be served by an entry: the next time it costs what an exact hit costs."""
+
+    entry_id: int
+    similarity: float
+    probability: float
+
+
+class HotRows:
+    """LRU over rows by fingerprint and by id, and over aliases. Not thread-safe: lives on the event loop."""
+
+    def __init__(self, limit_bytes: int, alias_limit: int = 65_536) -> None:
+        self.limit_bytes = limit_bytes
+        self.size_bytes = 0
+        self._rows: OrderedDict[bytes, HotRow] = OrderedDict()
+        self._by_id: dict[int, bytes] = {}
+        self._aliases: OrderedDict[bytes, Alias] = OrderedDict()
+        self._alias_limit = alias_limit
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def find(self, fingerprint: bytes) -> HotRow | None:
+        row = self._rows.get(fingerprint)
+        if row is not None:
+            self._rows.move_to_end(fingerprint)
+        return row
+
+    def get(self, entry_id: int) -> HotRow | None:
+        fingerprint = self._by_id.get(entry_id)
+        return None if fingerprint is None else self.find(fingerprint)
+
+    def alias(self, fingerprint: bytes) -> Alias | None:
+        return self._aliases.get(fingerprint)
+
+    def add_alias(self, fingerprint: bytes, alias: Alias) -> None:
+        self._aliases[fingerprint] = alias
+        if len(self._aliases) > self._alias_limit:
+            self._aliases.popitem(last=False)
+
+    def drop_alias(self, fingerprint: bytes) -> None:
+        self._aliases.pop(fingerprint, None)
+
+    def put(self, entry: Entry, answer: Answer) -> HotRow:
+        """Keep a row; a row larger than an eighth of the bound is returned without being kept."""
+        row = HotRow(entry, answer)
+        if row.size_bytes > self.limit_bytes // 8:
+            return row
+        self._discard(entry.draft.fingerprint)
+        self._rows[entry.draft.fingerprint] = row
+        self._by_id[entry.id] = entry.draft.fingerprint
+        self.size_bytes += row.size_bytes
+        while self.size_bytes > self.limit_bytes:
+            self._discard(next(iter(self._rows)))
+        return row
+
+    def grew(self, row: HotRow, by_bytes: int) -> None:
+        """Account for a reply that was rendered after the row was put."""
+        row.size_bytes += by_bytes
+        if self._rows.get(row.entry.draft.fingerprint) is row:
+            self.size_bytes += by_bytes
+
+    def forget(self, entry_ids: Iterable[int]) -> None:
+        for entry_id in entry_ids:
+            fingerprint = self._by_id.get(entry_id)
+            if fingerprint is not None:
+                self._discard(fingerprint)
+
+    def clear(self) -> None:
+        self._rows.clear()
+        self._by_id.clear()
+        self._aliases.clear()
+        self.size_bytes = 0
+
+    def _discard(self, fingerprint: bytes) -> None:
+        row = self._rows.pop(fingerprint, None)
+        if row is not None:
+            self.size_bytes -= row.size_bytes
+            self._by_id.pop(row.entry.id, None)

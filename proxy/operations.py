@@ -1,0 +1,166 @@
+"""What the admin listener can ask of the running program: `admin.Operations` over the pipeline and the store."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from proxy import admin
+from proxy.core.answer import decode_answer
+from proxy.core.errors import BadRequest
+from proxy.core.model import Draft
+from proxy.pipeline import Pipeline
+from proxy.store.selection import Filters, Selector
+from proxy.store.store import Store
+from proxy.telemetry import Telemetry
+
+Explainer = Callable[[bytes, Mapping[str, str], str | None], Any]
+
+
+class Operator:
+    """Owns nothing; `app.py` lends it the parts."""
+
+    def __init__(
+        self,
+        *,
+        pipeline: Pipeline,
+        store: Store,
+        telemetry: Telemetry,
+        explain: Explainer,
+        gauges: Callable[[], Mapping[str, Any]],
+        is_stopping: Callable[[], bool],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._pipeline = pipeline
+        self._store = store
+        self._telemetry = telemetry
+        self._explain = explain
+        self._gauges = gauges
+        self._is_stopping = is_stopping
+        self._clock = clock
+
+    def readiness(self) -> Mapping[str, Any]:
+        degraded = {}
+        if self._store.state != "ok":
+            degraded["store"] = self._store.state
+        if self._pipeline.rules.semantic and (self._pipeline.embedder is None or self._pipeline.index is None):
+            degraded["semantic"] = self._pipeline.semantic_fault
+        ready = not self._is_stopping()
+        return {"ready": ready, "degraded": degraded if ready else {**degraded, "listener": "stopping"}}
+
+    async def ping(self) -> Mapping[str, Any]:
+        started = time.perf_counter()
+        await self._store.ping()
+        return {"status": "healthy", "database_ms": round((time.perf_counter() - started) * 1e3, 3)}
+
+    async def stats(self) -> Mapping[str, Any]:
+        entries = await self._store.entries.stats()
+        requests = {word.lower(): self._telemetry.count(word) for word in ("HIT", "MISS", "BYPASS", "REFRESH")}
+        return {
+            "entries": entries._asdict(),
+            "requests": {"all": self._telemetry.count(), **requests},
+            "hot": {"rows": len(self._pipeline.hot), "bytes": self._pipeline.hot.size_bytes},
+            "flights": len(self._pipeline.flights),
+            "ledger": {"waiting": self._store.ledger.waiting, "written": self._store.ledger.written},
+            **self._gauges(),
+        }
+
+    async def entries(self, wanted: admin.EntryFilter) -> Sequence[Mapping[str, Any]]:
+        page = await self._store.entries.search(
+            Filters(wanted.namespace, wanted.model, wanted.tag, wanted.q),
+            limit=wanted.limit,
+            cursor=None if wanted.cursor is None else str(wanted.cursor),
+        )
+        return [{name: getattr(entry, name) for name in entry.__slots__} for entry in page.entries]
+
+    async def entry(self, entry_id: int) -> Mapping[str, Any] | None:
+        entry = await self._store.entries.get(entry_id)
+        if entry is None:
+            return None
+        draft = entry.draft
+        shown = {name: getattr(draft, name) for name in Draft.__slots__ if name not in _UNSHOWN}
+        answer = decode_answer(draft.answer)
+        return {
+            "id": entry.id,
+            **shown,
+            "scope": draft.scope.hex(),
+            "fingerprint": draft.fingerprint.hex(),
+            "usage": None if draft.usage is None else {n: getattr(draft.usage, n) for n in draft.usage.__slots__},
+            "answer": {"message": dict(answer.message), "finish_reason": answer.finish_reason, "model": answer.model},
+        }
+
+    async def purge(self, selector: admin.Selector, *, dry_run: bool) -> Sequence[int]:
+        ids = await self._store.entries.purge(
+            Selector(
+                ids=selector.ids,
+                tags=selector.tags,
+                namespace=selector.namespace,
+                model=selector.model,
+                older_than_ms=selector.created_before_ms,
+                writer=selector.writer,
+                everything=selector.everything,
+            ),
+            dry_run=dry_run,
+        )
+        if not dry_run:
+            self._pipeline.forget(ids)
+        return ids
+
+    async def explain(self, body: bytes, headers: Mapping[str, str], tenant: str | None) -> Mapping[str, Any]:
+        explained: Mapping[str, Any] = await self._explain(body, headers, tenant)
+        return explained
+
+    async def feedback(self, request_id: str | None, entry_id: int | None, verdict: str) -> Mapping[str, Any] | None:
+        now_ms = int(self._clock() * 1000)
+        found = await self._store.feedback(verdict=verdict, ts_ms=now_ms, request_id=request_id, entry_id=entry_id)
+        if found is None:
+            return None
+        changed = False
+        if found:
+            changed = await self._store.entries.quarantine(found, on=verdict == "wrong")
+            if verdict == "wrong":
+                self._pipeline.forget([found])
+            elif changed:
+                await self._reinstate(found)
+        return {"entry_id": found or None, "verdict": verdict, "quarantined": bool(found) and verdict == "wrong"}
+
+    async def _reinstate(self, entry_id: int) -> None:
+        """An entry that is served again goes back into the index; memory fills itself."""
+        entry = await self._store.entries.get(entry_id)
+        if entry is not None:
+            self._pipeline.propose(entry)
+
+    async def savings(self, group_by: Sequence[str], since_ms: int | None, until_ms: int | None) -> admin.Table:
+        result = await self._store.queries.savings(
+            group_by or ("day",), since_day=_day(since_ms, ""), until_day=_day(until_ms, "9999")
+        )
+        return admin.Table(result.columns, result.rows, result.truncated)
+
+    def queries(self) -> Sequence[Mapping[str, Any]]:
+        return [{"name": query.name, "about": query.title} for query in self._store.queries.list()]
+
+    async def query(self, name: str | None, sql: str | None, limit: int) -> admin.Table:
+        if sql is not None:
+            result = await self._store.queries.run_readonly(sql, row_limit=limit)
+        elif name is not None:
+            result = await self._store.queries.named(name, row_limit=limit)
+        else:
+            raise BadRequest("name or sql is needed", code="invalid_value", param="name")
+        return admin.Table(result.columns, result.rows, result.truncated)
+
+    async def requests(self, wanted: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        return await self._store.queries.requests(**wanted)
+
+    async def request(self, request_id: str) -> Mapping[str, Any] | None:
+        return await self._store.queries.request(request_id)
+
+
+_UNSHOWN = frozenset({"scope", "fingerprint", "usage", "answer", "embedding", "signature"})
+
+
+def _day(ms: int | None, default: str) -> str:
+    if ms is None:
+        return default
+    return datetime.datetime.fromtimestamp(ms / 1000, datetime.UTC).date().isoformat()

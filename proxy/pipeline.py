@@ -1,0 +1,649 @@
+"""The whole life of a request, top to bottom: recall → exact → embed → search → judge → serve or forward → store → record.
+
+Every `await` is one port, every decision one call into core. What comes out is a `Replay` (complete bytes) or a `Relay`
+(the upstream's bytes as they arrive); `handlers.py` turns either into HTTP.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, assert_never
+
+import numpy as np
+import orjson
+
+from proxy import ports
+from proxy.collapse import Flight, Seat
+from proxy.core import freshness, policy
+from proxy.core.answer import decode_answer, encode_answer
+from proxy.core.dialects.openai_filter import UsageFilter
+from proxy.core.dialects.openai_record import Recording, record
+from proxy.core.dialects.openai_replay import Template, UsageMode, render_stream, render_whole
+from proxy.core.directives import verdict_headers
+from proxy.core.errors import BadRequest, CacheFault
+from proxy.core.model import (
+    Answer,
+    Bypass,
+    Call,
+    Candidate,
+    Draft,
+    Entry,
+    Hit,
+    Level,
+    Miss,
+    NearMiss,
+    Outcome,
+    Query,
+    Rules,
+    Tier,
+    Usage,
+    Verdict,
+)
+from proxy.hot import Alias, HotRow, HotRows
+from proxy.relay import Relay, Replay
+from proxy.tasks import Tasks
+from proxy.telemetry import Telemetry
+
+CANDIDATES = 8
+MECHANISMS = {Tier.EXACT: "cache.exact", Tier.SEMANTIC: "cache.semantic", Tier.STALE: "cache.stale"}
+
+
+class Client(NamedTuple):
+    """Who asks, beyond what the Query says: one per HTTP request."""
+
+    request_id: str
+    ts_ms: int
+    started_s: float  # time.perf_counter
+    path_qs: str
+    headers: Sequence[tuple[bytes, bytes]]
+    is_retry: bool = False
+
+
+@dataclass(slots=True)
+class Lookup:
+    """What a lookup found, kept for the store that may follow it."""
+
+    verdict: Verdict
+    row: HotRow | None = None
+    vector: ports.Vector | None = None
+    signature: ports.Signature | None = None
+    steps_ms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Fetch:
+    """What a flight is for, and what came of it."""
+
+    query: Query
+    client: Client
+    lookup: Lookup
+    opened_s: float
+    first_byte_s: float | None = None
+    call: Call | None = None
+    answer: Answer | None = None
+    usage: Usage | None = None
+    unstored: str = ""  # why the answer is not stored; "" when it is
+    deferred: list[Callable[[], None]] = field(default_factory=list)  # settlements that wait for the call's end
+
+
+class Pipeline:
+    """Owns nothing it is given; `app.py` opens and closes the edges."""
+
+    def __init__(
+        self,
+        *,
+        rules: Rules,
+        store: ports.EntryStore,
+        ledger: ports.Ledger,
+        prices: ports.PriceBook,
+        upstream: ports.Upstream,
+        telemetry: Telemetry,
+        tasks: Tasks,
+        hot: HotRows,
+        embedder: ports.Embedder | None,
+        index: ports.VectorIndex | None,
+        semantic_fault: str = "",
+        usage_on_hit: UsageMode = "original",
+        model_aliases: Mapping[str, Collection[str]] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.rules = rules
+        self.hot = hot
+        self.embedder = embedder
+        self.index = index
+        self.semantic_fault = semantic_fault  # why there is no embedder or index; "" when there are
+        self.flights: dict[bytes, Flight[Fetch]] = {}
+        self._store = store
+        self._ledger = ledger
+        self._prices = prices
+        self._upstream = upstream
+        self._telemetry = telemetry
+        self._tasks = tasks
+        self._usage_on_hit = usage_on_hit
+        self._model_aliases = model_aliases or {}
+        self._clock = clock
+        self._calls = 0
+
+    # -- the story ----------------------------------------------------------------------------------------------
+
+    async def answer(self, query: Query, client: Client) -> Replay | Relay:
+        """Serve or forward. Raises BadRequest (only-if-cached) and UpstreamError; cache faults never leave here."""
+        if (flight := self._joinable(query)) is not None:
+            return await self._join(flight, query, client)
+        lookup = await self._look_up(query, client)
+        match lookup.verdict:
+            case Hit() as hit if not query.controls.shadow:
+                assert lookup.row is not None
+                return self._serve(query, client, lookup.row, hit, lookup.steps_ms)
+            case Hit() | NearMiss() | Miss() | Bypass():
+                pass
+            case _:
+                assert_never(lookup.verdict)
+        if query.controls.only_if_cached:
+            raise BadRequest(
+                "Not in the cache, and the request asked for cached answers only.", status=504, code="not_cached"
+            )
+        if (flight := self._joinable(query)) is not None:  # it may have started while this one was looking
+            return await self._join(flight, query, client)
+        return await self._forward(query, client, lookup)
+
+    def recall(self, query: Query, client: Client) -> Replay | None:
+        """Answer from memory without waiting for anything, or None."""
+        controls = query.controls
+        if not controls.read or controls.shadow or query.eligibility.level is Level.NONE:
+            return None
+        row = self.hot.find(query.fingerprint)
+        if row is not None:
+            if not _is_fresh(row.entry, query, client):
+                return None
+            return self._serve(query, client, row, Hit(row.entry, Tier.EXACT, 1.0, 1.0), None)
+        alias = self.hot.alias(query.fingerprint)
+        if alias is None or query.eligibility.level is not Level.FULL or controls.exact_only:
+            return None
+        row = self.hot.get(alias.entry_id)
+        if row is None or row.entry.draft.scope != query.scope:
+            return None
+        if not _is_fresh(row.entry, query, client):
+            return None
+        if alias.probability < 1.0 - policy.error_bound(self.rules, controls):
+            return None
+        return self._serve(query, client, row, Hit(row.entry, Tier.SEMANTIC, alias.similarity, alias.probability), None)
+
+    async def _look_up(self, query: Query, client: Client) -> Lookup:
+        eligibility, controls = query.eligibility, query.controls
+        if eligibility.level is Level.NONE:
+            return Lookup(Bypass(eligibility.reason or "bypass"))
+        lookup = Lookup(Miss(eligibility.reason or "nothing_alike"))
+        try:
+            if controls.read and await self._find_exact(query, client, lookup):
+                return lookup
+            if eligibility.level is Level.FULL and not controls.exact_only:
+                await self._find_alike(query, client, lookup)
+        except ports.CACHE_FAULTS as fault:
+            reason = _reason_of(fault)
+            if reason == "too_long":  # a property of the text, not a fault
+                lookup.verdict = Miss(reason)
+            else:
+                self._telemetry.fault(reason)
+                lookup.verdict = Bypass(reason)
+        if not controls.read and not isinstance(lookup.verdict, Bypass):
+            lookup.verdict = Bypass("refresh" if controls.refresh else "no_cache")
+        return lookup
+
+    async def _find_exact(self, query: Query, client: Client, lookup: Lookup) -> bool:
+        started = time.perf_counter()
+        entry = await self._store.find(query.fingerprint)
+        lookup.steps_ms["exact"] = (time.perf_counter() - started) * 1e3
+        if entry is None or entry.draft.scope != query.scope:
+            return False
+        if not _is_fresh(entry, query, client):
+            lookup.verdict = Miss("expired")
+            return False
+        lookup.row = self.hot.put(entry, decode_answer(entry.draft.answer))
+        lookup.verdict = Hit(entry, Tier.EXACT, 1.0, 1.0)
+        return True
+
+    async def _find_alike(self, query: Query, client: Client, lookup: Lookup) -> None:
+        """Embed, search, judge, and pass the gate: the index proposes, the row decides."""
+        if self.embedder is None or self.index is None:
+            lookup.verdict = Bypass(self.semantic_fault)
+            return
+        started = time.perf_counter()
+        lookup.signature = signature = self.embedder.signature(query.prompt)
+        lookup.vector = vector = await self.embedder.embed(query.prompt)
+        embedded = time.perf_counter()
+        lookup.steps_ms["embed"] = (embedded - started) * 1e3
+        if not query.controls.read:
+            return
+        found = await self.index.search(query.scope, vector, signature, client.ts_ms, CANDIDATES)
+        candidates = [Candidate(*proposed) for proposed in found]
+        searched = time.perf_counter()
+        lookup.steps_ms["search"] = (searched - embedded) * 1e3
+        chosen = policy.choose(candidates, self.rules, query.controls)
+        while isinstance(chosen, policy.Choice):
+            if (row := await self._pass_gate(chosen, query, client, vector, signature)) is not None:
+                lookup.row = row
+                lookup.verdict = Hit(row.entry, Tier.SEMANTIC, chosen.similarity, chosen.probability)
+                self.hot.add_alias(query.fingerprint, Alias(row.entry.id, chosen.similarity, chosen.probability))
+                break
+            candidates = [candidate for candidate in candidates if candidate.entry_id != chosen.entry_id]
+            chosen = policy.choose(candidates, self.rules, query.controls)
+        else:
+            lookup.verdict = chosen
+            if isinstance(chosen, NearMiss):
+                self._telemetry.veto(chosen.reason)
+        lookup.steps_ms["judge"] = (time.perf_counter() - searched) * 1e3
+
+    async def _pass_gate(
+        self, chosen: policy.Choice, query: Query, client: Client, vector: ports.Vector, signature: ports.Signature
+    ) -> HotRow | None:
+        """The row, if SQL still has it and its own scope, times, embedder, vector and token classes agree."""
+        assert self.embedder is not None
+        assert self.index is not None
+        row = self.hot.get(chosen.entry_id)
+        entry = row.entry if row is not None else await self._store.get(chosen.entry_id)
+        if entry is None:
+            self.index.remove([chosen.entry_id])
+            return None
+        draft = entry.draft
+        if (
+            draft.scope != query.scope
+            or draft.embedder != self.embedder.identity
+            or draft.embedding is None
+            or draft.signature is None
+            or not _is_fresh(entry, query, client)
+        ):
+            return None
+        similarity, vetoes = self.index.compare(vector, signature, draft.embedding, draft.signature)
+        if not policy.judge(similarity, vetoes, self.rules, query.controls).serves:
+            return None
+        return row if row is not None else self.hot.put(entry, decode_answer(draft.answer))
+
+    # -- serve ----------------------------------------------------------------------------------------------------
+
+    def _serve(self, query: Query, client: Client, row: HotRow, hit: Hit, steps_ms: dict[str, float] | None) -> Replay:
+        draft = row.entry.draft
+        if row.baseline_nusd is None:
+            row.baseline_nusd = self._price(query, draft.usage, client.ts_ms)
+        age_s = freshness.age_s(draft.created_ms, client.ts_ms)
+        headers = verdict_headers(
+            hit,
+            request_id=client.request_id,
+            upstream=query.upstream,
+            age_s=age_s,
+            ttl_s=freshness.remaining_s(draft.created_ms, draft.expires_ms, client.ts_ms),
+            saved_nusd=row.baseline_nusd,
+            cost_nusd=0,
+        )
+        body = self._render(query, row.answer, client, row)
+        headers.append(("Content-Type", "text/event-stream; charset=utf-8" if query.stream else "application/json"))
+        total_ms = (time.perf_counter() - client.started_s) * 1e3
+        outcome = self._outcome(
+            query,
+            client,
+            cache_status="HIT",
+            reason=hit.reason,
+            mechanism=MECHANISMS[hit.tier],
+            model_served=row.answer.model,
+            similarity=hit.similarity,
+            entry_id=row.entry.id,
+            usage=draft.usage,
+            ttft_ms=total_ms,
+            total_ms=total_ms,
+            baseline_ms=draft.total_ms,
+        )
+        self._ledger.record(outcome)
+        self._telemetry.lookup(outcome, steps_ms, scope=query.scope, age_s=age_s, saved_nusd=row.baseline_nusd)
+        return Replay(200, headers, body)
+
+    def _render(self, query: Query, answer: Answer, client: Client, row: HotRow | None) -> bytes:
+        form = ("stream+usage" if query.wants_usage else "stream") if query.stream else "whole"
+        template: Template | None = row.templates.get(form) if row is not None else None
+        if template is None:
+            if query.stream:
+                template = render_stream(answer, query.wants_usage, self._usage_on_hit)
+            else:
+                template = render_whole(answer, self._usage_on_hit)
+            if row is not None:
+                row.templates[form] = template
+                self.hot.grew(row, template.nbytes)
+        return template.fill("chatcmpl-" + client.request_id, client.ts_ms // 1000)
+
+    # -- forward ----------------------------------------------------------------------------------------------------
+
+    def _joinable(self, query: Query) -> Flight[Fetch] | None:
+        if not query.controls.read or query.eligibility.level is Level.NONE:
+            return None
+        flight = self.flights.get(query.fingerprint)
+        return flight if flight is not None and flight.joinable else None
+
+    async def _forward(self, query: Query, client: Client, lookup: Lookup) -> Replay | Relay:
+        async def open_() -> ports.UpstreamResponse:
+            response = await self._upstream.open(
+                query.upstream, "POST", client.path_qs, client.headers, query.forward_body
+            )
+            fetch.first_byte_s = time.perf_counter()
+            return response
+
+        shared = query.eligibility.level is not Level.NONE and query.controls.read
+        fetch = Fetch(query, client, lookup, time.perf_counter())
+        flight = Flight(fetch, open_, self._landed, shared=shared)
+        if shared:
+            self.flights[query.fingerprint] = flight
+        return await self._board(flight, flight.join(), query, client, lookup.verdict, collapsed=False)
+
+    async def _join(self, flight: Flight[Fetch], query: Query, client: Client) -> Replay | Relay:
+        """Share a forward in flight: its bytes when both stream alike, its answer once it is whole when not."""
+        seat = flight.join()
+        if flight.context.query.stream == query.stream:
+            return await self._board(flight, seat, query, client, Miss("collapsed"), collapsed=True)
+        try:
+            await seat.whole()
+        finally:
+            seat.leave()
+        if (answer := flight.context.answer) is None:
+            return await self._forward(query, client, Lookup(Miss(flight.context.unstored)))
+        return self._serve_shared(flight.context, answer, query, client)
+
+    def _serve_shared(self, fetch: Fetch, answer: Answer, query: Query, client: Client) -> Replay:
+        headers = verdict_headers(
+            Miss("collapsed"), request_id=client.request_id, upstream=query.upstream, fwd_status=200, collapsed=True
+        )
+        headers.append(("Content-Type", "text/event-stream; charset=utf-8" if query.stream else "application/json"))
+        body = self._render(query, answer, client, None)
+        self._settle(query, client, Miss("collapsed"), fetch, "ok", 200, None, collapsed=True)
+        return Replay(200, headers, body)
+
+    async def _board(
+        self,
+        flight: Flight[Fetch],
+        seat: Seat[Fetch],
+        query: Query,
+        client: Client,
+        verdict: Verdict,
+        *,
+        collapsed: bool,
+    ) -> Relay:
+        """Wait for the response head; from then on the caller owns the seat through the Relay."""
+        try:
+            response = await flight.head()
+        except BaseException as cause:
+            seat.leave()
+            outcome = "error" if isinstance(cause, Exception) else "cancelled"
+            status = getattr(cause, "status", 499)
+            self._after(
+                flight,
+                lambda: self._settle(
+                    query, client, verdict, flight.context, outcome, status, None, collapsed=collapsed
+                ),
+            )
+            raise
+        is_stream = query.stream and response.status == 200 and response.content_type == "text/event-stream"
+        headers = verdict_headers(
+            verdict,
+            request_id=client.request_id,
+            upstream=query.upstream,
+            fwd_status=response.status,
+            collapsed=collapsed,
+            shadow=query.controls.shadow,
+            refresh=query.controls.refresh,
+        )
+        headers += response.headers
+
+        def settle(relay: Relay, outcome: str) -> None:
+            ttft_ms = None if relay.first_byte_s is None else (relay.first_byte_s - client.started_s) * 1e3
+            self._after(
+                flight,
+                lambda: self._settle(
+                    query, client, verdict, flight.context, outcome, response.status, ttft_ms, collapsed=collapsed
+                ),
+            )
+
+        return Relay(
+            seat,
+            response.status,
+            headers,
+            response.content_length,
+            UsageFilter(not query.wants_usage, query.n, orjson.loads) if is_stream else None,
+            settle,
+        )
+
+    def _after(self, flight: Flight[Fetch], settle: Callable[[], None]) -> None:
+        """Settle once the call's own end is known: others may still be reading what this client started."""
+        if flight.ended:
+            settle()
+        else:
+            flight.context.deferred.append(settle)
+
+    # -- store and record ------------------------------------------------------------------------------------------
+
+    def _landed(self, flight: Flight[Fetch]) -> None:
+        """The upstream call ended, one way or the other: read what it said, book it, store it if it may be stored."""
+        fetch = flight.context
+        query = fetch.query
+        response = flight.response
+        status = 0 if response is None else response.status
+        body = b"" if flight.trimmed else flight.body
+        is_stream = response is not None and response.content_type == "text/event-stream"
+        recording = record(body, is_stream=is_stream, n=query.n, loads=orjson.loads) if status == 200 else None
+        if recording is not None:
+            fetch.usage = recording.usage
+        fetch.unstored = self._why_unstored(flight, recording)
+        if recording is not None and not fetch.unstored:
+            fetch.answer = recording.answer
+        ended_s = time.perf_counter()
+        usage, basis = fetch.usage, "measured"
+        if usage is None and status == 200 and flight.size_bytes:
+            usage, basis = _estimate(query, flight), "estimated"
+        self._calls += 1
+        fetch.call = Call(
+            id=f"{fetch.client.request_id}-{self._calls:x}",
+            ts_ms=fetch.client.ts_ms,
+            upstream=query.upstream,
+            model=fetch.answer.model if fetch.answer is not None else query.model,
+            purpose="answer",
+            tier="default",
+            won=flight.complete and flight.error is None,
+            usage=usage,
+            usage_basis=basis if usage is not None else "none",
+            status=status,
+            ttft_ms=None if fetch.first_byte_s is None else (fetch.first_byte_s - fetch.opened_s) * 1e3,
+            total_ms=(ended_s - fetch.opened_s) * 1e3,
+        )
+        for settle in fetch.deferred:
+            settle()
+        fetch.deferred.clear()
+        if fetch.answer is not None:
+            _ = self._tasks.spawn(self._keep(flight, fetch.answer), "store")
+        else:
+            self._forget_flight(flight)
+
+    def _why_unstored(self, flight: Flight[Fetch], recording: Recording | None) -> str:
+        response = flight.response
+        whole = flight.complete and flight.error is None and not flight.trimmed
+        if response is None or not whole:
+            return "truncated"
+        return (
+            policy.storable(
+                None if recording is None else recording.answer or recording.refusal_reason,
+                flight.context.query,
+                self.rules,
+                status=response.status,
+                size_bytes=flight.size_bytes,
+                header=response.header,
+                aliases=self._model_aliases,
+            )
+            or ""
+        )
+
+    async def _keep(self, flight: Flight[Fetch], answer: Answer) -> None:
+        """Commit the entry, then let memory and index know it. The flight stays joinable until then."""
+        fetch = flight.context
+        query, lookup = fetch.query, fetch.lookup
+        now_ms = int(self._clock() * 1000)
+        draft = Draft(
+            scope=query.scope,
+            fingerprint=query.fingerprint,
+            tenant=query.tenant,
+            namespace=query.controls.namespace,
+            upstream=query.upstream,
+            operation=query.operation,
+            model=query.model,
+            prompt=query.prompt,
+            answer=encode_answer(answer),
+            usage=answer.usage,
+            created_ms=now_ms,
+            expires_ms=now_ms + int(policy.ttl_s(query.eligibility, query.controls, self.rules) * 1000),
+            request_id=fetch.client.request_id,
+            total_ms=fetch.call.total_ms if fetch.call is not None else 0.0,
+            tags=query.controls.tags,
+            embedding=None if lookup.vector is None else lookup.vector.tobytes(),
+            embedder=self.embedder.identity if lookup.vector is not None and self.embedder is not None else None,
+            signature=None if lookup.signature is None or lookup.vector is None else lookup.signature.tobytes(),
+        )
+        try:
+            entry, replaced = await self._store.put(draft)
+            if replaced:
+                self.forget(replaced)
+            self.hot.put(entry, answer)
+            if self.index is not None and lookup.vector is not None and lookup.signature is not None:
+                self.index.add(entry.id, query.scope, lookup.vector, lookup.signature, draft.expires_ms)
+        except ports.CACHE_FAULTS as fault:
+            self._telemetry.fault(_reason_of(fault))
+        finally:
+            self._forget_flight(flight)
+
+    def _forget_flight(self, flight: Flight[Fetch]) -> None:
+        fingerprint = flight.context.query.fingerprint
+        if self.flights.get(fingerprint) is flight:
+            del self.flights[fingerprint]
+
+    def propose(self, entry: Entry) -> None:
+        """Put a stored entry back into the index."""
+        draft = entry.draft
+        if (
+            self.index is not None
+            and self.embedder is not None
+            and draft.embedder == self.embedder.identity
+            and draft.embedding is not None
+            and draft.signature is not None
+        ):
+            vector = np.frombuffer(draft.embedding, np.float32)
+            self.index.add(entry.id, draft.scope, vector, np.frombuffer(draft.signature, np.uint64), draft.expires_ms)
+
+    def forget(self, entry_ids: Sequence[int]) -> None:
+        """Drop entries that SQL no longer has from memory and index."""
+        self.hot.forget(entry_ids)
+        if self.index is not None:
+            self.index.remove(entry_ids)
+
+    def _settle(
+        self,
+        query: Query,
+        client: Client,
+        verdict: Verdict,
+        fetch: Fetch,
+        outcome_word: str,
+        status: int,
+        ttft_ms: float | None,
+        *,
+        collapsed: bool,
+    ) -> None:
+        call = fetch.call if not collapsed else None
+        total_ms = (time.perf_counter() - client.started_s) * 1e3
+        cache_status = "BYPASS" if isinstance(verdict, Bypass) else "MISS"
+        if query.controls.shadow:
+            cache_status = "SHADOW"
+        elif query.controls.refresh:
+            cache_status = "REFRESH"
+        near = verdict if isinstance(verdict, NearMiss | Hit) else None
+        outcome = self._outcome(
+            query,
+            client,
+            outcome=outcome_word,
+            status=status,
+            cache_status=cache_status,
+            reason=verdict.reason,
+            mechanism="stream.coalesce" if collapsed else None,
+            model_served=fetch.answer.model if fetch.answer is not None else query.model,
+            similarity=near.similarity if near is not None else None,
+            entry_id=verdict.entry_id if isinstance(verdict, NearMiss) else None,
+            usage=fetch.usage if outcome_word == "ok" else None,
+            calls=() if call is None else (call,),
+            ttft_ms=ttft_ms,
+            total_ms=total_ms,
+            retry_of=fetch.client.request_id if collapsed and client.is_retry else None,
+        )
+        self._ledger.record(outcome)
+        cost = 0 if call is None else self._price(query, call.usage, client.ts_ms)
+        self._telemetry.lookup(outcome, fetch.lookup.steps_ms, scope=query.scope, cost_nusd=cost)
+
+    def _price(self, query: Query, usage: Usage | None, ts_ms: int) -> int:
+        return 0 if usage is None else self._prices.price(query.upstream, query.model, usage, "default", ts_ms).nusd
+
+    def _outcome(
+        self,
+        query: Query,
+        client: Client,
+        *,
+        cache_status: str,
+        reason: str,
+        mechanism: str | None,
+        model_served: str,
+        similarity: float | None,
+        entry_id: int | None,
+        usage: Usage | None,
+        ttft_ms: float | None,
+        total_ms: float,
+        outcome: str = "ok",
+        status: int = 200,
+        calls: tuple[Call, ...] = (),
+        retry_of: str | None = None,
+        baseline_ms: float | None = None,
+    ) -> Outcome:
+        return Outcome(
+            request_id=client.request_id,
+            ts_ms=client.ts_ms,
+            tenant=query.tenant,
+            namespace=query.controls.namespace,
+            tag=query.controls.tags[0] if query.controls.tags else "",
+            dialect=query.dialect,
+            endpoint=query.endpoint,
+            stream=query.stream,
+            model_requested=query.model,
+            model_served=model_served,
+            upstream=query.upstream,
+            mechanism=mechanism,
+            outcome=outcome,
+            cache_status=cache_status,
+            reason=reason,
+            status=status,
+            similarity=similarity,
+            entry_id=entry_id,
+            retry_of=retry_of,
+            usage=usage,
+            usage_basis="measured" if usage is not None else "none",
+            calls=calls,
+            ttft_ms=ttft_ms,
+            total_ms=total_ms,
+            baseline_ms=baseline_ms,
+        )
+
+
+def _is_fresh(entry: Entry, query: Query, client: Client) -> bool:
+    return freshness.is_fresh(entry.draft.created_ms, entry.draft.expires_ms, client.ts_ms, query.controls.max_age_s)
+
+
+def _estimate(query: Query, flight: Flight[Fetch]) -> Usage:
+    """Tokens of a call that ended before it told its usage: four characters a token, and every streamed event one."""
+    asked = max(1, len(query.prompt or query.body) // 4)
+    body = flight.body
+    return Usage(asked, max(1, body.count(b'"content"') if query.stream else len(body) // 4))
+
+
+def _reason_of(fault: BaseException) -> str:
+    if isinstance(fault, CacheFault):
+        return fault.code
+    return getattr(fault, "reason", "timeout")

@@ -1,0 +1,106 @@
+"""What comes out of the pipeline: complete bytes, or the upstream's bytes as they arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from proxy.core.errors import IbidError, UpstreamError
+
+
+class Replay(NamedTuple):
+    """A complete reply."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    body: bytes
+
+
+class Source(Protocol):
+    """Where a relay's bytes come from: a seat in a flight."""
+
+    async def next(self) -> bytes: ...
+
+    async def whole(self) -> bytes: ...
+
+    def leave(self) -> None: ...
+
+
+class StreamFilter(Protocol):
+    """Turns the upstream's event stream into the one the client asked for; see `openai_chat.UsageFilter`."""
+
+    def feed(self, chunk: bytes) -> bytes: ...
+
+    def end(self) -> bytes: ...
+
+    @property
+    def complete(self) -> bool: ...
+
+    failed: bool
+
+
+class Relay:
+    """A reply that follows a forward. Whoever receives it must `close` it, however the client's side went.
+
+    `settle(relay, outcome_word)` is called once, at `close`; it records what this client got.
+    """
+
+    __slots__ = (
+        "_ended", "_filter", "_seat", "_settle", "broken", "closed", "content_length", "first_byte_s", "headers",
+        "is_stream", "status",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        seat: Source,
+        status: int,
+        headers: list[tuple[str, str]],
+        content_length: int | None,
+        stream_filter: StreamFilter | None,
+        settle: Callable[[Relay, str], None],
+    ) -> None:
+        self.status = status
+        self.headers = headers
+        self.content_length = content_length
+        self.is_stream = stream_filter is not None
+        self.first_byte_s: float | None = None
+        self.broken: IbidError | None = None
+        self.closed = False
+        self._ended = False
+        self._seat = seat
+        self._filter = stream_filter
+        self._settle = settle
+
+    async def next(self) -> bytes:
+        """Bytes for the client; b"" at the end. Raises UpstreamError where the upstream broke, also when a stream
+        ended without its terminal marks: an SDK takes a silent end for success (protocols: commit rules)."""
+        try:
+            while piece := await self._seat.next():
+                if self._filter is None or (piece := self._filter.feed(piece)):
+                    return piece
+            if self._filter is None or self._ended:
+                return b""
+            self._ended = True
+            rest = self._filter.end()
+            if not (self._filter.complete or self._filter.failed):
+                message = "The upstream ended the stream before the answer was complete."
+                raise UpstreamError(message, code="upstream_incomplete")
+            return rest
+        except UpstreamError as error:
+            self.broken = error
+            raise
+
+    async def whole(self) -> bytes:
+        """The complete body of an answer that is not a stream."""
+        try:
+            return await self._seat.whole()
+        except UpstreamError as error:
+            self.broken = error
+            raise
+
+    def close(self, outcome: str) -> None:
+        """`outcome`: "ok", "error" or "cancelled"."""
+        if not self.closed:
+            self.closed = True
+            self._seat.leave()
+            self._settle(self, outcome)
