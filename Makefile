@@ -1,0 +1,72 @@
+# Each target works on a fresh machine: it makes .venv, installs the tested versions, then does its work.
+# Stamps keep repeated calls from installing again; they are older than pyproject.toml or the constraints when those change.
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_OPENAI2 ?= .venv-openai2
+ARGS ?=
+# Extra arguments for the one installation of torch, e.g. an index that serves CPU-only wheels.
+TORCH_PIP_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CONSTRAINTS := deploy/constraints.txt
+MODEL := $(VENV)/share/ibid/smollm2.gguf
+RUN_STAMP := $(VENV)/.ibid-run
+DEV_STAMP := $(VENV)/.ibid-dev
+OPENAI2_STAMP := $(VENV_OPENAI2)/.ibid-openai2
+
+export IBID_TEST_LLM := $(abspath $(MODEL))
+export IBID_OPENAI2_PYTHON := $(abspath $(VENV_OPENAI2)/bin/python)
+unexport PYTHONPATH
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help serve demo test lint bench clean
+
+help: ## what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+serve: $(RUN_STAMP) ## start ibid on 127.0.0.1:4141 with SQLite and the bundled model (ARGS="--upstream URL …")
+	@exec $(BIN)/ibid serve $(ARGS)
+
+demo: $(DEV_STAMP) $(MODEL) ## a real local LLM behind ibid: miss, repeat, paraphrase, look-alikes; then keeps running
+	@exec $(BIN)/python deploy/demo.py --model $(MODEL) $(ARGS)
+
+test: lint $(MODEL) $(OPENAI2_STAMP) ## everything CI runs: lint, then all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV_STAMP) ## ruff, mypy strict, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(DEV_STAMP) ## ibid against its floors in turn, as a table of ratios
+	$(BIN)/python -m tests.bench $(ARGS)
+
+clean: ## remove the environments and every cache; never data
+	rm -rf $(VENV) $(VENV_OPENAI2) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find proxy index migrations tests deploy -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and alone: without it in place, whatever asks for it might bring another build along.
+$(RUN_STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "ibid needs Python 3.11 or later")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c $(CONSTRAINTS) pip setuptools wheel
+	$(PIP) install -c $(CONSTRAINTS) $(TORCH_PIP_ARGS) torch
+	$(PIP) install -c $(CONSTRAINTS) --no-build-isolation -e .
+	@touch $@
+
+$(DEV_STAMP): $(RUN_STAMP)
+	$(PIP) install -c $(CONSTRAINTS) --no-build-isolation -e '.[test,lint]'
+	@touch $@
+
+$(MODEL): deploy/fetch_llm.py | $(RUN_STAMP)
+	$(BIN)/python deploy/fetch_llm.py $@
+	@touch $@
+
+$(OPENAI2_STAMP): deploy/constraints-openai2.txt
+	test -x $(VENV_OPENAI2)/bin/python || $(PYTHON) -m venv $(VENV_OPENAI2)
+	$(VENV_OPENAI2)/bin/python -m pip --disable-pip-version-check --quiet install -r deploy/constraints-openai2.txt
+	@touch $@

@@ -1,0 +1,240 @@
+"""The repository itself: packaging, import effects, declared dependencies, and nothing of one machine."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+OURS = {"proxy", "index", "migrations", "tests", "deploy"}
+HEAVY = ("faiss", "torch", "sentence_transformers", "onnxruntime", "numba", "transformers", "sqlalchemy")
+
+
+def modules(package: str) -> list[str]:
+    """Dotted names of every module of a package in the tree."""
+    names = []
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return names
+
+
+def imported(path: Path) -> set[str]:
+    """Absolute names a file imports, at its top or inside a function."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def declared(*extras: str) -> set[str]:
+    """Distributions named by pyproject.toml, normalised."""
+    wanted = list(PROJECT["project"]["dependencies"])
+    for extra in extras:
+        wanted += PROJECT["project"]["optional-dependencies"][extra]
+    return {normalised(re.split(r"[<>=!~;\[ ]", requirement)[0]) for requirement in wanted}
+
+
+def normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def tracked() -> list[Path]:
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return [path for name in listing.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_the_packages_of_the_project_file_are_those_of_the_tree() -> None:
+    setup = PROJECT["tool"]["setuptools"]
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for top in ("proxy", "index", "migrations")
+        for path in (ROOT / top).rglob("__init__.py")
+    }
+    mapped = {re.sub(r"^migrations\b", "proxy._migrations", name) for name in found}
+    assert set(setup["packages"]) == mapped
+    assert setup["package-dir"] == {"proxy._migrations": "migrations"}
+
+
+def test_package_init_files_are_empty() -> None:
+    for top in ("proxy", "index", "migrations"):
+        for path in (ROOT / top).rglob("__init__.py"):
+            assert path.read_bytes() == b"", path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "proxy" / "core").rglob("*.py")), ids=lambda path: path.stem)
+def test_the_core_imports_the_standard_library_and_itself(path: Path) -> None:
+    foreign = {name for name in imported(path) if name.partition(".")[0] not in sys.stdlib_module_names}
+    assert {name for name in foreign if not name.startswith("proxy.core")} == set()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "proxy" / "core").rglob("*.py")), ids=lambda path: path.stem)
+def test_the_core_neither_awaits_nor_reads_a_clock(path: Path) -> None:
+    waits = (ast.Await, ast.AsyncFor, ast.AsyncWith, ast.AsyncFunctionDef)
+    assert not [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, waits)]
+    assert not imported(path) & {"time", "asyncio", "threading", "socket", "os", "random", "secrets"}
+
+
+def test_environment_is_read_in_one_place() -> None:
+    """The command line hands `os.environ` to `config.load`; nobody else looks."""
+    readers = set()
+    for name in ("proxy", "index"):
+        for path in (ROOT / name).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
+                    readers.add(str(path.relative_to(ROOT)))
+    assert readers <= {"proxy/cli.py", "proxy/config.py", "index/convert.py"}  # convert: environment of its child
+
+
+PROBE = """
+import builtins, os, socket, sys, threading
+
+def refuse(*_arguments, **_named):
+    raise AssertionError("importing has an effect")
+
+reading = builtins.open
+def open_to_read(file, mode="r", *rest, **named):
+    return refuse() if set(mode) & set("wax+") else reading(file, mode, *rest, **named)
+
+environment = dict(os.environ)
+folder = os.getcwd()
+builtins.open = open_to_read
+socket.socket.connect = refuse
+os.mkdir = os.makedirs = os.rename = os.unlink = refuse
+for name in {names!r}:
+    __import__(name)
+assert dict(os.environ) == environment, "environment changed"
+assert os.getcwd() == folder
+ours = [t.name for t in threading.enumerate() if t is not threading.main_thread()]
+assert not ours, ours
+print([name for name in {heavy!r} if name in sys.modules])
+"""
+
+
+def run_probe(names: list[str]) -> str:
+    probe = PROBE.format(names=names, heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_every_module_has_no_effect_and_loads_no_torch() -> None:
+    names = [name for name in modules("proxy") + modules("index") if not name.endswith("__main__")]
+    loaded = run_probe(names)
+    assert "torch" not in loaded
+    assert "sentence_transformers" not in loaded
+
+
+def test_importing_the_command_line_loads_nothing_heavy() -> None:
+    assert run_probe(["proxy.cli"]).strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("folders", "extras"),
+    [(("proxy", "index", "migrations"), ()), (("tests", "deploy"), ("test",))],
+    ids=["product", "tests"],
+)
+def test_every_third_party_import_is_a_declared_dependency(folders: tuple[str, ...], extras: tuple[str, ...]) -> None:
+    owners = packages_distributions()
+    known = declared(*extras)
+    undeclared = {}
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        for top in {name.partition(".")[0] for name in imported(path)} - OURS - sys.stdlib_module_names:
+            if not {normalised(owner) for owner in owners.get(top, [top])} & known:
+                undeclared[top] = str(path.relative_to(ROOT))
+    assert undeclared == {}
+
+
+def test_constraints_pin_what_is_installed_here() -> None:
+    """What was tested is what is written down, for everything the product and its tests declare."""
+    from importlib.metadata import version
+
+    lines = (ROOT / "deploy" / "constraints.txt").read_text().splitlines()
+    pins = {normalised(name): pin for name, _, pin in (line.partition("==") for line in lines if "==" in line)}
+    for name in declared("test", "lint"):
+        assert pins[name] == version(name).partition("+")[0], name
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version))
+
+
+def test_lower_bounds_are_not_above_what_was_tested() -> None:
+    lines = (ROOT / "deploy" / "constraints.txt").read_text().splitlines()
+    pins = {normalised(name): pin for name, _, pin in (line.partition("==") for line in lines if "==" in line)}
+    extras = PROJECT["project"]["optional-dependencies"]
+    for requirement in [*PROJECT["project"]["dependencies"], *extras["test"], *extras["lint"]]:
+        name, bound = re.fullmatch(r"([A-Za-z0-9_-]+)(?:\[.*?\])?[>=]=([\d.]+).*", requirement).groups()  # type: ignore[union-attr]
+        assert numbers(bound) <= numbers(pins[normalised(name)]), requirement
+
+
+def machine_traces(text: str) -> Iterator[str]:
+    yield from re.findall(r"(?<![\w.])/(?:root|work|opt/[a-z]+|home/(?!ann\b|ibid\b)\w+)/\S*", text)
+
+
+def test_no_tracked_file_names_a_path_of_one_machine() -> None:
+    found = {}
+    for path in tracked():
+        raw = path.read_bytes()
+        if b"\0" in raw or path == Path(__file__):
+            continue
+        if traces := list(machine_traces(raw.decode(errors="replace"))):
+            found[str(path.relative_to(ROOT))] = traces[:3]
+    assert found == {}
+
+
+def test_the_search_for_machine_paths_finds_them() -> None:
+    assert list(machine_traces("see /root/x and '/work/main/a.py' and /home/bob/y")) == [
+        "/root/x",
+        "/work/main/a.py'",
+        "/home/bob/y",
+    ]
+    assert list(machine_traces("https://host/work/x, ./work/y, /var/lib/ibid")) == []
+
+
+def test_the_wheel_holds_the_packages_the_migrations_and_nothing_else(tmp_path: Path) -> None:
+    source = tmp_path / "source"  # a build in the checkout would leave its own folders behind
+    files = tracked()
+    for path in files:
+        target = source / path.relative_to(ROOT)
+        if target.parts[len(source.parts)] in {
+            "proxy",
+            "index",
+            "migrations",
+            "pyproject.toml",
+            "LICENSE",
+            "README.md",
+        }:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*build, "-w", str(tmp_path), str(source)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("ibid_proxy-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
+        assert "ibid = proxy.cli:main" in archive.read(entry_points).decode()
+    expected = {str(path.relative_to(ROOT)) for path in files if path.suffix == ".py"}
+    expected = {
+        re.sub(r"^migrations/", "proxy/_migrations/", name)
+        for name in expected
+        if not name.startswith(("tests", "deploy"))
+    }
+    expected |= {"proxy/py.typed", "index/py.typed", "proxy/_migrations/script.py.mako"}
+    assert {name for name in names if ".dist-info/" not in name} == expected
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
