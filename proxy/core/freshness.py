@@ -37,7 +37,7 @@ def remaining_s(created_ms: int, expires_ms: int, now_ms: int) -> int:
 
 def is_fresh(created_ms: int, expires_ms: int, now_ms: int, max_age_s: float | None = None) -> bool:
     """Within its lifetime, and not older than the client's `max-age`. At `expires_ms` itself it is stale."""
-    if not created_ms - SKEW_MS <= now_ms < expires_ms:
+    if not created_ms - SKEW_MS <= now_ms < expires_ms or expires_ms <= created_ms:
         return False
     return max_age_s is None or max(0, now_ms - created_ms) <= max_age_s * 1000
 

@@ -98,21 +98,23 @@ def _is_deeper(raw: bytes, limit: int) -> bool:
     """Whether any reader would go deeper than `limit`; malformed text that stays shallow is left to the reader.
 
     Only brackets outside strings are kept, and a first look at the beginning settles most. Then each round removes the
-    innermost pairs, so round k removes pairs of height k. What no round can remove is unbalanced, and its leading
-    openers are the depth a reader would reach.
+    innermost pairs, so round k removes pairs of height k; `limit` + 1 openers in a row are too deep at once. What no
+    round can remove is unbalanced, and the reader stops there.
     """
     head = _brackets_of(raw[:_FIRST_LOOK_BYTES])
     if max(accumulate(92 - mark for mark in head), default=0) > limit:  # "[" is 91, "]" is 93
         return True
     if len(raw) <= _FIRST_LOOK_BYTES:
         return False
-    brackets = _brackets_of(raw)
+    brackets, run = _brackets_of(raw), b"[" * (limit + 1)
     for _ in range(limit):
+        if run in brackets:
+            return True
         inner = brackets.replace(b"[]", b"")
         if len(inner) == len(brackets):
-            return len(inner) - len(inner.lstrip(b"[")) > limit
+            return False
         brackets = inner
-    return b"[]" in brackets or len(brackets) - len(brackets.lstrip(b"[")) > limit
+    return b"[]" in brackets or run in brackets
 
 
 def _brackets_of(raw: bytes) -> bytes:

@@ -66,7 +66,8 @@ _DIGITS_OF_A_PERSON = 6
 
 _INJECTION_LEADS = frozenset(
     "ignore disregard forget override overwrite bypass pretend roleplay jailbreak jailbroken dan reveal repeat print"
-    " system developer instruction instructions inst unrestricted uncensored simulate ignoriere ignora ignorez oublie".split()
+    " system developer instruction instructions inst unrestricted uncensored simulate ignoriere ignora ignorez"
+    " oublie".split()
 )
 _INJECTION = re.compile(
     r"\b(?:ignore|disregard|forget|override|overwrite|bypass)\b.{0,40}\b(?:previous|prior|above|earlier|preceding|all|any|your|system|these|those)\b"
@@ -116,8 +117,9 @@ class Reading(NamedTuple):
 def read_prompt(text: str, today: date | None = None) -> Reading:
     """One look at a prompt. Without `today` any date counts as near.
 
-    Of a text longer than READ_LIMIT_CHARS only beginning and end are read, where instructions stand: looking stays under
-    a few milliseconds whatever comes. Scripts without spaces count as no words: what cannot be counted is not long enough.
+    Of a text longer than READ_LIMIT_CHARS only beginning and end are read, where instructions stand: looking stays
+    within a few milliseconds whatever comes. Scripts without spaces count as no words: what cannot be counted is not
+    long enough.
     """
     if len(text) > READ_LIMIT_CHARS:
         half = READ_LIMIT_CHARS // 2

@@ -1,0 +1,252 @@
+"""What a client asks of the cache, and how a verdict is told."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.core.directives import DEFAULT_CONTROLS, MODES, cache_status, controls_of, usd, verdict_headers
+from proxy.core.errors import BadRequest
+from proxy.core.model import Bypass, Controls, Draft, Entry, Hit, Miss, NearMiss, Tier
+
+
+def asked(*lines: str, twin: object = None) -> Controls:
+    pairs = [line.split(": ", 1) for line in lines]
+    return controls_of([(name.encode(), value.encode()) for name, value in pairs], twin)
+
+
+def test_a_request_that_asks_nothing_shares_one_constant() -> None:
+    assert asked("host: x", "authorization: Bearer k") is DEFAULT_CONTROLS
+    assert DEFAULT_CONTROLS == Controls()
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("Cache-Control: no-cache", Controls(read=False, refresh=True)),
+        ("Cache-Control: no-store", Controls(read=False, write=False)),
+        ("Cache-Control: only-if-cached", Controls(only_if_cached=True)),
+        ("Cache-Control: max-age=60", Controls(max_age_s=60.0)),
+        ('cache-control: MAX-AGE = "60" ', Controls(max_age_s=60.0)),
+        ("Cache-Control: max-stale", Controls(max_stale_s=math.inf)),
+        ("Cache-Control: max-stale=5", Controls(max_stale_s=5.0)),
+        ("Cache-Control: ,, max-age=9 ,max-age=3, ,", Controls(max_age_s=3.0)),
+        ('Cache-Control: unknown, odd="a, no-store", no-transform, min-fresh=x', DEFAULT_CONTROLS),
+        ("Cache-Control: max-age=999999999999", Controls(max_age_s=2.0**31)),
+        ("Cache-Control: ", DEFAULT_CONTROLS),
+        ("X-Cache-Mode: off", Controls(read=False, write=False)),
+        ("X-Cache-Mode: read", Controls(write=False)),
+        ("X-Cache-Mode: write", Controls(read=False)),
+        ("X-Cache-Mode: Exact", Controls(exact_only=True)),
+        ("X-Cache-Mode: semantic", DEFAULT_CONTROLS),
+        ("X-Cache-Mode: shadow", Controls(shadow=True)),
+        ("X-Cache-Mode: refresh", Controls(read=False, refresh=True)),
+        ("X-Cache-TTL: 0", Controls(ttl_s=0.0)),
+        ("X-Cache-Namespace: docs/v2", Controls(namespace="docs/v2")),
+        ("X-Cache-Tags: doc:42, team:a ,,doc:42", Controls(tags=("doc:42", "team:a"))),
+        ("X-Cache-Max-Error: 0.005", Controls(max_error=0.005)),
+        ("X-Cache-Max-Error: 0", Controls(max_error=0.0)),
+        ("X-Cache-User: user 7", Controls(user="user 7")),
+        ("X-Cache-Explain: 1", Controls(explain=True)),
+        ("X-Cache-Explain: false", DEFAULT_CONTROLS),
+    ],
+)
+def test_each_header_is_read(line: str, wanted: Controls) -> None:
+    assert asked("host: x", line) == wanted
+
+
+@pytest.mark.parametrize(
+    ("twin", "wanted"),
+    [
+        ({}, DEFAULT_CONTROLS),
+        ({"no-cache": True}, Controls(read=False, refresh=True)),
+        ({"no-cache": False, "no-store": False, "use-cache": True}, DEFAULT_CONTROLS),
+        ({"no-store": True}, Controls(read=False, write=False)),
+        ({"use-cache": False}, Controls(read=False, write=False)),
+        ({"ttl": 60, "s-maxage": 1.5}, Controls(ttl_s=60.0, max_age_s=1.5)),
+        (
+            {"namespace": "n", "tags": ["a", "b"], "mode": "exact"},
+            Controls(namespace="n", tags=("a", "b"), exact_only=True),
+        ),
+    ],
+)
+def test_the_body_twin_is_read(twin: dict[str, Any], wanted: Controls) -> None:
+    assert asked(twin=twin) == wanted
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "cache-control: max-age",
+        "cache-control: max-age=-1",
+        "cache-control: max-age=1.5",
+        "cache-control: max-age=abc",
+        "cache-control: max-stale=x",
+        'cache-control: no-cache="open',
+        "cache-control: no cache",
+        "x-cache-mode: fast",
+        "x-cache-mode: ",
+        "x-cache-ttl: -1",
+        "x-cache-ttl: 1e9",
+        "x-cache-ttl: \u0661",
+        "x-cache-namespace: a b",
+        "x-cache-namespace: ../\u00e9",
+        "x-cache-namespace: " + "n" * 129,
+        "x-cache-tags: a b",
+        "x-cache-tags: " + ",".join(f"t{i}" for i in range(17)),
+        "x-cache-tags: " + "t" * 65,
+        "x-cache-max-error: nan",
+        "x-cache-max-error: 1.01",
+        "x-cache-max-error: -0.1",
+        "x-cache-max-error: ' OR 1=1--",
+        "x-cache-user: " + "u" * 257,
+        "x-cache-explain: maybe",
+    ],
+)
+def test_a_header_that_cannot_be_read_is_refused_and_named(line: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        asked(line)
+    assert (caught.value.status, caught.value.code, caught.value.param) == (400, "invalid_value", line.split(":")[0])
+
+
+@pytest.mark.parametrize(
+    ("twin", "param"),
+    [
+        ([], "cache"),
+        ("no-cache", "cache"),
+        (True, "cache"),
+        ({"ttl": "60"}, "cache.ttl"),
+        ({"ttl": True}, "cache.ttl"),
+        ({"ttl": -1}, "cache.ttl"),
+        ({"ttl": None}, "cache.ttl"),
+        ({"s-maxage": []}, "cache.s-maxage"),
+        ({"no-cache": 1}, "cache.no-cache"),
+        ({"namespace": 5}, "cache.namespace"),
+        ({"tags": "a"}, "cache.tags"),
+        ({"tags": [1]}, "cache.tags"),
+        ({"mode": "fast"}, "cache.mode"),
+        ({"no_cache": True}, "cache.no_cache"),
+    ],
+)
+def test_a_twin_that_cannot_be_read_is_refused_and_named(twin: object, param: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        asked(twin=twin)
+    assert (caught.value.code, caught.value.param) == ("invalid_value", param)
+
+
+def test_where_two_places_disagree_the_narrower_holds() -> None:
+    both = asked(
+        "cache-control: max-age=60, max-stale=9", "x-cache-ttl: 10", "x-cache-ttl: 20", twin={"s-maxage": 5, "ttl": 99}
+    )
+    assert (both.max_age_s, both.ttl_s, both.max_stale_s) == (5.0, 10.0, 9.0)
+    assert asked("x-cache-mode: off", "x-cache-mode: read", twin={"mode": "semantic"}) == Controls(
+        read=False, write=False
+    )
+    assert asked("x-cache-max-error: 0.5", "x-cache-max-error: 0.001").max_error == 0.001
+    assert asked("x-cache-tags: a", twin={"tags": ["b", "a"]}).tags == ("a", "b")
+    with pytest.raises(BadRequest, match="one value"):
+        asked("x-cache-namespace: a", twin={"namespace": "b"})
+    with pytest.raises(BadRequest, match="one value"):
+        asked("x-cache-user: a", "x-cache-user: b")
+
+
+LINES = st.sampled_from(
+    ["cache-control: no-cache", "cache-control: no-store", "cache-control: max-age=5", "cache-control: max-stale=5",
+     "cache-control: only-if-cached", *(f"x-cache-mode: {mode}" for mode in MODES),
+     "x-cache-max-error: 0.9", "x-cache-max-error: 0.001", "x-cache-ttl: 7"]
+)  # fmt: skip
+
+
+@given(st.lists(LINES, max_size=5), LINES)
+def test_one_more_wish_never_widens(lines: list[str], more: str) -> None:
+    before, after = asked(*lines), asked(*lines, more)
+    assert after.read <= before.read
+    assert after.write <= before.write
+    assert after.exact_only >= before.exact_only
+    assert after.only_if_cached >= before.only_if_cached
+    for name in ("max_age_s", "ttl_s", "max_error"):
+        wide, narrow = getattr(before, name), getattr(after, name)
+        assert wide is None or narrow <= wide
+
+
+def test_cache_status_reads_as_rfc_9211_writes_it() -> None:
+    assert cache_status(hit=True, ttl_s=30, detail="exact") == "ibid; hit; ttl=30; detail=exact"
+    assert cache_status(hit=True, ttl_s=-3) == "ibid; hit; ttl=-3"
+    assert (
+        cache_status(fwd="miss", fwd_status=200, stored=True, collapsed=True, detail="nothing_alike")
+        == "ibid; fwd=miss; fwd-status=200; stored; collapsed; detail=nothing_alike"
+    )
+    assert cache_status(fwd="bypass", detail='a "b" \\ é\r\n') == 'ibid; fwd=bypass; detail="a \\"b\\" \\\\ ???"'
+    with pytest.raises(ValueError, match="either"):
+        cache_status(hit=True, fwd="miss")
+    with pytest.raises(ValueError, match="either"):
+        cache_status()
+
+
+@given(st.text(min_size=1))
+def test_no_reason_breaks_out_of_its_header(reason: str) -> None:
+    headers = verdict_headers(Bypass(reason), request_id="r", upstream="u")
+    for _, value in headers:
+        assert re.fullmatch(r"[\x20-\x7e]*", value)
+    status = dict(headers)["Cache-Status"]
+    assert re.fullmatch(r'ibid; fwd=bypass; detail=("(?:[^"\\]|\\["\\])*"|[A-Za-z*][^ ;"\\]*)', status)
+
+
+def entry() -> Entry:
+    draft = Draft(b"", b"", "", "", "u", "chat", "m", "", b"", None, 0, 1, "r", 1.0)
+    return Entry(42, draft, b"")
+
+
+def test_a_hit_says_where_it_came_from() -> None:
+    headers = verdict_headers(
+        Hit(entry(), Tier.SEMANTIC, 0.98765, 0.9961), request_id="r1", upstream="openai", age_s=7, ttl_s=100,
+        saved_nusd=1_234, cost_nusd=0,
+    )  # fmt: skip
+    assert headers == [
+        ("Cache-Status", "ibid; hit; ttl=100; detail=semantic"),
+        ("x-cache", "HIT"),
+        ("x-cache-tier", "semantic"),
+        ("x-cache-similarity", "0.9877"),
+        ("x-cache-confidence", "0.9961"),
+        ("x-cache-entry", "42"),
+        ("Age", "7"),
+        ("x-cache-saved-usd", "0.000001234"),
+        ("x-cost-usd", "0.000000000"),
+        ("x-upstream", "openai"),
+        ("x-request-id", "r1"),
+    ]
+    stale = dict(verdict_headers(Hit(entry(), Tier.STALE, 1.0, 1.0), request_id="r", upstream="u", ttl_s=-5))
+    assert (stale["x-cache"], stale["Cache-Status"]) == ("STALE", "ibid; hit; ttl=-5; detail=stale")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "extra", "status", "word"),
+    [
+        (Miss("nothing_alike"), {}, "fwd=miss", "MISS"),
+        (Miss("expired"), {}, "fwd=stale", "MISS"),
+        (NearMiss(3, 0.9, 0.97, "numbers"), {}, "fwd=miss", "MISS"),
+        (Bypass("temperature"), {}, "fwd=bypass", "BYPASS"),
+        (Bypass("refresh"), {"refresh": True}, "fwd=request", "REFRESH"),
+        (Hit(entry(), Tier.EXACT, 1.0, 1.0), {"shadow": True}, "fwd=miss", "SHADOW"),
+    ],
+)
+def test_a_forward_says_why(verdict: Any, extra: dict[str, bool], status: str, word: str) -> None:
+    headers = dict(verdict_headers(verdict, request_id="r", upstream="u", fwd_status=200, stored=True, **extra))
+    assert headers["Cache-Status"] == f"ibid; {status}; fwd-status=200; stored; detail={verdict.reason}"
+    assert (headers["x-cache"], headers["x-cache-reason"]) == (word, verdict.reason)
+    assert "x-cache-entry" not in headers
+
+
+def test_nano_dollars_are_written_exactly() -> None:
+    assert [usd(n) for n in (0, 1, -1, 10**9, -1_500_000_001)] == [
+        "0.000000000",
+        "0.000000001",
+        "-0.000000001",
+        "1.000000000",
+        "-1.500000001",
+    ]

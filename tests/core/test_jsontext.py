@@ -1,0 +1,292 @@
+"""JSON as bytes: what is refused, what edits leave alone, what one spelling means."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.core.errors import BadRequest
+from proxy.core.jsontext import canonical, drop_member, members, parse, set_member
+
+TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
+SCALARS = (
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False) | TEXT
+)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4), max_leaves=6
+)
+OBJECTS = st.dictionaries(TEXT, VALUES, max_size=6)
+BLANKS = st.text(" \t\r\n", max_size=3)
+
+
+@st.composite
+def spelled(draw: st.DrawFn, value: Any) -> str:
+    """One of the many ways to write a value: order of members, blanks, escapes and numbers as drawn."""
+
+    def blank() -> str:
+        return draw(BLANKS)
+
+    if isinstance(value, dict):
+        items = draw(st.permutations(list(value.items())))
+        inner = ",".join(f"{blank()}{draw(spelled(k))}{blank()}:{blank()}{draw(spelled(v))}{blank()}" for k, v in items)
+        return "{" + (inner or blank()) + "}"
+    if isinstance(value, list):
+        return "[" + (",".join(blank() + draw(spelled(item)) + blank() for item in value) or blank()) + "]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=draw(st.booleans()))
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
+        return draw(st.sampled_from([str(value), f"{value}.0", f"{value}e0", f"{value}.000E+0", f"{value}0e-1"]))
+    return json.dumps(value)
+
+
+def refusal(raw: bytes, depth_limit: int = 64) -> BadRequest:
+    with pytest.raises(BadRequest) as caught:
+        parse(raw, depth_limit)
+    assert caught.value.status == 400
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("raw", "offset"),
+    [
+        (b"", 0),
+        (b"   ", 3),
+        (b"\xef\xbb\xbf{}", 0),
+        (b"{} x", 3),
+        (b'{"a":1}{}', 7),
+        (b"[1]", 0),
+        (b'"a"', 0),
+        (b"1", 0),
+        (b"null", 0),
+        (b'{"a":}', 5),
+        ('{"ä":}'.encode(), 6),
+        (b"{'a':1}", 1),
+        (b'{"a":1,}', 7),
+        (b'{"a":01}', 6),
+        (b'{"a":"\n"}', 6),
+        (b'{"a":tru}', 5),
+        (b"\x00", 0),
+    ],
+)
+def test_what_is_not_a_json_object_is_refused_with_its_byte_offset(raw: bytes, offset: int) -> None:
+    error = refusal(raw)
+    assert error.code == "invalid_json"
+    assert f"at byte {offset}." in error.message
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"a":"\xff"}',
+        b'{"a":"\xc0\xaf"}',
+        b'{"a":"\xed\xa0\x80"}',
+        b'{"a":"\\ud800"}',
+        b'{"a":"\\uDC00\\uD800"}',
+        b'{"\\udfff":1}',
+        b'{"a":["x",{"b":"\\ud83d!"}]}',
+    ],
+)
+def test_text_that_is_not_unicode_is_refused(raw: bytes) -> None:
+    assert refusal(raw).code == "invalid_utf8"
+
+
+def test_escaped_pairs_and_escaped_backslashes_are_not_lone_surrogates() -> None:
+    assert parse(rb'{"a":"\ud83d\ude00","b":"\\ud800"}') == {"a": "\U0001f600", "b": "\\ud800"}
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "1e999",
+        "-1e999",
+        "1" * 5000,
+        "-" + "9" * 310,
+        "2" + "0" * 308,
+        "1" * 4000 + ".5",
+    ],
+)
+def test_numbers_outside_a_double_are_refused(number: str) -> None:
+    error = refusal(f'{{"a":[{number}]}}'.encode())
+    assert error.code == "invalid_number"
+    assert len(error.message) < 120
+
+
+def test_numbers_inside_a_double_stay_exact() -> None:
+    assert parse(b'{"a":%d,"b":-%d,"c":1e-999,"d":1.0}' % (10**308, 10**308)) == {
+        "a": 10**308,
+        "b": -(10**308),
+        "c": 0.0,
+        "d": 1.0,
+    }
+    assert isinstance(parse(b'{"n":1.0}')["n"], float)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"a":' * 65 + b"1" + b"}" * 65,
+        b'{"a":' + b"[" * 64 + b"]" * 64 + b"}",
+        b"[" * 2000 + b"]" * 2000,
+        b"[" * 100_000 + b"]" * 100_000,
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"p":"' + b"x" * 40_000 + b'","a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"p":[' + b"[]," * 20_000 + b"[" * 64 + b"]" * 64 + b"]}",
+    ],
+)
+def test_deep_nesting_is_refused_quickly(raw: bytes) -> None:
+    started = time.process_time()
+    assert refusal(raw).code == "json_too_deep"
+    assert time.process_time() - started < 0.05
+
+
+def test_nesting_up_to_the_limit_and_brackets_in_strings_are_read() -> None:
+    assert parse(b'{"a":' * 64 + b"1" + b"}" * 64)
+    assert parse(b'{"a":"' + b'[{\\"' * 5000 + b'"}')
+    assert parse(b'{"p":[' + b"[]," * 20_000 + b"[" * 62 + b"]" * 62 + b"]}")
+    assert refusal(b'{"a":' * 3 + b"1" + b"}" * 3, depth_limit=2).code == "json_too_deep"
+
+
+@given(st.lists(st.sampled_from(["[", "]", "{", "}", '"', "\\", '"a":', "1", ","]), max_size=60), st.integers(1, 6))
+def test_any_bracket_soup_ends_in_an_answer_or_a_refusal(soup: list[str], limit: int) -> None:
+    def height(value: object) -> int:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+        return 0 if inner is None else 1 + max(map(height, inner), default=0)
+
+    raw = "".join(soup).encode()
+    try:
+        code, value = "", parse(raw, limit)
+    except BadRequest as refused:
+        code, value = refused.code, {}
+    if code:
+        assert code in {"invalid_json", "json_too_deep", "duplicate_key"}
+        with contextlib.suppress(ValueError):
+            loose = json.loads(raw)
+            assert code == "duplicate_key" or not isinstance(loose, dict) or height(loose) > limit
+    else:
+        assert height(value) <= limit
+
+
+@pytest.mark.parametrize(
+    ("raw", "name"),
+    [
+        (b'{"model":"a","model":"b"}', "model"),
+        (b'{"m":[{"x":1,"\\u0078":1}]}', "x"),
+        ('{"é":1,"é":1}'.encode(), "\\xe9"),
+    ],
+)
+def test_a_key_that_appears_twice_is_refused_and_named(raw: bytes, name: str) -> None:
+    error = refusal(raw)
+    assert error.code == "duplicate_key"
+    assert error.param == name
+
+
+@given(st.data(), OBJECTS)
+def test_parse_reads_what_any_spelling_says(data: st.DataObject, value: dict[str, Any]) -> None:
+    assert parse(data.draw(spelled(value)).encode()) == value
+
+
+@given(st.data(), OBJECTS)
+def test_members_point_at_names_and_values(data: st.DataObject, value: dict[str, Any]) -> None:
+    raw = data.draw(spelled(value)).encode()
+    spans = members(raw)
+    assert set(spans) == set(value)
+    for name, (start, value_start, value_end) in spans.items():
+        assert json.loads(raw[value_start:value_end]) == value[name]
+        assert json.loads(raw[start:value_start].rstrip(b" \t\r\n").removesuffix(b":")) == name
+
+
+@given(st.data(), OBJECTS, TEXT, VALUES)
+def test_setting_a_member_is_the_edit_of_the_dict_and_leaves_other_bytes(
+    data: st.DataObject, value: dict[str, Any], name: str, new: Any
+) -> None:
+    if value and data.draw(st.booleans()):
+        name = data.draw(st.sampled_from(sorted(value)))
+    raw = data.draw(spelled(value)).encode()
+    piece = json.dumps(new).encode()
+    edited = set_member(raw, name, piece)
+    assert parse(edited) == {**value, name: new}
+    if name in value:
+        _, start, end = members(raw)[name]
+        assert edited == raw[:start] + piece + raw[end:]
+    else:
+        spans = members(edited)
+        for other, (start, _, end) in members(raw).items():
+            assert edited[spans[other][0] : spans[other][2]] == raw[start:end]
+
+
+@given(st.data(), OBJECTS)
+def test_dropping_a_member_is_the_edit_of_the_dict_and_leaves_other_bytes(
+    data: st.DataObject, value: dict[str, Any]
+) -> None:
+    raw = data.draw(spelled(value)).encode()
+    name = data.draw(st.sampled_from([*sorted(value), "absent-from-all"]))
+    edited = drop_member(raw, name)
+    assert edited == set_member(raw, name, None)
+    assert parse(edited) == {k: v for k, v in value.items() if k != name}
+    if name not in value:
+        assert edited == raw
+    start, _, end = members(raw).get(name, (0, 0, 0))
+    assert len(edited) >= len(raw) - (end - start) - 9  # a comma and the blanks around it
+    for other, (start, _, end) in members(edited).items():
+        was = members(raw)[other]
+        assert edited[start:end] == raw[was[0] : was[2]]
+
+
+@pytest.mark.parametrize("raw", [b"", b"[]", b'{"a"', b'{"a":', b'{"a":1', b'{"a":1 "b":2}', b"{1:2}", b'{"a":x}'])
+def test_members_of_what_is_not_an_object_are_refused(raw: bytes) -> None:
+    with pytest.raises(BadRequest, match="not a JSON object"):
+        members(raw)
+
+
+@given(st.data(), VALUES)
+def test_spelling_does_not_change_the_canonical_bytes(data: st.DataObject, value: Any) -> None:
+    once = parse(f'{{"v":{data.draw(spelled(value))}}}'.encode())
+    again = parse(f'{{"v":{data.draw(spelled(value))}}}'.encode())
+    assert canonical(once) == canonical(again) == canonical({"v": value})
+
+
+def same(a: Any, b: Any) -> bool:
+    """JSON equality: unlike Python's, true is not 1."""
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+@given(VALUES, VALUES)
+def test_canonical_bytes_are_equal_only_for_equal_values(a: Any, b: Any) -> None:
+    assert (canonical(a) == canonical(b)) == same(a, b)
+
+
+@given(st.integers())
+def test_integers_stay_exact(number: int) -> None:
+    assert canonical(number) == str(number).encode()
+    if abs(number) > 2**53:
+        assert canonical(number) != canonical(number + 1)
+
+
+def test_canonical_spelling_by_example() -> None:
+    assert (
+        canonical({"b": [1.0, -0.0, 1e16, 0.5], "a": "é\u2028"})
+        == '{"a":"é\u2028","b":[1,0,10000000000000000,0.5]}'.encode()
+    )
+    assert canonical("e\u0301") != canonical("\u00e9")
+    assert canonical({"temperature": 1}) == canonical({"temperature": 1.0})
+    assert canonical(True) != canonical(1)
+    assert canonical("version 3.0") == b'"version 3.0"'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        canonical(math.nan)
