@@ -9,7 +9,7 @@ ARGS ?=
 TORCH_PIP_ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 CONSTRAINTS := deploy/constraints.txt
 MODEL := $(VENV)/share/ibid/smollm2.gguf
 RUN_STAMP := $(VENV)/.ibid-run
@@ -31,7 +31,7 @@ serve: $(RUN_STAMP) ## start ibid on 127.0.0.1:4141 with SQLite and the bundled 
 	@exec $(BIN)/ibid serve $(ARGS)
 
 demo: $(DEV_STAMP) $(MODEL) ## a real local LLM behind ibid: miss, repeat, paraphrase, look-alikes; then keeps running
-	@exec $(BIN)/python deploy/demo.py --model $(MODEL) $(ARGS)
+	@exec $(BIN)/python -m deploy.demo --model $(MODEL) $(ARGS)
 
 test: lint $(MODEL) $(OPENAI2_STAMP) ## everything CI runs: lint, then all tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -68,5 +68,5 @@ $(MODEL): deploy/fetch_llm.py | $(RUN_STAMP)
 
 $(OPENAI2_STAMP): deploy/constraints-openai2.txt
 	test -x $(VENV_OPENAI2)/bin/python || $(PYTHON) -m venv $(VENV_OPENAI2)
-	$(VENV_OPENAI2)/bin/python -m pip --disable-pip-version-check --quiet install -r deploy/constraints-openai2.txt
+	$(VENV_OPENAI2)/bin/python -m pip --disable-pip-version-check -qq install -r deploy/constraints-openai2.txt
 	@touch $@

@@ -82,7 +82,8 @@ def test_every_variable_of_the_contract_is_read(tmp_path: Path) -> None:
     assert settings.server.admin_token == "t" * 32
     assert settings.log.level == "DEBUG"
     assert settings.data_dir == Path("/xdg/ibid")
-    assert [upstream.base_url for upstream in settings.upstreams.values()] == ["http://127.0.0.1:8080/v1"]
+    assert set(settings.upstreams) == {"openai", "anthropic", "gemini", "ollama"}
+    assert {upstream.base_url for upstream in settings.upstreams.values()} == {"http://127.0.0.1:8080/v1"}
 
 
 def test_a_file_changes_a_built_in_upstream_and_adds_others(tmp_path: Path) -> None:
