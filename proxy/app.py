@@ -40,7 +40,7 @@ from proxy.prices import Prices
 from proxy.store.store import Store, open_store
 from proxy.tasks import Tasks
 from proxy.telemetry import Telemetry
-from proxy.upstream import UpstreamAddress, Upstreams
+from proxy.upstream import UpstreamAddress, UpstreamLimits, Upstreams
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +191,10 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
     async with contextlib.AsyncExitStack() as stack:
         started_s = time.perf_counter()
         telemetry = Telemetry(log_writer, level=logging.getLevelNamesMapping()[settings.log.level])
-        prices = Prices(price_overrides(settings))
+        prices = Prices(
+            {name: override.rates() for name, override in settings.prices.items()},
+            {name: upstream.prices_as for name, upstream in settings.upstreams.items() if upstream.prices_as},
+        )
         store = await open_store(
             settings.store.database_url or None,
             settings.data_dir,
@@ -206,7 +209,12 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
         if log_writer is not None:
             log_writer.form.redactor.register(token)
         embedder, index, fault = await open_semantic(settings, store, stack)
-        upstreams = Upstreams([upstream_address(n, u) for n, u in settings.upstreams.items()])
+        forward = settings.forward
+        upstreams = Upstreams(
+            [upstream_address(n, u) for n, u in settings.upstreams.items()],
+            UpstreamLimits(forward.connect_timeout_s, forward.first_byte_timeout_s, forward.idle_timeout_s),
+            extra_headers=frozenset(name.lower() for name in forward.extra_headers),
+        )
         await upstreams.start()
         stack.push_async_callback(upstreams.close)
         tasks = Tasks(telemetry.fault)
@@ -312,15 +320,6 @@ def watch(
 
 def upstream_address(name: str, settings: UpstreamSettings) -> UpstreamAddress:
     return UpstreamAddress(name, settings.base_url, settings.dialect)
-
-
-def price_overrides(settings: Settings) -> dict[str, dict[str, float]]:
-    """Overrides as `Prices` takes them: fields that are set, by "model" or "upstream/model"."""
-    names = ("input_usd_per_mtok", "output_usd_per_mtok", "cache_read_usd_per_mtok", "cache_write_usd_per_mtok")
-    return {
-        model: {name: value for name in names if (value := getattr(override, name)) is not None}
-        for model, override in settings.prices.items()
-    }
 
 
 def banner(app: App) -> str:
