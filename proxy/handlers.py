@@ -23,6 +23,7 @@ from proxy.core.errors import BadRequest, IbidError, UpstreamError
 from proxy.core.model import Bypass, Call, Controls, Limits, Outcome, Query, Rules
 from proxy.incoming import body_stream, error_response, query_of, read_body, target_of
 from proxy.listener import Admission
+from proxy.wire import answer_at_once
 from proxy.pipeline import Client, Pipeline
 from proxy.ports import Ledger, Upstream
 from proxy.relay import Relay, Replay
@@ -138,7 +139,7 @@ class ClientHandler:
         )
         reply = self._pipeline.recall(query, client) or await self._pipeline.answer(query, client)
         if isinstance(reply, Replay):
-            return web.Response(status=reply.status, headers=reply.headers, body=reply.body)
+            return answer_at_once(request, reply)
         return await self._relay(request, reply)
 
     # -- reading --------------------------------------------------------------------------------------------------

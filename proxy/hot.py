@@ -8,24 +8,37 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from proxy.core.dialects.openai_replay import Template
 from proxy.core.model import Answer, Entry
+from proxy.relay import Head
 
 ROW_OVERHEAD_BYTES = 1024
 
 
-class HotRow:
-    """An entry, its decoded answer, and the replies rendered from it so far."""
+class Form:
+    """One way in which an entry is served: streamed or whole, found exactly or by similarity. Made at its first use."""
 
-    __slots__ = ("answer", "baseline_nusd", "entry", "size_bytes", "templates")
+    __slots__ = ("baseline_nusd", "head", "recurring", "second", "template")
+
+    def __init__(self, template: Template, recurring: tuple[Any, ...], baseline_nusd: int) -> None:
+        self.template = template
+        self.recurring = recurring  # of its Outcome
+        self.baseline_nusd = baseline_nusd
+        self.head: Head | None = None
+        self.second = -1  # the second of which `head` tells age and ttl
+
+
+class HotRow:
+    """An entry, its decoded answer, and the forms it was served in so far."""
+
+    __slots__ = ("answer", "entry", "forms", "size_bytes")
 
     def __init__(self, entry: Entry, answer: Answer) -> None:
         self.entry = entry
         self.answer = answer
-        self.templates: dict[str, Template] = {}
-        self.baseline_nusd: int | None = None
+        self.forms: dict[tuple[object, ...], Form] = {}
         draft = entry.draft
         self.size_bytes = ROW_OVERHEAD_BYTES + 2 * len(draft.answer) + len(draft.prompt) + len(draft.embedding or b"")
 

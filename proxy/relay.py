@@ -8,11 +8,21 @@ from typing import NamedTuple, Protocol
 from proxy.core.errors import IbidError, UpstreamError
 
 
-class Replay(NamedTuple):
-    """A complete reply."""
+class Head:
+    """Response headers, all but `x-request-id`. `wire` is the handler's: the same once more as it spells them."""
 
-    status: int
-    headers: list[tuple[str, str]]
+    __slots__ = ("pairs", "wire")
+
+    def __init__(self, pairs: list[tuple[str, str]]) -> None:
+        self.pairs = pairs
+        self.wire: bytes | None = None
+
+
+class Replay(NamedTuple):
+    """A complete reply, status 200. Replays of one entry within one second share their head."""
+
+    head: Head
+    request_id: str
     body: bytes
 
 

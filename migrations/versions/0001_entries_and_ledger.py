@@ -168,9 +168,9 @@ def upgrade() -> None:
         sa.Column("total_ms", sa.Double(), nullable=False),
         sa.Column("baseline_ms", sa.Double(), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_request")),
+        sqlite_with_rowid=False,
     )
-    op.create_index(op.f("ix_request_day"), "request", ["day"], unique=False)
-    op.create_index(op.f("ix_request_ts"), "request", ["ts"], unique=False)
+    op.create_index(op.f("ix_request_day_ts"), "request", ["day", "ts"], unique=False)
     op.create_table(
         "saving",
         sa.Column("request_id", sa.Text(), nullable=False),
@@ -183,6 +183,7 @@ def upgrade() -> None:
         sa.Column("saved_ms", sa.Double(), nullable=True),
         sa.Column("basis", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("request_id", "step", name=op.f("pk_saving")),
+        sqlite_with_rowid=False,
     )
     op.create_table(
         "upstream_call",

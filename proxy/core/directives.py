@@ -277,8 +277,8 @@ def usd(nusd: int) -> str:
 def verdict_headers(
     verdict: Verdict,
     *,
-    request_id: str,
     upstream: str,
+    request_id: str | None = None,
     age_s: int | None = None,
     ttl_s: int | None = None,
     fwd_status: int | None = None,
@@ -308,7 +308,8 @@ def verdict_headers(
     if cost_nusd is not None:
         headers.append(("x-cost-usd", usd(cost_nusd)))
     headers.append(("x-upstream", upstream))
-    headers.append(("x-request-id", request_id))
+    if request_id is not None:
+        headers.append(("x-request-id", request_id))
     return headers
 
 

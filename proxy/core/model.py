@@ -207,12 +207,12 @@ class Call:
     total_ms: float
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """One finished request: all that the ledger needs, no prompt text.
 
     `mechanism` names the lane that answered without a call of its own ("cache.exact", "cache.semantic",
-    "stream.coalesce"), or is None for a forward.
+    "stream.coalesce"), or is None for a forward. A tuple, because a hit makes one per request: what differs between
+    two hits of one entry stands first and last, see `again`.
     """
 
     request_id: str
@@ -237,9 +237,19 @@ class Outcome:
     usage: Usage | None  # client-visible
     usage_basis: str
     calls: tuple[Call, ...]
+    baseline_ms: float | None  # what the upstream took when the entry was made
     ttft_ms: float | None
     total_ms: float
-    baseline_ms: float | None  # what the upstream took when the entry was made
+
+    @property
+    def recurring(self) -> tuple[Any, ...]:
+        """All that is the same whenever this happens again."""
+        return self[2:-2]
+
+
+def again(recurring: tuple[Any, ...], request_id: str, ts_ms: int, ttft_ms: float | None, total_ms: float) -> Outcome:
+    """The same outcome at another time."""
+    return Outcome._make((request_id, ts_ms, *recurring, ttft_ms, total_ms))
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,8 @@ EXTRA_CALLS = {
 TIERS = {"flex": "batch.flex", "batch": "batch.provider"}
 """Cheaper service tiers → the mechanism that earned the difference to the default tier."""
 
+_TTFT = REQUEST_COLUMNS.index("ttft_ms")  # total_ms follows it
+_SAVED_MS = SAVING_COLUMNS.index("saved_ms")
 _NO_USAGE = (None, None, None, None)
 
 
@@ -67,6 +69,22 @@ class Settlement(NamedTuple):
     request: tuple[Any, ...]
     calls: list[tuple[Any, ...]]
     savings: list[tuple[Any, ...]]
+
+    def again(self, outcome: Outcome) -> Settlement:
+        """The rows of an outcome that differs from this settlement's own in id and times, on the same day."""
+        assert not self.calls
+        before_ms = outcome.baseline_ms
+        saved_ms = None if before_ms is None else before_ms - outcome.total_ms
+        request = (
+            outcome.request_id,
+            outcome.ts_ms,
+            *self.request[2:_TTFT],
+            outcome.ttft_ms,
+            outcome.total_ms,
+            *self.request[_TTFT + 2 :],
+        )
+        savings = [(outcome.request_id, *step[1:_SAVED_MS], saved_ms, *step[_SAVED_MS + 1 :]) for step in self.savings]
+        return Settlement(request, [], savings)
 
 
 class _Priced(NamedTuple):

@@ -27,7 +27,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.core.errors import CacheFault
 from proxy.core.model import Outcome
-from proxy.core.saving import CALL_COLUMNS, REQUEST_COLUMNS, SAVING_COLUMNS, Pricing, settle
+from proxy.core.saving import CALL_COLUMNS, REQUEST_COLUMNS, SAVING_COLUMNS, Pricing, Settlement, settle
 from proxy.store.engine import Database
 from proxy.store.schema import request, saving, upstream_call
 from proxy.store.writer import Writer
@@ -39,6 +39,8 @@ FLUSH_ROWS = 512
 SLICE = 16  # outcomes settled before the loop gets its turn: about 0.2 ms
 MEMORY_LIMIT = 100_000  # outcomes kept when neither database nor spill can be written
 SPILL_LIMIT_BYTES = 256 * 1024 * 1024
+DAY_MS = 86_400_000
+SETTLED_LIMIT = 8192  # distinct outcomes remembered, about 1 KiB each
 SPILL_NAME = "ledger-spill.jsonl"
 
 Rows = tuple[list[tuple[Any, ...]], list[tuple[Any, ...]], list[tuple[Any, ...]]]
@@ -74,6 +76,7 @@ class SqlLedger:
         self._spill_path = database.data_dir / SPILL_NAME
         self._spilled = False
         self._inserts = [_Insert(table, columns, database.dialect) for table, columns in _TABLES]
+        self._settled: dict[tuple[tuple[Any, ...], int], Settlement] = {}
         self._work = self._insert
         self.written = 0  # outcomes now in the database, replays included
         self.spilled = 0  # outcomes that went to the spill file
@@ -153,18 +156,28 @@ class SqlLedger:
         for start in range(0, len(batch), SLICE):
             for outcome in batch[start : start + SLICE]:
                 try:
-                    row, its_calls, its_savings = settle(outcome, price)
+                    settlement = settle(outcome, price) if outcome.calls else self._settled_before(outcome)
                 except (ValueError, TypeError, ArithmeticError, LookupError) as error:  # a malformed outcome of ours
                     self.refused += 1
                     log.error("outcome cannot be settled: %s", type(error).__name__)
                     continue
-                requests.append(row)
-                calls += its_calls
-                savings += its_savings
+                requests.append(settlement.request)
+                calls += settlement.calls
+                savings += settlement.savings
                 if on_hit is not None and outcome.entry_id is not None and outcome.mechanism is not None:
                     on_hit(outcome.entry_id, outcome.ts_ms)
             await asyncio.sleep(0)
         return requests, calls, savings
+
+    def _settled_before(self, outcome: Outcome) -> Settlement:
+        """The rows of an outcome that made no call, settled once a day for all that differ in id and times only."""
+        key = (outcome.recurring, outcome.ts_ms // DAY_MS)
+        known = self._settled.get(key)
+        if known is None:
+            if len(self._settled) >= SETTLED_LIMIT:
+                self._settled.clear()
+            known = self._settled[key] = settle(outcome, self._price)
+        return known.again(outcome)
 
     async def _insert(self, connection: AsyncConnection, batches: Sequence[Rows]) -> Sequence[None]:
         for index, insert in enumerate(self._inserts):

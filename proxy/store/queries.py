@@ -20,6 +20,7 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
 
 from proxy.core.errors import BadRequest, CacheFault
+from proxy.core.saving import day_of
 from proxy.store.engine import DATABASE_ERRORS, Database, fault_of
 from proxy.store.named_queries import GROUPS, NAMED, NamedQuery, grouped
 from proxy.store.schema import request
@@ -104,11 +105,12 @@ class Queries:
         cache_status: str | None = None,
     ) -> tuple[dict[str, Any], ...]:
         """Ledger rows, newest first; `since` (inclusive) and `until` (exclusive) in epoch milliseconds."""
-        wanted = select(request).order_by(request.c.ts.desc(), request.c.id.desc()).limit(_row_limit(limit))
+        c = request.c
+        wanted = select(request).order_by(c.day.desc(), c.ts.desc(), c.id.desc()).limit(_row_limit(limit))
         if since is not None:
-            wanted = wanted.where(request.c.ts >= since)
+            wanted = wanted.where(c.day >= day_of(since), c.ts >= since)
         if until is not None:
-            wanted = wanted.where(request.c.ts < until)
+            wanted = wanted.where(c.day <= day_of(until), c.ts < until)
         if model is not None:
             wanted = wanted.where(request.c.model_requested == model)
         if cache_status is not None:
