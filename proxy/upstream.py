@@ -158,7 +158,7 @@ class OpenResponse:
         received = response.headers
         length = received.get(hdrs.CONTENT_LENGTH)
         self.status: int = response.status
-        self.content_type: str = received.get(hdrs.CONTENT_TYPE, "")
+        self.content_type: str = received.get(hdrs.CONTENT_TYPE, "").partition(";")[0].strip().lower()
         self.content_length: int | None = int(length) if length is not None and length.isdigit() else None
         self.headers: Sequence[tuple[str, str]] = _end_to_end(received)
         self.waiting_since = 0.0
@@ -180,6 +180,8 @@ class OpenResponse:
             message = "The upstream stopped in the middle of its answer."
             raise UpstreamError(message, code="upstream_idle_timeout", status=504) from error
         except (aiohttp.ClientError, OSError) as error:
+            if held := self._content._read_nowait(-1):  # came before the break, and aiohttp would drop it
+                return held
             was_reset = self._was_reset() or isinstance(error, OSError)
             self.abort()
             raise _broken(was_reset) from error
