@@ -1,0 +1,309 @@
+"""A whole ibid for a test: in this process, or as a process of its own; and a client that speaks to it over sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from proxy import config
+from proxy.app import App, open_app
+from proxy.logs import LineFormat, LogWriter, Redactor
+from tests.upstream import Chat, Seen
+
+ROOT = Path(__file__).parents[2]
+MODEL = "gpt-4o-mini"
+TOKEN = "flow-tests-admin-token-0123456789abcdef"
+CHAT = "/v1/chat/completions"
+EXACT_ONLY: Mapping[str, Mapping[str, Any]] = {"cache": {"semantic": False}}
+
+
+async def until(claim: Callable[[], Any], within_s: float = 5.0) -> None:
+    """Wait for a condition of the world outside; fail when it does not come true in time."""
+    deadline = time.monotonic() + within_s
+    while not claim():
+        assert time.monotonic() < deadline, "waited in vain"
+        await asyncio.sleep(0.002)
+
+
+def write_config(data_dir: Path, sections: Mapping[str, Mapping[str, Any]]) -> Path:
+    """A TOML file beside the data directory."""
+    lines = []
+    for section, values in sections.items():
+        lines += [f"[{section}]", *(f"{name} = {json.dumps(value)}" for name, value in values.items()), ""]
+    path = data_dir.with_suffix(".toml")
+    path.write_text("\n".join(lines))
+    return path
+
+
+def settings_of(
+    data_dir: Path, upstream: str, sections: Mapping[str, Mapping[str, Any]], database: str | None = None
+) -> config.Settings:
+    flags = config.Flags(
+        config=str(write_config(data_dir, sections)),
+        listen="127.0.0.1:0",
+        admin="127.0.0.1:0",
+        upstream=upstream,
+        data_dir=str(data_dir),
+        database=database,
+    )
+    return config.load(flags, {"IBID_ADMIN_TOKEN": TOKEN})
+
+
+def chat_body(prompt: str | Sequence[Mapping[str, Any]], **fields: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return {"model": MODEL, "messages": messages, **fields}
+
+
+@dataclass
+class Reply:
+    """One answer as it came over the wire."""
+
+    status: int
+    headers: CIMultiDictProxy[str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def chunks(self) -> list[Any]:
+        """Parsed events of a stream, without its `[DONE]`, which must be there and last."""
+        events = [line[6:] for line in self.body.decode().splitlines() if line.startswith("data: ")]
+        assert events[-1] == "[DONE]", events[-1]
+        return [json.loads(event) for event in events[:-1]]
+
+    @property
+    def text(self) -> str:
+        if self.headers["Content-Type"].startswith("text/event-stream"):
+            return "".join(c["choices"][0]["delta"].get("content") or "" for c in self.chunks if c["choices"])
+        return str(self.json["choices"][0]["message"]["content"])
+
+    @property
+    def cache(self) -> str | None:
+        return self.headers.get("x-cache")
+
+    @property
+    def tier(self) -> str | None:
+        return self.headers.get("x-cache-tier")
+
+    @property
+    def reason(self) -> str | None:
+        return self.headers.get("x-cache-reason")
+
+    @property
+    def entry(self) -> int:
+        return int(self.headers["x-cache-entry"])
+
+
+class Client:
+    """Speaks to one ibid. `key` is the credential used when a call names none."""
+
+    def __init__(self, session: aiohttp.ClientSession, port: int, admin_port: int, key: str = "sk-a") -> None:
+        self.session = session
+        self.url = f"http://127.0.0.1:{port}"
+        self.admin_url = f"http://127.0.0.1:{admin_port}"
+        self.key = key
+
+    @contextlib.asynccontextmanager
+    async def open(
+        self, body: Mapping[str, Any] | bytes, *, key: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        sent = CIMultiDict({"Authorization": f"Bearer {key or self.key}", "Content-Type": "application/json"})
+        sent.extend(headers or {})
+        async with self.session.post(self.url + CHAT, data=data, headers=sent) as response:
+            yield response
+
+    async def send(
+        self, body: Mapping[str, Any] | bytes, *, key: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> Reply:
+        async with self.open(body, key=key, headers=headers) as response:
+            return Reply(response.status, response.headers, await response.read())
+
+    async def ask(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        *,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        **fields: Any,
+    ) -> Reply:
+        return await self.send(chat_body(prompt, **fields), key=key, headers=headers)
+
+    async def admin(self, method: str, path: str, body: Any = None) -> Any:
+        """What the admin listener answers; the call must succeed."""
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        async with self.session.request(method, self.admin_url + path, json=body, headers=headers) as response:
+            answer = await response.text()
+            assert response.status == 200, answer
+            return answer if response.content_type == "text/plain" else json.loads(answer)
+
+    async def entries(self) -> list[dict[str, Any]]:
+        """Every stored entry, newest first."""
+        found: list[dict[str, Any]] = []
+        cursor = ""
+        while True:
+            page = await self.admin("GET", f"/cache/entries?limit=1000{cursor}")
+            found += page["entries"]
+            if page["next_cursor"] is None:
+                return found
+            cursor = f"&cursor={page['next_cursor']}"
+
+
+class Ibid(Client):
+    """ibid in this process. Answers are compared over the wire; `app` is for waiting and for breaking parts."""
+
+    def __init__(self, app: App, session: aiohttp.ClientSession, log: Log) -> None:
+        super().__init__(session, app.port, app.admin_port)
+        self.app = app
+        self.log = log
+
+    async def settled(self) -> None:
+        """Every forward has ended and what may be stored is stored."""
+        await until(lambda: not self.app.pipeline.flights and not len(self.app.pipeline._tasks))
+
+    async def fill(self, prompt: str, **fields: Any) -> Reply:
+        """Ask something new and wait until its answer is stored."""
+        reply = await self.ask(prompt, **fields)
+        assert (reply.status, reply.cache) == (200, "MISS"), reply
+        await self.settled()
+        return reply
+
+    async def sql(self, statement: str) -> list[dict[str, Any]]:
+        """Rows of the ledger, everything recorded so far included."""
+        await self.app.store.ledger.flush()
+        result = await self.app.store.queries.run_readonly(statement, row_limit=10_000)
+        return [dict(zip(result.columns, row, strict=True)) for row in result.rows]
+
+    async def row(self, reply: Reply) -> dict[str, Any]:
+        """The one ledger row of a reply."""
+        found = await self.sql(f"SELECT * FROM request WHERE id = '{reply.headers['x-request-id']}'")
+        assert len(found) == 1, found
+        return found[0]
+
+
+class Log:
+    """Where an ibid in this process writes its lines."""
+
+    def __init__(self) -> None:
+        self.written: list[str] = []
+        self.writer = LogWriter(self, LineFormat(Redactor(), as_json=True))  # type: ignore[arg-type]
+
+    def write(self, text: str) -> int:
+        self.written.append(text)
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+    def line(self, reply: Reply) -> dict[str, Any]:
+        """The one lookup line of a reply."""
+        self.writer.flush()
+        lines = [json.loads(line) for line in "".join(self.written).splitlines()]
+        found = [line for line in lines if line.get("request_id") == reply.headers["x-request-id"]]
+        assert len(found) == 1, found
+        return dict(found[0])
+
+
+@contextlib.asynccontextmanager
+async def running(
+    data_dir: Path,
+    upstream: str,
+    sections: Mapping[str, Mapping[str, Any]] | None = None,
+    database: str | None = None,
+) -> AsyncIterator[Ibid]:
+    """An ibid in this process, on ports of its own."""
+    log = Log()
+    log.writer.start()
+    try:
+        async with (
+            open_app(settings_of(data_dir, upstream, sections or {}, database), log_writer=log.writer) as app,
+            aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=30)
+            ) as session,
+        ):
+            yield Ibid(app, session, log)
+    finally:
+        log.writer.close()
+
+
+class Process(Client):
+    """`python -m proxy serve` as a process of its own, logging into `log_path`."""
+
+    def __init__(self, child: subprocess.Popen[bytes], session: aiohttp.ClientSession, ports: tuple[int, int]) -> None:
+        super().__init__(session, *ports)
+        self.child = child
+
+    def kill(self) -> None:
+        """Power off: nothing of ours runs any more."""
+        self.child.send_signal(signal.SIGKILL)
+        self.child.wait(10)
+
+    async def stopped(self, within_s: float = 20.0) -> int:
+        """Its exit code."""
+        await until(lambda: self.child.poll() is not None, within_s)
+        return int(self.child.returncode)
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    data_dir: Path, upstream: str, sections: Mapping[str, Mapping[str, Any]] | None = None
+) -> AsyncIterator[Process]:
+    """A serving process; it is killed at the end if it still runs."""
+    path = write_config(data_dir, sections or {})
+    log_path = data_dir.with_suffix(".log")
+    command = [sys.executable, "-m", "proxy", "serve", "--config", str(path), "--data-dir", str(data_dir)]
+    command += ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--upstream", upstream]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("IBID_")}
+    with log_path.open("wb") as log:
+        child = subprocess.Popen(command, cwd=ROOT, env={**env, "IBID_ADMIN_TOKEN": TOKEN}, stderr=log)
+    try:
+        ports = await _ports(child, log_path)
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=30)
+        ) as session:
+            yield Process(child, session, ports)
+    finally:
+        if child.poll() is None:
+            child.kill()
+        child.wait(10)
+
+
+async def _ports(child: subprocess.Popen[bytes], log_path: Path) -> tuple[int, int]:
+    """Client and admin port, from the banner."""
+
+    def banner() -> bool:
+        assert child.poll() is None, log_path.read_text()
+        return "semantic  " in log_path.read_text()
+
+    await until(banner, 30)
+    lines = log_path.read_text().splitlines()
+    addresses = [
+        line.split()[2 if line.startswith("ibid") else 1] for line in lines if line.startswith(("ibid ", "admin "))
+    ]
+    client, admin = (int(address.rstrip("/v1").rpartition(":")[2]) for address in addresses)
+    return client, admin
+
+
+def credential(seen: Seen) -> str:
+    """Who asked, as the upstream sees it."""
+    return (seen.header("Authorization") or "").removeprefix("Bearer ")
+
+
+def told_apart(seen: Seen) -> Chat:
+    """An answer that carries whom it was for and what was asked."""
+    return Chat(text=f"for {credential(seen)}: {seen.json['messages'][-1]['content']}")
