@@ -110,11 +110,12 @@ class Flight(Generic[Context]):
                 return b""
             if self._reading:
                 await self._wait()
+            elif self._response is None:
+                await self.head()  # while this one waited, another seat may have begun to read: look again
             else:
-                await self._advance()
+                await self._advance(self._response)
 
-    async def _advance(self) -> None:
-        response = await self.head()
+    async def _advance(self, response: UpstreamResponse) -> None:
         self._reading = True
         try:
             piece = await response.read_some()
