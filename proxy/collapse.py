@@ -163,8 +163,9 @@ class Flight(Generic[Context]):
         self.ended = True
         self.error = error
         if self._response is None:
-            if self._opening is not None and not self._opening.done():
-                self._opening.cancel()
+            opening = self._opening
+            if opening is not None and not opening.cancel() and not opening.cancelled() and opening.exception() is None:
+                opening.result().abort()  # the head came in the turn in which the last seat was left
         elif self.complete:
             self._response.release()
         else:

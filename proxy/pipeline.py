@@ -352,10 +352,18 @@ class Pipeline:
         if flight.context.query.stream == query.stream:
             return await self._board(flight, seat, query, client, Miss("collapsed"), collapsed=True)
         try:
-            await seat.whole()
+            while await seat.next():  # read and let go: the answer is with the flight
+                pass
+        except BaseException as cause:
+            outcome = "error" if isinstance(cause, Exception) else "cancelled"
+            status = getattr(cause, "status", 499)
+            self._settle(query, client, Miss("collapsed"), flight.context, outcome, status, None, collapsed=True)
+            raise
         finally:
             seat.leave()
         if (answer := flight.context.answer) is None:
+            if (other := self._joinable(query)) is not None:  # one of those who waited asks again, for all of them
+                return await self._join(other, query, client)
             return await self._forward(query, client, Lookup(Miss(flight.context.unstored)))
         return self._serve_shared(flight.context, answer, query, client)
 
