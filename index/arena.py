@@ -7,7 +7,7 @@ Removing unlinks at once and the slot is used again; `compact` closes holes when
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from index import kernels
 from index.errors import IndexFault
-from index.tokens import WIDTH
+from index.tokens import HARD, WIDTH
 
 Vector = NDArray[np.float32]
 Signature = NDArray[np.uint64]
 
 _NONE: Final = -1
 UNIT_TOLERANCE: Final = 1e-3
+_FIXED_POINT: Final = np.float32(32767.0)
 
 
 class Piece(NamedTuple):
@@ -36,11 +37,17 @@ class Piece(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """What the index proposes: similarity -1 to 1, vetoes a bit set over tokens.GUARDS."""
+    """What the index proposes: similarity -1 to 1, vetoes a bit set over tokens.GUARDS, of tokens.HARD only."""
 
     entry_id: int
     similarity: float
     vetoes: int
+
+
+def fixed_point(vectors: NDArray[np.float32]) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
+    """Vectors (n, d) as rows (n, d) int16 and scales (n,): value = row * scale."""
+    scales = np.maximum(vectors.max(axis=1), -vectors.min(axis=1)) / _FIXED_POINT
+    return np.rint(vectors / scales[:, None]).astype(np.int16), scales
 
 
 def check_vectors(vectors: NDArray[np.float32], dimension: int) -> NDArray[np.float32]:
@@ -98,10 +105,15 @@ class Arena:
         self.after, self.ahead = after, ahead
 
     def _table(self, size: int) -> None:
+        """Another id table and fresh chains, with every live slot entered again."""
         size = 1 << (size - 1).bit_length()
         self.keys = np.empty(size, np.int64)
         self.values = np.full(size, _NONE, np.int32)
-        kernels.table_fill(self.keys, self.values, self.ids, self.used)
+        self.heads[:] = _NONE
+        self.counts[:] = 0
+        self.live = 0
+        if self.used:  # making an arena does not compile a kernel
+            self._enter(np.flatnonzero(self.ids[: self.used] >= 0).astype(np.int32))
 
     def _reserve(self, n: int) -> None:
         """Room for n more entries."""
@@ -112,11 +124,14 @@ class Arena:
         if (self.live + n) * 5 > self.keys.shape[0] * 3:
             self._table((self.live + n) * 2)
 
-    def _slot(self) -> int:
-        if self._free:
-            return self._free.pop()
-        self.used += 1
-        return self.used - 1
+    def _slots(self, n: int) -> NDArray[np.int32]:
+        """n free slots, (n,) int32, for which there is room."""
+        again = min(n, len(self._free))
+        taken = self._free[len(self._free) - again :]
+        del self._free[len(self._free) - again :]
+        fresh = n - again
+        self.used += fresh
+        return np.concatenate([np.array(taken, np.int32), np.arange(self.used - fresh, self.used, dtype=np.int32)])
 
     def _scope(self, digest: bytes) -> int:
         """Number of a scope, made on first use."""
@@ -153,36 +168,33 @@ class Arena:
             if not self.counts[number]:
                 self._forget_scope(number)
 
+    def find_many(self, entry_ids: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Slots of entry ids, in order, without the unknown."""
+        out = np.empty(entry_ids.shape[0], np.int32)
+        return out[: kernels.find_many(self.keys, self.values, entry_ids, out)]
+
     def find(self, entry_id: int) -> int:
         """Slot of an entry, or -1."""
-        return int(kernels.table_find(self.keys, self.values, entry_id))
+        found = self.find_many(np.array([entry_id], np.int64))
+        return int(found[0]) if len(found) else _NONE
 
     def add(self, entry_id: int, scope: bytes, vector: Vector, signature: Signature, expires_ms: int) -> int:
         """Store one checked vector; an entry of the same id is replaced. Returns the scope's number."""
-        self.remove(entry_id)
-        self._reserve(1)
-        number = self._scope(scope)
-        slot = self._slot()
-        self.scales[slot] = kernels.quantise(vector, self.rows[slot])
-        self.signatures[slot] = signature
-        self.ids[slot], self.scopes[slot], self.expires_ms[slot] = entry_id, number, expires_ms
-        kernels.table_put(self.keys, self.values, entry_id, slot)
-        kernels.link(self.heads, self.after, self.ahead, number, slot)
-        self.counts[number] += 1
-        self.live += 1
-        return number
+        ids, times = np.array([entry_id], np.int64), np.array([expires_ms], np.int64)
+        self.add_many(ids, [scope], vector[None], signature[None], times)
+        return self.scope_ids[scope]
 
-    def _claim(self, ids: NDArray[np.int64], scopes: Sequence[bytes]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def _claim(
+        self, ids: NDArray[np.int64], numbers: Callable[[NDArray[np.int64]], NDArray[np.int32]]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Slots for new ids, and which of the given entries they are: of an id given twice the last counts."""
-        for entry_id in ids.tolist():
-            if self.find(entry_id) >= 0:
-                self.remove(entry_id)
-        last = {entry_id: i for i, entry_id in enumerate(ids.tolist())}
-        chosen = np.fromiter(last.values(), np.int64, len(last))
+        self.remove_many(ids)
+        chosen = len(ids) - 1 - np.unique(ids[::-1], return_index=True)[1]
+        chosen.sort()
         self._reserve(len(chosen))
-        slots = np.fromiter((self._slot() for _ in range(len(chosen))), np.int32, len(chosen))
-        self.ids[slots] = ids[chosen]
-        self.scopes[slots] = np.fromiter((self._scope(scopes[i]) for i in chosen.tolist()), np.int32, len(chosen))
+        scopes = numbers(chosen)
+        slots = self._slots(len(chosen))
+        self.ids[slots], self.scopes[slots] = ids[chosen], scopes
         return slots, chosen
 
     def _enter(self, slots: NDArray[np.int32]) -> None:
@@ -200,53 +212,62 @@ class Arena:
         expires_ms: NDArray[np.int64],
     ) -> None:
         """`add` for n checked vectors: ids (n,), vectors (n, d), signatures (n, WIDTH), expires_ms (n,)."""
-        slots, chosen = self._claim(ids, scopes)
-        kernels.write_many(np.ascontiguousarray(vectors[chosen]), slots, self.rows, self.scales)
+        slots, chosen = self._claim(ids, lambda kept: self._numbers([scopes[i] for i in kept.tolist()]))
+        self.rows[slots], self.scales[slots] = fixed_point(vectors[chosen])
         self.signatures[slots] = signatures[chosen]
         self.expires_ms[slots] = expires_ms[chosen]
         self._enter(slots)
 
+    def _numbers(self, scopes: Sequence[bytes]) -> NDArray[np.int32]:
+        return np.fromiter((self._scope(scope) for scope in scopes), np.int32, len(scopes))
+
     def add_piece(self, piece: Piece, digests: Sequence[bytes]) -> None:
         """Take in what `piece` gave elsewhere; digests[n] is the scope that its number n stood for."""
-        slots, chosen = self._claim(piece.ids, [digests[n] for n in piece.scopes.tolist()])
+
+        def numbers(kept: NDArray[np.int64]) -> NDArray[np.int32]:
+            names, which = np.unique(piece.scopes[kept], return_inverse=True)
+            return self._numbers([digests[name] for name in names.tolist()])[which]
+
+        slots, chosen = self._claim(piece.ids, numbers)
         self.rows[slots], self.scales[slots] = piece.rows[chosen], piece.scales[chosen]
         self.signatures[slots], self.expires_ms[slots] = piece.signatures[chosen], piece.expires_ms[chosen]
         self._enter(slots)
 
-    def remove(self, entry_id: int) -> int:
-        """Forget an entry; returns the number of the scope it was in, or -1 when it was unknown."""
-        slot = int(kernels.table_take(self.keys, self.values, entry_id))
-        if slot < 0:
-            return _NONE
-        number = int(self.scopes[slot])
-        kernels.unlink(self.heads, self.after, self.ahead, number, slot)
-        self.ids[slot] = self.scopes[slot] = _NONE
-        self._free.append(slot)
-        self.live -= 1
-        self.counts[number] -= 1
-        if not self.counts[number]:
-            if self.held:
-                self._emptied.append(number)
-            else:
-                self._forget_scope(number)
-        return number
+    def remove_many(self, entry_ids: NDArray[np.int64]) -> None:
+        """Forget entries; unknown ids are passed over."""
+        slots = np.empty(entry_ids.shape[0], np.int32)
+        n = kernels.leave_many(
+            self.keys, self.values, self.heads, self.after, self.ahead, self.ids, self.scopes, self.counts,
+            entry_ids, slots,
+        )  # fmt: skip
+        if not n:
+            return
+        slots = slots[:n]
+        numbers = set(self.scopes[slots].tolist())
+        self.ids[slots] = self.scopes[slots] = _NONE
+        self._free.extend(slots.tolist())
+        self.live -= n
+        for number in numbers:
+            if not self.counts[number]:
+                if self.held:
+                    self._emptied.append(number)
+                else:
+                    self._forget_scope(number)
+
+    def remove(self, entry_id: int) -> None:
+        """Forget an entry, if it is known."""
+        self.remove_many(np.array([entry_id], np.int64))
 
     def compact(self) -> bool:
         """Close the holes when more than a quarter of the slots are free; returns whether slots moved."""
         if self.held or self.used < 4096 or len(self._free) * 4 <= self.used:
             return False
-        holes = sorted(self._free)
-        source = self.used - 1
-        for target in holes:
-            while source > target and self.ids[source] < 0:
-                source -= 1
-            if source <= target:
-                break
-            kernels.move_slot(
-                source, target, self.rows, self.scales, self.signatures, self.ids, self.scopes, self.expires_ms,
-                self.heads, self.after, self.ahead, self.keys, self.values,
-            )  # fmt: skip
-            source -= 1
+        targets = np.sort(np.array(self._free, np.int32))
+        targets = targets[targets < self.live]
+        sources = self.live + np.flatnonzero(self.ids[self.live : self.used] >= 0)
+        for array in (self.rows, self.signatures, self.scales, self.ids, self.expires_ms, self.scopes):
+            for at in range(0, len(targets), 4096):  # a temporary copy of a part only
+                array[targets[at : at + 4096]] = array[sources[at : at + 4096]]
         self._free.clear()
         self.used = self.live
         self._allocate(max(1024, self.live + self.live // 4))
@@ -270,17 +291,12 @@ class Arena:
             number, now_ms, query, signature, best_slots, similarities, vetoes,
         )  # fmt: skip
         ids = self.ids[best_slots[:n]].tolist()
+        vetoes &= HARD
         return [Candidate(*row) for row in zip(ids, similarities[:n].tolist(), vetoes[:n].tolist(), strict=True)]
-
-    def find_many(self, entry_ids: NDArray[np.int64]) -> NDArray[np.int32]:
-        out = np.empty(entry_ids.shape[0], np.int32)
-        return out[: kernels.find_many(self.keys, self.values, entry_ids, out)]
 
     def vectors(self, slots: NDArray[np.int32]) -> NDArray[np.float32]:
         """Stored vectors, (n, d) float32, as exact as fixed point keeps them."""
-        out = np.empty((slots.shape[0], self.dimension), np.float32)
-        kernels.restore(self.rows, self.scales, slots, out)
-        return out
+        return self.rows[slots].astype(np.float32) * self.scales[slots, None]
 
     def piece(self, slots: NDArray[np.int32]) -> Piece:
         """A copy of what these slots hold; free slots are left out."""
@@ -299,8 +315,8 @@ class Arena:
         ids = self.ids[: self.used]
         return np.sort(ids[ids >= 0])
 
-    def past(self, start: int, stop: int, now_ms: int) -> list[int]:
+    def past(self, start: int, stop: int, now_ms: int) -> NDArray[np.int64]:
         """Ids of entries in slots [start, stop) whose time is over."""
-        out = np.empty(max(stop - start, 0), np.int64)
-        n = kernels.expired(self.ids, self.expires_ms, start, min(stop, self.used), now_ms, out)
-        return [int(entry_id) for entry_id in out[:n]]
+        part = slice(start, min(stop, self.used))
+        ids = self.ids[part]
+        return ids[(ids >= 0) & (self.expires_ms[part] <= now_ms)]

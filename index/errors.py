@@ -49,3 +49,9 @@ class ModelFault(IndexRoomError):
     """The model files are missing, do not match their checksum, or cannot be converted."""
 
     reason = "embedder_down"
+
+
+FAULTS = (
+    IndexRoomError, ValueError, TypeError, IndexError, KeyError, RuntimeError, MemoryError, AssertionError,
+)  # fmt: skip
+"""What NumPy, Numba and FAISS raise; anything else ends a thread of the index and every later call says IndexFault."""

@@ -4,10 +4,14 @@ A stored vector is a row of int16 fixed-point numbers with one float32 scale: ha
 within 1e-5 of it for embeddings. Which slots belong to a scope is a doubly linked list over int32 slot numbers, and
 entry ids are found by an open-addressing table. Every kernel releases the GIL and is compiled by `compile_kernels`,
 before ready; with NUMBA_DISABLE_JIT=1 the same functions run as plain Python.
+
+There are few of them, each with one set of argument types, because compiling is most of a start: what NumPy does as
+well in bulk (quantising, expiry, moving rows) is not here.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, Final, TypeVar, cast
 
@@ -22,7 +26,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 EMPTY: Final = -1
 """An unused cell of the id table, and the end of a chain of slots."""
 
-_FIXED_POINT: Final = np.float32(32767.0)
+_compiling = threading.Lock()
 
 
 def _kernel(function: F) -> F:
@@ -103,28 +107,6 @@ def veto_bits(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> int:
 
 
 @_kernel
-def quantise(vector: NDArray[np.float32], row: NDArray[np.int16]) -> float:
-    """Write a vector as fixed point into `row`; returns its scale (value = row * scale)."""
-    top = np.float32(0.0)
-    for j in range(vector.shape[0]):
-        x = abs(vector[j])
-        top = max(x, top)
-    scale = top / _FIXED_POINT if top > 0 else np.float32(1.0)
-    for j in range(vector.shape[0]):
-        row[j] = np.int16(np.rint(vector[j] / scale))
-    return scale  # type: ignore[return-value]
-
-
-@_kernel
-def inner(row: NDArray[np.int16], scale: float, query: NDArray[np.float32]) -> float:
-    """Inner product of one fixed-point row with a float32 query."""
-    total = np.float32(0.0)
-    for j in range(query.shape[0]):
-        total += np.float32(row[j]) * query[j]
-    return total * np.float32(scale)  # type: ignore[return-value]
-
-
-@_kernel
 def chain(heads: NDArray[np.int32], after: NDArray[np.int32], scope: int, out: NDArray[np.int32]) -> int:
     """Write the slots of a scope into `out` ((n,) int32, large enough or cut); returns how many."""
     n = 0
@@ -185,98 +167,63 @@ def rank(
 
 
 @_kernel
-def _cell(entry_id: int, size: int) -> int:
+def nearest(
+    codes: NDArray[np.int8],
+    scales: NDArray[np.float32],
+    query: NDArray[np.float32],
+    best: NDArray[np.int64],
+    similarities: NDArray[np.float32],
+) -> int:
+    """The rows most like a query, descending: row numbers into `best` (k,); returns how many.
+
+    codes (m, d) int8, value = code * scales[row]. A quarter of the memory of float32 keeps a coarse quantizer in the
+    processor's cache, where other work would otherwise push it out between two searches.
+    """
+    k = best.shape[0]
+    kept = 0
+    for i in range(codes.shape[0]):
+        similarity = np.float32(0.0)
+        for j in range(query.shape[0]):
+            similarity += np.float32(codes[i, j]) * query[j]
+        similarity *= scales[i]
+        if kept == k and not similarity > similarities[k - 1]:
+            continue
+        place = kept if kept < k else k - 1
+        while place > 0 and similarities[place - 1] < similarity:
+            similarities[place] = similarities[place - 1]
+            best[place] = best[place - 1]
+            place -= 1
+        similarities[place] = similarity
+        best[place] = i
+        if kept < k:
+            kept += 1
+    return kept
+
+
+@_kernel
+def _cell(entry_id: int, last: int) -> int:
     mixed = ((entry_id ^ (entry_id >> 31)) & 0xFFFFFFFF) * 0x5BD1E995  # below 2**63: no overflow in plain Python
-    return int((mixed ^ (mixed >> 24)) & (size - 1))
-
-
-@_kernel
-def table_find(keys: NDArray[np.int64], values: NDArray[np.int32], entry_id: int) -> int:
-    """Slot of an entry id, or -1. The table's size is a power of two and it is never full."""
-    size = keys.shape[0]
-    cell = _cell(entry_id, size)
-    while values[cell] >= 0:
-        if keys[cell] == entry_id:
-            return int(values[cell])
-        cell = (cell + 1) & (size - 1)
-    return -1
-
-
-@_kernel
-def table_put(keys: NDArray[np.int64], values: NDArray[np.int32], entry_id: int, slot: int) -> None:
-    size = keys.shape[0]
-    cell = _cell(entry_id, size)
-    while values[cell] >= 0 and keys[cell] != entry_id:
-        cell = (cell + 1) & (size - 1)
-    keys[cell] = entry_id
-    values[cell] = slot
-
-
-@_kernel
-def table_take(keys: NDArray[np.int64], values: NDArray[np.int32], entry_id: int) -> int:
-    """Remove an entry id; returns its slot or -1. Later cells move up, so no tombstones gather."""
-    size = keys.shape[0]
-    cell = _cell(entry_id, size)
-    while values[cell] >= 0 and keys[cell] != entry_id:
-        cell = (cell + 1) & (size - 1)
-    if values[cell] < 0:
-        return -1
-    slot = int(values[cell])
-    hole = cell
-    cell = (cell + 1) & (size - 1)
-    while values[cell] >= 0:
-        home = _cell(keys[cell], size)
-        if ((cell - home) & (size - 1)) >= ((cell - hole) & (size - 1)):
-            keys[hole] = keys[cell]
-            values[hole] = values[cell]
-            hole = cell
-        cell = (cell + 1) & (size - 1)
-    values[hole] = -1
-    return slot
-
-
-@_kernel
-def table_fill(keys: NDArray[np.int64], values: NDArray[np.int32], ids: NDArray[np.int64], n: int) -> None:
-    """Enter ids[slot] for every live slot below n (a free slot has id -1)."""
-    for slot in range(n):
-        if ids[slot] >= 0:
-            table_put(keys, values, ids[slot], slot)
-
-
-@_kernel
-def link(heads: NDArray[np.int32], after: NDArray[np.int32], ahead: NDArray[np.int32], scope: int, slot: int) -> None:
-    """Put a slot at the head of its scope's chain."""
-    head = heads[scope]
-    after[slot] = head
-    ahead[slot] = -1
-    if head >= 0:
-        ahead[head] = slot
-    heads[scope] = slot
-
-
-@_kernel
-def unlink(heads: NDArray[np.int32], after: NDArray[np.int32], ahead: NDArray[np.int32], scope: int, slot: int) -> None:
-    """Take a slot out of its scope's chain."""
-    if ahead[slot] >= 0:
-        after[ahead[slot]] = after[slot]
-    else:
-        heads[scope] = after[slot]
-    if after[slot] >= 0:
-        ahead[after[slot]] = ahead[slot]
+    return (mixed ^ (mixed >> 24)) & last
 
 
 @_kernel
 def find_many(
     keys: NDArray[np.int64], values: NDArray[np.int32], entry_ids: NDArray[np.int64], out: NDArray[np.int32]
 ) -> int:
-    """Slots of entry ids, in order, without the unknown; returns how many were written."""
+    """Slots of entry ids, in order, without the unknown; returns how many were written.
+
+    keys and values (m,) are the table: m is a power of two, a cell with value -1 is unused, and it is never full.
+    """
+    last = keys.shape[0] - 1
     n = 0
     for i in range(entry_ids.shape[0]):
-        if entry_ids[i] >= 0:
-            slot = table_find(keys, values, entry_ids[i])
-            if slot >= 0:
-                out[n] = slot
-                n += 1
+        entry_id = entry_ids[i]
+        cell = _cell(entry_id, last)
+        while values[cell] >= 0 and keys[cell] != entry_id:
+            cell = (cell + 1) & last
+        if values[cell] >= 0:
+            out[n] = values[cell]
+            n += 1
     return n
 
 
@@ -292,111 +239,96 @@ def enter_many(
     counts: NDArray[np.int32],
     slots: NDArray[np.int32],
 ) -> None:
-    """Enter slots whose ids and scopes are already written: id table, chain, count per scope."""
+    """Enter slots whose ids and scopes are already written: id table, head of the scope's chain, count per scope.
+
+    The ids must not be in the table.
+    """
+    last = keys.shape[0] - 1
     for i in range(slots.shape[0]):
         slot = slots[i]
-        table_put(keys, values, ids[slot], slot)
-        link(heads, after, ahead, scopes[slot], slot)
-        counts[scopes[slot]] += 1
+        cell = _cell(ids[slot], last)
+        while values[cell] >= 0:
+            cell = (cell + 1) & last
+        keys[cell] = ids[slot]
+        values[cell] = slot
+        scope = scopes[slot]
+        head = heads[scope]
+        after[slot] = head
+        ahead[slot] = -1
+        if head >= 0:
+            ahead[head] = slot
+        heads[scope] = slot
+        counts[scope] += 1
 
 
 @_kernel
-def move_slot(
-    source: int,
-    target: int,
-    rows: NDArray[np.int16],
-    scales: NDArray[np.float32],
-    signatures: NDArray[np.uint64],
-    ids: NDArray[np.int64],
-    scopes: NDArray[np.int32],
-    expires_ms: NDArray[np.int64],
+def leave_many(
+    keys: NDArray[np.int64],
+    values: NDArray[np.int32],
     heads: NDArray[np.int32],
     after: NDArray[np.int32],
     ahead: NDArray[np.int32],
-    keys: NDArray[np.int64],
-    values: NDArray[np.int32],
-) -> None:
-    """Move one live slot into a free one, with its links and its place in the id table."""
-    for j in range(rows.shape[1]):
-        rows[target, j] = rows[source, j]
-    for j in range(signatures.shape[1]):
-        signatures[target, j] = signatures[source, j]
-    scales[target] = scales[source]
-    ids[target] = ids[source]
-    scopes[target] = scopes[source]
-    expires_ms[target] = expires_ms[source]
-    unlink(heads, after, ahead, scopes[source], source)
-    link(heads, after, ahead, scopes[target], target)
-    table_put(keys, values, ids[target], target)
-    ids[source] = -1
-    scopes[source] = -1
-
-
-@_kernel
-def write_many(
-    vectors: NDArray[np.float32], slots: NDArray[np.int32], rows: NDArray[np.int16], scales: NDArray[np.float32]
-) -> None:
-    """Quantise vectors (n, d) into rows[slots]."""
-    for i in range(slots.shape[0]):
-        scales[slots[i]] = quantise(vectors[i], rows[slots[i]])
-
-
-@_kernel
-def restore(
-    rows: NDArray[np.int16], scales: NDArray[np.float32], slots: NDArray[np.int32], out: NDArray[np.float32]
-) -> None:
-    """Fixed point back to float32: out[i] = rows[slots[i]] * scale."""
-    for i in range(slots.shape[0]):
-        slot = slots[i]
-        for j in range(rows.shape[1]):
-            out[i, j] = np.float32(rows[slot, j]) * scales[slot]
-
-
-@_kernel
-def expired(
     ids: NDArray[np.int64],
-    expires_ms: NDArray[np.int64],
-    start: int,
-    stop: int,
-    now_ms: int,
-    out: NDArray[np.int64],
+    scopes: NDArray[np.int32],
+    counts: NDArray[np.int32],
+    entry_ids: NDArray[np.int64],
+    out: NDArray[np.int32],
 ) -> int:
-    """Write ids of live slots in [start, stop) that are past their time into `out`; returns how many."""
+    """Undo `enter_many` for entry ids; unknown ones are passed over. Writes the slots, returns how many.
+
+    The slots keep their ids and scopes for the caller. Later cells of the table move up, so no tombstones gather.
+    """
+    last = keys.shape[0] - 1
     n = 0
-    for slot in range(start, stop):
-        if ids[slot] >= 0 and expires_ms[slot] <= now_ms and n < out.shape[0]:
-            out[n] = ids[slot]
-            n += 1
+    for i in range(entry_ids.shape[0]):
+        entry_id = entry_ids[i]
+        hole = _cell(entry_id, last)
+        while values[hole] >= 0 and keys[hole] != entry_id:
+            hole = (hole + 1) & last
+        slot = values[hole]
+        if slot < 0:
+            continue
+        cell = (hole + 1) & last
+        while values[cell] >= 0:
+            home = _cell(keys[cell], last)
+            if ((cell - home) & last) >= ((cell - hole) & last):
+                keys[hole] = keys[cell]
+                values[hole] = values[cell]
+                hole = cell
+            cell = (cell + 1) & last
+        values[hole] = -1
+        if ahead[slot] >= 0:
+            after[ahead[slot]] = after[slot]
+        else:
+            heads[scopes[slot]] = after[slot]
+        if after[slot] >= 0:
+            ahead[after[slot]] = ahead[slot]
+        counts[scopes[slot]] -= 1
+        out[n] = slot
+        n += 1
     return n
 
 
 def compile_kernels(dimension: int = 384) -> None:
-    """Compile every kernel for the types the index uses, by running each once. About 4 s; never inside a request."""
-    rows = np.zeros((4, dimension), np.int16)
-    scales = np.ones(4, np.float32)
-    signatures = np.zeros((4, WIDTH), np.uint64)
-    vector = np.zeros(dimension, np.float32)
-    heads = np.full(2, -1, np.int32)
-    after, ahead, slots, scopes = (np.full(4, -1, np.int32) for _ in range(4))
-    ids, expires, out = (np.zeros(4, np.int64) for _ in range(3))
-    keys, values = np.zeros(8, np.int64), np.full(8, -1, np.int32)
-    quantise(vector, rows[0])
-    inner(rows[0], scales[0], vector)
-    veto_bits(signatures[0], signatures[1])
-    link(heads, after, ahead, 0, 0)
-    chain(heads, after, 0, slots)
-    best = (np.zeros(2, np.int32), np.zeros(2, np.float32), np.zeros(2, np.int64))
-    rank(rows, scales, signatures, scopes, expires, slots, 1, 0, 0, vector, signatures[0], *best)
-    unlink(heads, after, ahead, 0, 0)
-    table_put(keys, values, 1, 0)
-    table_find(keys, values, 1)
-    table_take(keys, values, 1)
-    table_fill(keys, values, ids, 1)
-    where = np.zeros(1, np.int32)
-    find_many(keys, values, ids, slots)
-    heads[:], keys[:], values[:], scopes[:] = -1, 0, -1, 0
-    enter_many(keys, values, heads, after, ahead, ids, scopes, np.zeros(2, np.int32), where)
-    move_slot(0, 1, rows, scales, signatures, ids, scopes, expires, heads, after, ahead, keys, values)
-    write_many(vector[None], where, rows, scales)
-    restore(rows, scales, where, np.zeros((1, dimension), np.float32))
-    expired(ids, expires, 0, 1, 0, out)
+    """Compile every kernel for the types the index uses, by running each once. About 2.5 s; never inside a request.
+
+    Any thread may call it, and while one does the others wait; afterwards it returns at once.
+    """
+    with _compiling:
+        rows = np.zeros((4, dimension), np.int16)
+        scales = np.ones(4, np.float32)
+        signatures = np.zeros((4, WIDTH), np.uint64)
+        vector = np.zeros(dimension, np.float32)
+        heads, counts = np.full(2, -1, np.int32), np.zeros(2, np.int32)
+        after, ahead = np.full(4, -1, np.int32), np.full(4, -1, np.int32)
+        slots, scopes = np.zeros(1, np.int32), np.zeros(4, np.int32)
+        ids, expires = np.zeros(4, np.int64), np.zeros(4, np.int64)
+        table = np.zeros(8, np.int64), np.full(8, -1, np.int32)
+        enter_many(*table, heads, after, ahead, ids, scopes, counts, slots)
+        find_many(*table, ids[:1], slots)
+        chain(heads, after, 0, slots)
+        best = (np.zeros(2, np.int32), np.zeros(2, np.float32), np.zeros(2, np.int64))
+        rank(rows, scales, signatures, scopes, expires, slots, 1, 0, -1, vector, signatures[0], *best)
+        nearest(np.zeros((4, dimension), np.int8), scales, vector, np.zeros(1, np.int64), np.zeros(1, np.float32))
+        leave_many(*table, heads, after, ahead, ids, scopes, counts, ids[:1], slots)
+        veto_bits(signatures[0], signatures[1])

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from index.errors import IndexFault
-from index.tokens import mask, signature
+from index.kernels import veto_bits
+from index.tokens import HARD, mask, signature
 from index.vectors import VectorOwner
 from proxy.ports import VectorIndex
 from tests.index_fakes import FakeVectorIndex
@@ -94,6 +95,16 @@ async def test_vetoes_name_what_differs_between_the_texts(index: VectorIndex) ->
     index.add(1, ALICE, vector, signature("send 5 km to Anna"), FAR)
     (found,) = await index.search(ALICE, vector, signature("send 6 km to Anna"), 0)
     assert found.vetoes == mask("numbers")
+
+
+async def test_what_only_informs_never_reaches_a_judge(index: VectorIndex) -> None:
+    mine, yours = signature("how do I reset my old password"), signature("how do I reset your old password")
+    assert veto_bits(mine, yours) == mask("possessive") & ~HARD != 0
+    vector = units(1)[0]
+    index.add(1, ALICE, vector, mine, FAR)
+    (found,) = await index.search(ALICE, vector, yours, 0)
+    _, vetoes = index.compare(vector, yours, vector.tobytes(), mine.tobytes())
+    assert (found.vetoes, vetoes) == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from index import kernels
+from index.arena import fixed_point
 from index.tokens import WIDTH, signature
 from tests.index_fakes import vetoes_of
 
@@ -23,9 +23,7 @@ LANES = hnp.arrays(np.uint64, WIDTH, elements=st.integers(0, 2**64 - 1))
 def stored(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     vectors = np.random.default_rng(seed).standard_normal((n, D)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    rows, scales = np.zeros((n, D), np.int16), np.zeros(n, np.float32)
-    kernels.write_many(vectors, np.arange(n, dtype=np.int32), rows, scales)
-    return vectors, rows, scales
+    return vectors, *fixed_point(vectors)
 
 
 def sorted_words(lanes: np.ndarray) -> np.ndarray:
@@ -53,13 +51,24 @@ def test_veto_bits_equal_their_twin_on_any_texts(a: str, b: str) -> None:
 
 def test_fixed_point_keeps_inner_products() -> None:
     vectors, rows, scales = stored(300)
-    twin = rows.astype(np.float32) * scales[:, None]
-    for i in range(0, 300, 7):
-        assert kernels.inner(rows[i], scales[i], vectors[3]) == pytest.approx(float(twin[i] @ vectors[3]), abs=1e-6)
-        assert kernels.inner(rows[i], scales[i], vectors[3]) == pytest.approx(float(vectors[i] @ vectors[3]), abs=2e-5)
-    back = np.empty((300, D), np.float32)
-    kernels.restore(rows, scales, np.arange(300, dtype=np.int32), back)
-    np.testing.assert_allclose(back, twin, atol=1e-7)
+    assert (rows.dtype, scales.dtype) == (np.int16, np.float32)
+    assert np.abs(rows).max(axis=1).tolist() == [32767] * 300
+    back = rows.astype(np.float32) * scales[:, None]
+    np.testing.assert_allclose(back @ vectors.T, vectors @ vectors.T, atol=2e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(0, 2**32 - 1))
+def test_nearest_keeps_the_best_rows_like_its_twin(n: int, k: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    codes, scales = rng.integers(-127, 128, (n, D)).astype(np.int8), rng.random(n, np.float32) + np.float32(0.1)
+    query = rng.standard_normal(D).astype(np.float32)
+    best, similarities = np.full(k, -1), np.empty(k, np.float32)
+    kept = kernels.nearest(codes, scales, query, best, similarities)
+    twin = (codes.astype(np.float32) * scales[:, None]) @ query
+    assert kept == min(n, k)
+    np.testing.assert_allclose(similarities[:kept], -np.sort(-twin)[:k], rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(twin[best[:kept]], similarities[:kept], rtol=1e-4, atol=1e-3)
 
 
 @settings(max_examples=60, deadline=None)
@@ -81,42 +90,34 @@ def test_rank_keeps_the_best_fresh_of_the_scope_like_its_twin(n: int, k: int, no
     assert best[2][:kept].tolist() == [kernels.veto_bits(signs[0], signs[s]) for s in usable[order]]
 
 
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=200))
-def test_the_id_table_behaves_as_a_dict(steps: list[tuple[bool, int]]) -> None:
-    keys, values = np.zeros(64, np.int64), np.full(64, -1, np.int32)
-    twin: dict[int, int] = {}
-    for slot, (puts, number) in enumerate(steps):
-        entry_id = number * 2**33 + number % 3
+STEP = st.tuples(st.booleans(), st.lists(st.integers(0, 40), max_size=6, unique=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(STEP, max_size=60))
+def test_the_id_table_and_the_chains_behave_as_dicts(steps: list[tuple[bool, list[int]]]) -> None:
+    table = np.zeros(128, np.int64), np.full(128, -1, np.int32)
+    heads, counts = np.full(3, -1, np.int32), np.zeros(3, np.int32)
+    after, ahead, scopes = (np.full(64, -1, np.int32) for _ in range(3))
+    ids = np.full(64, -1, np.int64)
+    twin: dict[int, int] = {}  # entry id -> slot
+    for puts, numbers in steps:
+        entry_ids = np.array([number * 2**33 + number % 3 for number in numbers], np.int64)
+        out = np.empty(len(entry_ids), np.int32)
+        n = kernels.leave_many(*table, heads, after, ahead, ids, scopes, counts, entry_ids, out)
+        assert out[:n].tolist() == [twin.pop(i) for i in entry_ids.tolist() if i in twin]
         if puts:
-            kernels.table_put(keys, values, entry_id, slot)
-            twin[entry_id] = slot
-        else:
-            assert kernels.table_take(keys, values, entry_id) == twin.pop(entry_id, -1)
-    for number in range(41):
-        entry_id = number * 2**33 + number % 3
-        assert kernels.table_find(keys, values, entry_id) == twin.get(entry_id, -1)
-    asked = np.array([*twin, -1, 12345], np.int64)
-    out = np.empty(len(asked), np.int32)
-    assert out[: kernels.find_many(keys, values, asked, out)].tolist() == list(twin.values())
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 19)), max_size=80))
-def test_chains_hold_exactly_the_slots_of_their_scope(steps: list[tuple[int, int]]) -> None:
-    heads = np.full(3, -1, np.int32)
-    after, ahead = np.full(20, -1, np.int32), np.full(20, -1, np.int32)
-    owner: dict[int, int] = {}
-    for scope, slot in steps:
-        if slot in owner:
-            kernels.unlink(heads, after, ahead, owner.pop(slot), slot)
-        else:
-            kernels.link(heads, after, ahead, scope, slot)
-            owner[slot] = scope
-    out = np.empty(20, np.int32)
+            slots = np.array(sorted(set(range(64)) - set(twin.values()))[: len(entry_ids)], np.int32)
+            ids[slots], scopes[slots] = entry_ids, entry_ids % 3
+            kernels.enter_many(*table, heads, after, ahead, ids, scopes, counts, slots)
+            twin.update(zip(entry_ids.tolist(), slots.tolist(), strict=True))
+    asked = np.array([number * 2**33 + number % 3 for number in range(41)] + [-1, 12345], np.int64)
+    out = np.empty(64, np.int32)
+    assert out[: kernels.find_many(*table, asked, out)].tolist() == [twin[i] for i in asked.tolist() if i in twin]
     for scope in range(3):
-        found = out[: kernels.chain(heads, after, scope, out)].tolist()
-        assert sorted(found) == sorted(s for s, o in owner.items() if o == scope)
+        chained = out[: kernels.chain(heads, after, scope, out)].tolist()
+        assert sorted(chained) == sorted(slot for i, slot in twin.items() if i % 3 == scope)
+        assert counts[scope] == len(chained)
 
 
 def test_without_the_compiler_the_results_are_the_same() -> None:
@@ -125,9 +126,10 @@ def test_without_the_compiler_the_results_are_the_same() -> None:
         "from index import kernels\n"
         "from index.tokens import signature\n"
         "kernels.compile_kernels(16)\n"
-        "v = (np.arange(16) % 5 - 2).astype(np.float32); v /= np.linalg.norm(v)\n"
-        "row = np.zeros(16, np.int16); scale = np.float32(kernels.quantise(v, row))\n"
-        "print(row.tolist(), round(float(kernels.inner(row, scale, v)), 4),"
+        "codes = (np.arange(64) % 7 - 3).astype(np.int8).reshape(4, 16)\n"
+        "best, likeness = np.zeros(2, np.int64), np.zeros(2, np.float32)\n"
+        "kernels.nearest(codes, np.ones(4, np.float32), codes[2].astype(np.float32), best, likeness)\n"
+        "print(best.tolist(), likeness.tolist(),"
         " kernels.veto_bits(signature('turn on 5 lamps'), signature('turn off 6 lamps for Anna')))\n"
     )
     outputs = [
