@@ -20,10 +20,10 @@ from proxy.core import fingerprint, identity, jsontext, policy
 from proxy.core.dialects import openai_chat
 from proxy.core.directives import controls_of, verdict_headers
 from proxy.core.errors import BadRequest, IbidError, UpstreamError
-from proxy.core.model import Bypass, Call, Controls, Limits, Outcome, Query, Rules
+from proxy.core.model import Bypass, Call, Controls, Level, Limits, Outcome, Query, Rules
 from proxy.incoming import body_stream, error_response, query_of, read_body, target_of
 from proxy.listener import Admission
-from proxy.wire import answer_at_once
+from proxy.wire import answer_at_once, relay_at_once
 from proxy.pipeline import Client, Pipeline
 from proxy.ports import Ledger, Upstream
 from proxy.relay import Relay, Replay
@@ -173,15 +173,18 @@ class ClientHandler:
         controls: Controls = controls_of(caller.headers, body.get(openai_chat.CACHE_TWIN))
         upstream = self._upstream.route(target.path, {})
         eligibility = policy.classify(facts, controls, self._rules)
-        scope = fingerprint.scope_of(
-            facts,
-            tenant=caller.tenant,
-            upstream=upstream,
-            operation="chat",
-            controls=controls,
-            headers=caller.scope_headers,
-            query=target.query,
-        )
+        scope = digest = b""
+        if eligibility.level is not Level.NONE:
+            scope = fingerprint.scope_of(
+                facts,
+                tenant=caller.tenant,
+                upstream=upstream,
+                operation="chat",
+                controls=controls,
+                headers=caller.scope_headers,
+                query=target.query,
+            )
+            digest = fingerprint.fingerprint_of(scope, facts.prompt)
         query = Query(
             dialect="openai",
             operation="chat",
@@ -193,7 +196,7 @@ class ClientHandler:
             wants_usage=facts.wants_usage,
             prompt=facts.prompt or "",
             scope=scope,
-            fingerprint=fingerprint.fingerprint_of(scope, facts.prompt),
+            fingerprint=digest,
             eligibility=eligibility,
             controls=controls,
             body=raw,
@@ -214,7 +217,7 @@ class ClientHandler:
                 body = await relay.whole()
                 outcome = "ok" if relay.status < 400 else "error"
                 relay.close(outcome)  # settles, and so knows the cost
-                return web.Response(status=relay.status, headers=relay.headers, body=body)
+                return relay_at_once(request, relay.status, relay.headers, body)
             response = web.StreamResponse(status=relay.status, headers=relay.headers)
             live = LiveStream(response, beats=relay.is_stream)
             self.streams.add(live)

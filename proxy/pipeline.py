@@ -19,7 +19,7 @@ from proxy.collapse import Flight, Seat
 from proxy.core import freshness, policy
 from proxy.core.answer import decode_answer, encode_answer
 from proxy.core.dialects.openai_filter import UsageFilter
-from proxy.core.dialects.openai_record import Recording, record
+from proxy.core.dialects.openai_record import Recording, find_usage, record
 from proxy.core.dialects.openai_replay import Template, UsageMode, render_stream, render_whole
 from proxy.core.directives import verdict_headers
 from proxy.core.errors import BadRequest, CacheFault
@@ -204,7 +204,7 @@ class Pipeline:
         if not _is_fresh(entry, query, client):
             lookup.verdict = Miss("expired")
             return False
-        lookup.row = self.hot.put(entry, decode_answer(entry.draft.answer))
+        lookup.row = self.hot.put(entry, decode_answer(entry.draft.answer, orjson.loads))
         lookup.verdict = Hit(entry, Tier.EXACT, 1.0, 1.0)
         return True
 
@@ -262,7 +262,7 @@ class Pipeline:
         similarity, vetoes = self.index.compare(vector, signature, draft.embedding, draft.signature)
         if not policy.judge(similarity, vetoes, self.rules, query.controls).serves:
             return None
-        return row if row is not None else self.hot.put(entry, decode_answer(draft.answer))
+        return row if row is not None else self.hot.put(entry, decode_answer(draft.answer, orjson.loads))
 
     # -- serve ----------------------------------------------------------------------------------------------------
 
@@ -445,8 +445,11 @@ class Pipeline:
         status = 0 if response is None else response.status
         body = b"" if flight.trimmed else flight.body
         is_stream = response is not None and response.content_type == "text/event-stream"
-        recording = record(body, is_stream=is_stream, n=query.n, loads=orjson.loads) if status == 200 else None
-        if recording is not None:
+        recording: Recording | None = None
+        if status == 200 and query.eligibility.level is Level.NONE:
+            fetch.usage = find_usage(body)
+        elif status == 200:
+            recording = record(body, is_stream=is_stream, n=query.n, loads=orjson.loads)
             fetch.usage = recording.usage
         fetch.unstored = self._why_unstored(flight, recording)
         if recording is not None and not fetch.unstored:
@@ -510,7 +513,7 @@ class Pipeline:
             operation=query.operation,
             model=query.model,
             prompt=query.prompt,
-            answer=encode_answer(answer),
+            answer=encode_answer(answer, orjson.dumps),
             usage=answer.usage,
             created_ms=now_ms,
             expires_ms=now_ms + int(policy.ttl_s(query.eligibility, query.controls, self.rules) * 1000),

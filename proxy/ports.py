@@ -79,7 +79,7 @@ class EntryStore(Protocol):
     async def get(self, entry_id: int) -> Entry | None: ...
 
     async def put(self, draft: Draft) -> Stored:
-        """Commit: returns when the row is durable. Raises CacheFault(code="store_busy") at once when the queue is full."""
+        """Commit: returns when the row is durable. Raises CacheFault (store_busy) at once when the queue is full."""
         ...
 
     async def touch(self, entry_id: int, expires_ms: int) -> None: ...
@@ -108,7 +108,7 @@ class UpstreamResponse(Protocol):
 
     status: int
     headers: Sequence[tuple[str, str]]  # end-to-end headers that may reach the client
-    content_type: str
+    content_type: str  # media type, lower case, without its parameters
     content_length: int | None
 
     def header(self, name: str) -> str | None: ...

@@ -7,6 +7,8 @@ Anything unusual (HTTP/1.0, a connection about to close, a body too large to han
 
 from __future__ import annotations
 
+from functools import lru_cache
+from http import HTTPStatus
 from typing import cast
 
 from aiohttp import HttpVersion11, web
@@ -17,20 +19,21 @@ from proxy.relay import Replay
 
 AT_ONCE_LIMIT_BYTES = 256 * 1024
 SERVER = "ibid"
+_BODILESS = frozenset({100, 101, 102, 103, 204, 205, 304})
 
 
 class WireResponse:
     """What aiohttp's connection needs of a response: `prepare`, `write_eof`, `keep_alive`, and names for its log."""
 
-    __slots__ = ("_bytes", "body_length")
+    __slots__ = ("_bytes", "body_length", "status")
 
     keep_alive = True
-    status = 200
-    reason = "OK"
+    reason = ""
 
-    def __init__(self, whole: bytes, body_length: int) -> None:
+    def __init__(self, whole: bytes, body_length: int, status: int = 200) -> None:
         self._bytes = whole
         self.body_length = body_length
+        self.status = status
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         transport = request.transport
@@ -43,6 +46,32 @@ class WireResponse:
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Nothing is left to write."""
+
+
+@lru_cache(maxsize=64)
+def _status_line(status: int) -> str:
+    try:
+        return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+    except ValueError:
+        return f"HTTP/1.1 {status} \r\n"
+
+
+def relay_at_once(
+    request: web.BaseRequest, status: int, headers: list[tuple[str, str]], body: bytes
+) -> web.StreamResponse:
+    """The response of a forward whose body is whole. Header values come from a parsed response: no line ends in them."""
+    if (
+        request.version != HttpVersion11
+        or not request.keep_alive
+        or len(body) > AT_ONCE_LIMIT_BYTES
+        or status in _BODILESS
+        or request.method == "HEAD"
+    ):
+        return web.Response(status=status, headers=headers, body=body)
+    names = "".join([f"{name}: {value}\r\n" for name, value in headers])
+    head = f"{_status_line(status)}{names}Date: {rfc822_formatted_time()}\r\nServer: {SERVER}\r\n"
+    whole = b"%bContent-Length: %d\r\n\r\n%b" % (head.encode("utf-8", "surrogateescape"), len(body), body)
+    return cast(web.StreamResponse, WireResponse(whole, len(body), status))
 
 
 def answer_at_once(request: web.BaseRequest, replay: Replay) -> web.StreamResponse:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from proxy.core.model import Answer, Usage
@@ -10,8 +11,11 @@ from proxy.core.model import Answer, Usage
 FORMAT = 1
 
 
-def encode_answer(answer: Answer) -> bytes:
-    """UTF-8 JSON. Raises ValueError for what JSON cannot say: lone surrogates, NaN, absurd nesting."""
+def encode_answer(answer: Answer, dumps: Callable[[Any], bytes] | None = None) -> bytes:
+    """UTF-8 JSON. `dumps`: a faster writer of compact JSON, for answers that a strict reader has read.
+
+    Raises ValueError for what JSON cannot say: lone surrogates, NaN, absurd nesting.
+    """
     usage = answer.usage
     record: dict[str, Any] = {
         "v": FORMAT,
@@ -26,13 +30,13 @@ def encode_answer(answer: Answer) -> bytes:
         "extra": dict(answer.extra),
         "pieces": answer.pieces,
     }
-    return to_json(record)
+    return (dumps or to_json)(record)
 
 
-def decode_answer(raw: bytes) -> Answer:
+def decode_answer(raw: bytes, loads: Callable[[bytes], Any] = json.loads) -> Answer:
     """The Answer these bytes say. Raises ValueError when they are not of `encode_answer`."""
     try:
-        record = json.loads(raw)
+        record = loads(raw)
         if record["v"] != FORMAT:
             raise ValueError(f"answer format {record['v']!r} is not {FORMAT}")
         usage = record["usage"]

@@ -72,8 +72,8 @@ class Query:
     stream: bool
     wants_usage: bool  # the client itself asked for the usage chunk of a stream
     prompt: str  # the text whose meaning is compared; "" when level is not full
-    scope: bytes  # 32 bytes
-    fingerprint: bytes  # 32 bytes: digest of scope and prompt
+    scope: bytes  # 32 bytes; b"" when level is none: nothing is looked up
+    fingerprint: bytes  # 32 bytes, digest of scope and prompt; b"" likewise
     eligibility: Eligibility
     controls: Controls
     body: bytes  # as received, decoded

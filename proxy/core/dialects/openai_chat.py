@@ -90,9 +90,11 @@ def read(body: Mapping[str, Any]) -> Facts:
     if not isinstance(model, str) or not model:
         raise _invalid_type("model", "a non-empty string")
     messages = _messages(body.get("messages"))
-    for name, types in _TYPES.items():
-        value = body.get(name)
-        if value is not None and (not isinstance(value, types) or (type(value) is bool and types is not _BOOLEAN)):
+    for name, value in body.items():
+        types = _TYPES.get(name)
+        if types is None or value is None:
+            continue
+        if not isinstance(value, types) or (type(value) is bool and types is not _BOOLEAN):
             raise _invalid_type(name, " or ".join(_JSON_NAMES[t] for t in types if not (t is int and float in types)))
     prompt, context = _split(messages)
     users = sum(message["role"] == "user" for message in messages)

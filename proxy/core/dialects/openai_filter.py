@@ -12,6 +12,33 @@ _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _FINISH = re.compile(rb'"finish_reason"\s*:\s*"')
 
 
+_MARKS = (b"[DONE]", b'"error"')
+_SPELLINGS = (  # a member, how it is usually spelled where nothing is to be done, and where something is
+    (b'"finish_reason"', (b'"finish_reason":null', b'"finish_reason": null'), (b'"finish_reason":"', b'"finish_reason": "')),
+    (b'"choices"', (b'"choices":[{', b'"choices": [{'), (b'"choices":[]', b'"choices": []')),
+)  # fmt: skip
+
+
+def _plain_until(chunk: bytes) -> int:
+    """Where the first event begins that the filter has to look at, or that is not whole; 0 when that is not plain.
+
+    Counting literals is some twenty times faster than one regular expression over a chunk of many events.
+    """
+    if len(chunk) > LINE_LIMIT_BYTES:
+        return 0
+    first = len(chunk)
+    for mark in _MARKS:
+        if (at := chunk.find(mark, 0, first)) >= 0:
+            first = at
+    for member, idle, active in _SPELLINGS:
+        for spelling in active:
+            if (at := chunk.find(spelling, 0, first)) >= 0:
+                first = at
+        if chunk.count(member, 0, first) != sum(chunk.count(spelling, 0, first) for spelling in idle):
+            return 0
+    return chunk.rfind(b"\n\n", 0, first) + 2 if chunk.find(b"\r") < 0 and b"\n\n" in chunk[:first] else 0
+
+
 class UsageFilter:
     """What of an upstream's stream reaches the client, in whole events, and whether the stream came to its end.
 
@@ -55,7 +82,11 @@ class UsageFilter:
         if self._may_skip and not self._splitter.held and self._is_plain(chunk):
             return chunk
         splitter = self._splitter
-        passed = [block for block in splitter.feed(chunk) if self._passes(block)]
+        may_skip = self._may_skip or (self._n == 1 and not splitter.started and chunk.startswith(b"data:"))
+        cut = _plain_until(chunk) if may_skip and not splitter.held else 0
+        plain, rest = (chunk[:cut], chunk[cut:]) if cut else (b"", chunk)
+        splitter.started = splitter.started or cut > 0
+        passed = [plain, *(block for block in splitter.feed(rest) if self._passes(block))]
         if splitter.bom:
             passed.insert(0, splitter.bom)
             splitter.bom = b""

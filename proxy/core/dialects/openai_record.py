@@ -34,6 +34,7 @@ _FINISHES = {"tool_calls": "tool_calls", "function_call": "tool_calls", "length"
 
 _CONTENT = re.compile(rb'"content"\s*:\s*"((?:[^"\\]|\\.)+)"')
 _STRING = re.compile(rb'(?:[^"\\\x00-\x1f]|\\.)*')  # inside of a JSON string
+_SPECIAL = re.compile(rb'["\\\x00-\x1f]')
 _LESSONS = 16  # a stream whose chunks differ elsewhere too (obfuscation padding) is not studied for ever
 
 
@@ -81,6 +82,7 @@ def read_whole(raw: bytes, loads: Loads = json.loads, limit_bytes: int = LINE_LI
         raw_usage=body.get("usage"),
         choice={k: v for k, v in choice.items() if k not in _CHOICE_FIELDS},
         extra={k: v for k, v in body.items() if k not in _TOP_FIELDS},
+        loads=loads,
     )
 
 
@@ -92,6 +94,7 @@ def _storable(
     raw_usage: object,
     choice: Mapping[str, Any],
     extra: Mapping[str, Any],
+    loads: Loads,
     pieces: tuple[int, ...] = (),
 ) -> Answer | str:
     if any(message.get(name) for name in _CALLS):
@@ -114,10 +117,11 @@ def _storable(
         return "empty"
     if not isinstance(model, str) or not (raw_usage is None or isinstance(raw_usage, dict)):
         return "garbage"
-    try:
-        to_json([message, model, raw_usage, choice, extra])  # lone surrogates, NaN, absurd nesting
-    except ValueError:
-        return "garbage"
+    if loads is json.loads:  # it reads lone surrogates and NaN; stricter readers do not
+        try:
+            to_json([message, model, raw_usage, choice, extra])
+        except ValueError:
+            return "garbage"
     return Answer(message, finish_reason, model, read_usage(raw_usage), raw_usage, extra, pieces, choice)
 
 
@@ -176,6 +180,53 @@ class Recorder:
         if self._size >= _BATCH_BYTES:
             self._parse()
 
+    def feed_whole(self, body: bytes) -> None:
+        """As `feed`, when all of the body is there: a run of chunks that differ in their text only is split at what
+        they share, instead of being looked at one by one."""
+        if b"\r" in body or not body.startswith(b"data"):
+            self.feed(body)
+            return
+        at = 0
+        while at < len(body) and self.refusal_reason is None:
+            if self._prefix and (after := self._read_run(body, at)) > at:
+                at = after
+                continue
+            end = body.find(b"\n\n", at) + 2
+            end = len(body) if end == 1 else end
+            self.feed(body[at:end])
+            self._parse()
+            at = end
+        if self._length > self._limit:
+            self._refuse("too_large")
+
+    def _read_run(self, body: bytes, at: int) -> int:
+        """Take in the run of events from `at` that say the same as the last one but for their text; where it ends."""
+        lead, tail = b"data: " + self._prefix, self._suffix + b"\n\n"
+        if not body.startswith(lead, at):
+            return at
+        *texts, last = body[at + len(lead) :].split(tail + lead)
+        cut = last.find(tail)
+        if cut >= 0:
+            texts.append(last[:cut])
+        around = len(lead) + len(tail)
+        try:
+            if _SPECIAL.search(b"".join(texts)) is None:
+                parts = [text.decode() for text in texts]
+                at += sum(map(len, texts)) + around * len(texts)
+            else:
+                parts = []
+                for text in texts:
+                    if _STRING.fullmatch(text) is None:  # another kind of event stands in between
+                        break
+                    parts.append(self._loads(b'"%b"' % text) if b"\\" in text else text.decode())
+                    at += len(text) + around
+        except ValueError:
+            self._refuse("garbage")
+            return at
+        self._pieces += filter(None, parts)
+        self._length += sum(map(len, parts))
+        return at
+
     def finish(self) -> Answer | str:
         """The Answer, or the reason why it is not storable. Call once, and only when the body ended cleanly."""
         self._parse()
@@ -196,6 +247,7 @@ class Recorder:
             raw_usage=self._usage,
             choice=self._choice,
             extra=self._extra,
+            loads=self._loads,
             pieces=tuple(map(len, self._pieces)),
         )
         if isinstance(answer, str):
@@ -374,7 +426,7 @@ def record(body: bytes, *, is_stream: bool, n: int = 1, loads: Loads = json.load
     """Read a body that ended cleanly, streamed or whole."""
     if is_stream:
         recorder = Recorder(n=n, loads=loads)
-        recorder.feed(body)
+        recorder.feed_whole(body)
         answer = recorder.finish()
     else:
         answer = read_whole(body, loads)
