@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -269,8 +270,7 @@ async def serving(
     command = [sys.executable, "-m", "proxy", "serve", "--config", str(path), "--data-dir", str(data_dir)]
     command += ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--upstream", upstream]
     env = {name: value for name, value in os.environ.items() if not name.startswith("IBID_")}
-    with log_path.open("wb") as log:
-        child = subprocess.Popen(command, cwd=ROOT, env={**env, "IBID_ADMIN_TOKEN": TOKEN}, stderr=log)
+    child = _start(command, {**env, "IBID_ADMIN_TOKEN": TOKEN}, log_path)
     try:
         ports = await _ports(child, log_path)
         async with aiohttp.ClientSession(
@@ -283,20 +283,24 @@ async def serving(
         child.wait(10)
 
 
+def _start(command: list[str], env: Mapping[str, str], log_path: Path) -> subprocess.Popen[bytes]:
+    with log_path.open("wb") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=env, stderr=log)
+
+
 async def _ports(child: subprocess.Popen[bytes], log_path: Path) -> tuple[int, int]:
     """Client and admin port, from the banner."""
+    said = ""
 
-    def banner() -> bool:
-        assert child.poll() is None, log_path.read_text()
-        return "semantic  " in log_path.read_text()
+    def has_banner() -> bool:
+        nonlocal said
+        said = log_path.read_text()
+        assert child.poll() is None, said
+        return "semantic  " in said
 
-    await until(banner, 30)
-    lines = log_path.read_text().splitlines()
-    addresses = [
-        line.split()[2 if line.startswith("ibid") else 1] for line in lines if line.startswith(("ibid ", "admin "))
-    ]
-    client, admin = (int(address.rstrip("/v1").rpartition(":")[2]) for address in addresses)
-    return client, admin
+    await until(has_banner, 30)
+    client, admin = re.findall(r"^(?:ibid serves|admin) +http://127\.0\.0\.1:(\d+)", said, re.MULTILINE)
+    return int(client), int(admin)
 
 
 def credential(seen: Seen) -> str:

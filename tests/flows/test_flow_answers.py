@@ -196,7 +196,7 @@ UNMATCHED = [
 
 
 async def test_what_may_not_be_matched_says_why_everywhere(ibid, up):
-    """Exact at most, or not at all: reference table (c); the verdict's reason reaches header, log, metric and ledger."""
+    """Exact at most, or not at all: reference table (c); its reason reaches header, log, metric and ledger."""
     for fields, reason, second in UNMATCHED:
         key, extra = f"sk-{reason}", dict(fields)
         content, before = extra.pop("content", ASKED), extra.pop("before", [])

@@ -12,7 +12,7 @@ import pytest
 
 from proxy.core.model import Usage
 from proxy.prices import Prices
-from tests.flows.running import MODEL, ROOT, running
+from tests.flows.running import MODEL, ROOT, running, until
 from tests.upstream import Chat, Json
 
 QUESTIONS = [f"How do I {verb} a wooden garden chair?" for verb in ("paint", "repair", "clean", "store", "sell")]
@@ -43,9 +43,7 @@ async def test_the_ledger_balances_against_the_upstreams_meter(data_dir, up, req
         gate = asyncio.Event()
         up.script(Chat(gates={1: gate}))
         joined = [asyncio.create_task(ibid.ask("How do I join a call in flight?", stream=True)) for _ in range(4)]
-        async with asyncio.timeout(5):
-            while sum(len(flight._seats) for flight in ibid.app.pipeline.flights.values()) < 4:
-                await asyncio.sleep(0.002)
+        await until(lambda: sum(len(flight._seats) for flight in ibid.app.pipeline.flights.values()) == 4)
         gate.set()
         await asyncio.gather(*joined)
         assert (await ibid.ask(QUESTIONS[0], temperature=1.5)).cache == "BYPASS"

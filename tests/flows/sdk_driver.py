@@ -1,0 +1,72 @@
+"""Drives the official `openai` client through a list of steps and prints what it made of the answers, as JSON.
+
+Run by path with the interpreter that has the client's major version to test; imports nothing of this repository.
+Standard input: {"base_url", "key", "steps": [{"prompt", "stream"?, "usage"?, "headers"?}]}. Standard output: one result
+per step: {"objects": [...], "types": [...], "cache": x-cache} or {"error": {...}}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import openai
+
+
+def run(client: openai.OpenAI, step: dict[str, Any]) -> dict[str, Any]:
+    ask: dict[str, Any] = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": step["prompt"]}]}
+    if step.get("stream"):
+        ask["stream"] = True
+    if step.get("usage"):
+        ask["stream_options"] = {"include_usage": True}
+    objects: list[Any] = []
+    try:
+        raw = client.chat.completions.with_raw_response.create(**ask, extra_headers=step.get("headers") or {})
+        parsed = raw.parse()
+        if step.get("stream"):
+            objects.extend(parsed)
+        else:
+            objects.append(parsed)
+    except openai.APIError as error:
+        return {"error": described(error), "before": len(objects)}
+    return {
+        "objects": [item.to_dict(mode="json") for item in objects],
+        "types": sorted({type(item).__name__ for item in objects}),
+        "cache": raw.headers.get("x-cache"),
+        "tier": raw.headers.get("x-cache-tier"),
+        "text": "".join(text_of(item) for item in objects),
+    }
+
+
+def text_of(item: Any) -> str:
+    choices = item.choices
+    if not choices:
+        return ""
+    return (choices[0].delta.content if hasattr(choices[0], "delta") else choices[0].message.content) or ""
+
+
+def described(error: openai.APIError) -> dict[str, Any]:
+    """Everything of an error that a program can branch on."""
+    response = getattr(error, "response", None)
+    return {
+        "class": type(error).__name__,
+        "message": error.message,
+        "code": error.code,
+        "param": error.param,
+        "type": error.type,
+        "body": error.body,
+        "status": getattr(error, "status_code", None),
+        "retry_after": None if response is None else response.headers.get("retry-after"),
+    }
+
+
+def main() -> None:
+    task = json.load(sys.stdin)
+    with openai.OpenAI(base_url=task["base_url"], api_key=task["key"], max_retries=0, timeout=20) as client:
+        results = [run(client, step) for step in task["steps"]]
+    json.dump({"version": openai.__version__, "results": results}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The official client, both majors in use, cannot tell ibid from the provider except by headers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.upstream import Chat, Json, Stream, event
+
+DRIVER = Path(__file__).with_name("sdk_driver.py")
+ASKED = "How do I repair a leaking garden hose?"
+REWORDED = "How can I repair a leaking garden hose?"
+
+
+@pytest.fixture(params=["2", "3"])
+def python(request: pytest.FixtureRequest) -> str:
+    """An interpreter that has this major of the client."""
+    if request.param == "3":
+        return sys.executable
+    found = os.environ.get("IBID_OPENAI2_PYTHON")
+    if not found:
+        reason = "IBID_OPENAI2_PYTHON does not name a Python with openai 2.x; `make test` sets it"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
+async def drive(python: str, url: str, steps: list[dict], key: str = "sk-a"):
+    """What the client made of every step; its major version is the one asked for."""
+    child = await asyncio.create_subprocess_exec(
+        python, str(DRIVER), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    task = json.dumps({"base_url": f"{url}/v1", "key": key, "steps": steps}).encode()
+    async with asyncio.timeout(60):
+        output, _ = await child.communicate(task)
+    assert child.returncode == 0
+    answer = json.loads(output)
+    assert answer["version"].startswith("3." if python == sys.executable else "2.")
+    return answer["results"]
+
+
+def steady(seen):
+    """The same answer for the same question every time, but for its id and time; some questions fail."""
+    prompt = seen.json["messages"][-1]["content"]
+    if prompt.startswith("fail "):
+        status = int(prompt.split()[1])
+        error = {"message": f"refused {status}", "type": "some_error", "param": "model", "code": f"c{status}"}
+        return Json(status, {"error": error}, {"Retry-After": "13"} if status == 429 else {})
+    return Chat(text=f"This is the answer: {ASKED} Ünïcode \U0001f600 \\n.")
+
+
+def without_ids(result):
+    """A result without what must differ: ids and times."""
+    return {
+        "types": result["types"],
+        "text": result["text"],
+        "objects": [{**item, "id": "", "created": 0} for item in result["objects"]],
+    }
+
+
+def without_null_usage(result):
+    """On a miss ibid asks for the usage chunk, and the upstream then writes `"usage": null` into the others too."""
+    objects = [{k: v for k, v in item.items() if (k, v) != ("usage", None)} for item in result["objects"]]
+    return without_ids({**result, "objects": objects})
+
+
+async def test_the_client_reads_the_same_objects_on_miss_hit_and_semantic_hit(ibid, up, python):
+    up.default = steady
+    forms = [
+        {"stream": False, "usage": False},
+        {"stream": True, "usage": False},
+        {"stream": True, "usage": True},
+    ]
+    direct = await drive(python, up.url, [{"prompt": ASKED, **form} for form in forms])
+    assert [len(result["objects"]) > 1 for result in direct] == [False, True, True]
+    fresh = [{"prompt": ASKED, "headers": {"x-cache-namespace": f"n{i}"}, **form} for i, form in enumerate(forms)]
+    missed = await drive(python, ibid.url, fresh)
+    await ibid.settled()
+    again = [{**step, **form} for step in fresh for form in forms]
+    hits = await drive(python, ibid.url, again + [{**step, "prompt": REWORDED} for step in again])
+    assert [result["cache"] for result in missed] == ["MISS"] * 3
+    assert [result["tier"] for result in hits] == ["exact"] * 9 + ["semantic"] * 9
+    for original, result in zip(direct, missed, strict=True):
+        assert without_null_usage(result) == without_null_usage(original)
+    assert without_ids(missed[2]) == without_ids(direct[2])
+    for number, result in enumerate(hits):
+        original = direct[number % 3]
+        assert (result["types"], result["text"]) == (original["types"], original["text"])
+        if number % 3 == 0 or (number // 3) % 3 > 0:  # a stream replayed from a whole answer is cut where ibid likes
+            assert without_ids(result) == without_ids(original), number
+        ids = {item["id"] for item in result["objects"]}
+        assert len(ids) == 1
+        assert ids.isdisjoint(item["id"] for item in original["objects"])
+    assert up.meter.calls == 6
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_client_raises_the_same_errors(exact, up, python, stream):
+    up.default = steady
+    steps = [{"prompt": f"fail {status}", "stream": stream} for status in (400, 401, 404, 422, 429, 500, 503)]
+    direct = await drive(python, up.url, steps)
+    through = await drive(python, exact.url, steps)
+    assert through == direct
+    assert [result["error"]["class"] for result in through] == [
+        "BadRequestError",
+        "AuthenticationError",
+        "NotFoundError",
+        "UnprocessableEntityError",
+        "RateLimitError",
+        "InternalServerError",
+        "InternalServerError",
+    ]
+    assert through[4]["error"]["retry_after"] == "13"
+
+
+async def test_the_client_raises_when_a_stream_is_cut(exact, up, python):
+    head = {"id": "chatcmpl-x", "object": "chat.completion.chunk", "created": 1, "model": "gpt-4o-mini"}
+    piece = event({**head, "choices": [{"index": 0, "delta": {"content": "Half an"}, "finish_reason": None}]})
+    finish = event({**head, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    done = event("[DONE]")
+    cuts = [Stream([piece], cut="fin"), Stream([piece], cut="rst"), Stream([piece]), Stream([piece, finish]),
+            Stream([piece, done]), Stream([piece, piece[:20]])]  # fmt: skip
+    up.script(*cuts)
+    results = await drive(python, exact.url, [{"prompt": f"{ASKED} {n}", "stream": True} for n in range(len(cuts))])
+    for result in results:
+        assert result["error"]["class"] == "APIError", result
+        assert result["error"]["code"] in ("upstream_incomplete", "upstream_reset")
+        assert result["before"] >= 1
+    await exact.settled()
+    assert await exact.entries() == []
+
+
+async def test_our_own_errors_read_as_the_providers(exact, up, python):
+    [missing] = await drive(python, exact.url, [{"prompt": ASKED, "headers": {"Cache-Control": "only-if-cached"}}])
+    assert (missing["error"]["status"], missing["error"]["code"]) == (504, "not_cached")
+    assert missing["error"]["class"] == "InternalServerError"
+    [refused] = await drive(python, exact.url, [{"prompt": ASKED, "headers": {"x-cache-ttl": "soon"}}])
+    assert (refused["error"]["status"], refused["error"]["param"]) == (400, "x-cache-ttl")
+    assert up.requests == []
