@@ -27,6 +27,7 @@ from aiohttp import web
 
 from index.batcher import EmbedderOwner, open_embedder
 from index.errors import IndexRoomError, SnapshotRefused
+from index.kernels import compile_kernels
 from index.vectors import VectorOwner
 from proxy import admin, listener, logs
 from proxy.admin_auth import LOOPBACK_NAMES, Gate, load_token
@@ -124,22 +125,27 @@ async def open_index(settings: Settings, embedder: EmbedderOwner, store: Store) 
         index = VectorOwner(embedder.identity, embedder.dimension, promote_above=promote_above, queue_limit=queue_limit)
     index.start()
     try:
-        held, wanted = await index.ids(), await store.entries.ids(embedder.identity)
-        gone = np.setdiff1d(held, wanted, assume_unique=True)
-        if len(gone):
-            index.remove(gone.tolist())
-        missing = np.setdiff1d(wanted, held, assume_unique=True)
-        if len(missing):
-            async for block in store.entries.vectors(embedder.identity, after_id=int(missing[0]) - 1):
-                new = np.isin(block.ids, missing)
-                scopes = [scope.tobytes() for scope in block.scopes[new]]
-                await index.add_many(
-                    block.ids[new], scopes, block.vectors[new], block.signatures[new], block.expires_ms[new]
-                )
+        async with index.replaying():
+            await _reconcile(index, embedder.identity, store)
     except BaseException:
         await asyncio.to_thread(index.close)
         raise
     return index
+
+
+async def _reconcile(index: VectorOwner, identity: str, store: Store) -> None:
+    held, wanted = await index.ids(), await store.entries.ids(identity)
+    gone = np.setdiff1d(held, wanted, assume_unique=True)
+    if len(gone):
+        index.remove(gone.tolist())
+    missing = np.setdiff1d(wanted, held, assume_unique=True)
+    if not len(missing):
+        return
+    async for block in store.entries.vectors(identity, after_id=int(missing[0]) - 1):
+        places = np.minimum(np.searchsorted(missing, block.ids), len(missing) - 1)
+        new = missing[places] == block.ids
+        scopes = [scope.tobytes() for scope in block.scopes[new]]
+        await index.add_many(block.ids[new], scopes, block.vectors[new], block.signatures[new], block.expires_ms[new])
 
 
 async def open_semantic(
@@ -196,6 +202,10 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
             {name: override.rates() for name, override in settings.prices.items()},
             {name: upstream.prices_as for name, upstream in settings.upstreams.items() if upstream.prices_as},
         )
+        if settings.rules.semantic:  # seconds: beside the opening of database and model; whoever needs them waits
+            compiling = asyncio.get_running_loop().run_in_executor(None, compile_kernels)
+            stack.push_async_callback(asyncio.wait, [compiling])
+        await asyncio.to_thread(prices.load)
         store = await open_store(
             settings.store.database_url or None,
             settings.data_dir,
