@@ -10,12 +10,12 @@ from pathlib import Path
 from index.convert import artefact_directory, open_artefact
 from index.embedder import OnnxBackend
 from index.model import locate
-from tests.bench.questions import reworded
+from tests.bench.questions import fresh_question, reworded
 
 
 def main() -> None:
-    """argv: data directory, seconds, core. Prints texts per second."""
-    data_dir, seconds, cpu = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+    """argv: data directory, seconds, core, "reworded" or "fresh". Prints texts per second."""
+    data_dir, seconds, cpu, kind = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     os.sched_setaffinity(0, {cpu})
     files = locate(None, data_dir / "models")
     backend = OnnxBackend(open_artefact(artefact_directory(data_dir / "models", files.digest, "onnx"), files.digest), 1)
@@ -23,7 +23,7 @@ def main() -> None:
         backend.encode(reworded(i, 1))
     count, started = 0, time.perf_counter()
     while (passed := time.perf_counter() - started) < seconds:
-        backend.encode(reworded(count % 100, count // 100 + 1))
+        backend.encode(fresh_question(count) if kind == "fresh" else reworded(count % 100, count // 100 + 1))
         count += 1
     print(count / passed)
 

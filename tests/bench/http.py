@@ -283,11 +283,11 @@ def longest_stall_ms(admin_port: int) -> float:
         return float(json.loads(answer.read())["loop_stall_ms_max"])
 
 
-def embed_alone(data_dir: Path, seconds: float) -> float:
-    """Texts per second of the chosen backend alone, on the server's core."""
+def embed_alone(data_dir: Path, seconds: float, kind: str) -> float:
+    """Texts per second of the chosen backend alone, on the server's core; `kind` as in `tests.bench.embedding`."""
     code = "from tests.bench.embedding import main; main()"
     output = subprocess.run(
-        [sys.executable, "-c", code, str(data_dir), str(seconds), str(SERVER_CPU)],
+        [sys.executable, "-c", code, str(data_dir), str(seconds), str(SERVER_CPU), kind],
         check=True,
         capture_output=True,
         text=True,
@@ -325,9 +325,9 @@ async def main() -> None:
         if "exact" in wanted:
             await exact_hits(bench)
         if "semantic" in wanted:
-            await semantic_hits(bench, lambda: embed_alone(data_dir, options.seconds))
+            await semantic_hits(bench, lambda: embed_alone(data_dir, options.seconds, "reworded"))
         if "miss" in wanted:
-            await misses(bench, lambda: embed_alone(data_dir, options.seconds))
+            await misses(bench, lambda: embed_alone(data_dir, options.seconds, "fresh"))
         if "mixed" in wanted:
             await mixed(bench)
         stalls = [await asyncio.to_thread(longest_stall_ms, ports.admin)]
