@@ -128,6 +128,7 @@ class Pipeline:
         self._model_aliases = model_aliases or {}
         self._clock = clock
         self._calls = 0
+        self._purges = 0  # rows read or written before the last of them may be gone
 
     # -- the story ----------------------------------------------------------------------------------------------
 
@@ -197,6 +198,7 @@ class Pipeline:
 
     async def _find_exact(self, query: Query, client: Client, lookup: Lookup) -> bool:
         started = time.perf_counter()
+        purges = self._purges
         entry = await self._store.find(query.fingerprint)
         lookup.steps_ms["exact"] = (time.perf_counter() - started) * 1e3
         if entry is None or entry.draft.scope != query.scope:
@@ -204,7 +206,7 @@ class Pipeline:
         if not _is_fresh(entry, query, client):
             lookup.verdict = Miss("expired")
             return False
-        lookup.row = self.hot.put(entry, decode_answer(entry.draft.answer, orjson.loads))
+        lookup.row = self._warm(entry, purges)
         lookup.verdict = Hit(entry, Tier.EXACT, 1.0, 1.0)
         return True
 
@@ -245,7 +247,7 @@ class Pipeline:
         """The row, if SQL still has it and its own scope, times, embedder, vector and token classes agree."""
         assert self.embedder is not None
         assert self.index is not None
-        row = self.hot.get(chosen.entry_id)
+        row, purges = self.hot.get(chosen.entry_id), self._purges
         entry = row.entry if row is not None else await self._store.get(chosen.entry_id)
         if entry is None:
             self.index.remove([chosen.entry_id])
@@ -262,7 +264,12 @@ class Pipeline:
         similarity, vetoes = self.index.compare(vector, signature, draft.embedding, draft.signature)
         if not policy.judge(similarity, vetoes, self.rules, query.controls).serves:
             return None
-        return row if row is not None else self.hot.put(entry, decode_answer(draft.answer, orjson.loads))
+        return row if row is not None else self._warm(entry, purges)
+
+    def _warm(self, entry: Entry, purges: int) -> HotRow:
+        """A row to serve, kept in memory unless a purge came while it was read."""
+        answer = decode_answer(entry.draft.answer, orjson.loads)
+        return self.hot.put(entry, answer) if purges == self._purges else HotRow(entry, answer)
 
     # -- serve ----------------------------------------------------------------------------------------------------
 
@@ -525,7 +532,12 @@ class Pipeline:
             signature=None if lookup.signature is None or lookup.vector is None else lookup.signature.tobytes(),
         )
         try:
+            purges = self._purges
             entry, replaced = await self._store.put(draft)
+            while purges != self._purges:  # a purge came meanwhile: it may have taken this one along
+                purges = self._purges
+                if await self._store.get(entry.id) is None:
+                    return
             if replaced:
                 self.forget(replaced)
             self.hot.put(entry, answer)
@@ -556,6 +568,7 @@ class Pipeline:
 
     def forget(self, entry_ids: Sequence[int]) -> None:
         """Drop entries that SQL no longer has from memory and index."""
+        self._purges += bool(entry_ids)
         self.hot.forget(entry_ids)
         if self.index is not None:
             self.index.remove(entry_ids)
