@@ -118,7 +118,7 @@ class SqlLedger:
                 batch, self._waiting = self._waiting[:FLUSH_ROWS], self._waiting[FLUSH_ROWS:]
                 if not await self._write(batch):
                     return
-            if self._spilled and self._writer.state == "ok":
+            if self._spilled and self._writer.is_trying:
                 await self._replay()
 
     async def _run(self) -> None:

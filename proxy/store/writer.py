@@ -62,6 +62,11 @@ class Writer:
         return "ok" if self._fault is None else self._fault.code
 
     @property
+    def is_trying(self) -> bool:
+        """A job would reach the database, or try to."""
+        return self._fault is None or time.monotonic() >= self._retry_at
+
+    @property
     def waiting(self) -> int:
         return len(self._jobs)
 
