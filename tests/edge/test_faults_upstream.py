@@ -1,0 +1,501 @@
+"""Fault catalogue, upstreams: whatever a model server does, the client learns it and nothing incomplete is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy import handlers
+from tests.edge.faults_app import Running, ibid, question, request, serving, up
+from tests.edge.rawclient import RawClient
+from tests.faultproxy import Fault, FaultProxy
+from tests.upstream import Body, Chat, Json, Raw, Reply, ScriptedUpstream, Stream, event
+
+__all__ = ["ibid", "up"]  # fixtures
+
+SHORT = (
+    "[cache]\nsemantic = false\n[forward]\nfirst_byte_timeout_s = 0.3\nidle_timeout_s = 0.3\nconnect_timeout_s = 1.0\n"
+)
+FORMS = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+HEAD = {"id": "chatcmpl-m1", "object": "chat.completion.chunk", "created": 1, "model": "gpt-4o-mini"}
+USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+
+
+def chunk(delta: Mapping[str, Any], finish: str | None = None, **more: Any) -> bytes:
+    return event({**HEAD, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}], **more})
+
+
+ROLE, ONE, TWO = chunk({"role": "assistant", "content": ""}), chunk({"content": "one "}), chunk({"content": "two"})
+STOP, DONE = chunk({}, "stop"), event("[DONE]")
+
+
+def whole(content: Any = "one two", finish: Any = "stop", **more: Any) -> dict[str, Any]:
+    message = {"role": "assistant", "content": content, **more.pop("message", {})}
+    choice = {"index": 0, "message": message, "finish_reason": finish}
+    return {**HEAD, "object": "chat.completion", "choices": [choice], "usage": USAGE, **more}
+
+
+@pytest.fixture
+async def short(tmp_path: Path, up: ScriptedUpstream) -> AsyncIterator[Running]:
+    async with serving(tmp_path, up, SHORT) as running:
+        yield running
+
+
+@pytest.fixture
+async def fp(up: ScriptedUpstream) -> AsyncIterator[FaultProxy]:
+    async with FaultProxy("127.0.0.1", up.port) as proxy:
+        yield proxy
+
+
+# --- no answer at all -----------------------------------------------------------------------------------------------
+
+
+@FORMS
+async def test_an_upstream_that_is_not_there_is_502_at_once(tmp_path: Path, up: ScriptedUpstream, stream: bool) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{free.getsockname()[1]}"
+    for url in (closed, "http://name.invalid"):
+        folder = tmp_path / url[7:11]
+        folder.mkdir()
+        async with serving(folder, up, url=url) as ibid:
+            started = time.monotonic()
+            reply = await ibid.ask(question(stream=stream))
+            assert (reply.status, reply.code) == (502, "upstream_unreachable")
+            assert time.monotonic() - started < 5
+            assert await ibid.stored() == 0
+
+
+async def test_a_certificate_that_does_not_hold_is_502(tmp_path: Path, up: ScriptedUpstream) -> None:
+    async with serving(tmp_path, up, url=up.url.replace("http:", "https:")) as ibid:
+        reply = await ibid.ask()
+        assert (reply.status, reply.code) == (502, "upstream_unreachable")
+        assert ibid.asked == 0
+
+
+@FORMS
+async def test_an_upstream_that_never_answers_is_504(
+    tmp_path: Path, up: ScriptedUpstream, fp: FaultProxy, stream: bool
+) -> None:
+    fp.downstream = Fault(blackhole=True)
+    async with serving(tmp_path, up, SHORT, url=fp.url) as ibid:
+        reply = await ibid.ask(question(stream=stream))
+        assert (reply.status, reply.code) == (504, "upstream_timeout")
+        connections = fp.connections
+        fp.downstream = Fault()
+        await ibid.nothing_kept(question(stream=stream))
+        assert fp.connections == connections + 1, "the silent connection is not used again"
+
+
+@FORMS
+async def test_a_reset_before_the_head_is_502(ibid: Running, stream: bool) -> None:
+    ibid.up.script(Raw(b"", "rst"))
+    reply = await ibid.ask(question(stream=stream))
+    assert (reply.status, reply.code) == (502, "upstream_reset")
+    assert ibid.asked == 1, "not asked again"
+    await ibid.nothing_kept(question(stream=stream))
+
+
+CUT_WHOLE = json.dumps(whole()).encode()
+SSE_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+JSON_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+BROKEN_WHOLE = {
+    "reset after the head": (Raw(JSON_HEAD + b"Content-Length: 500\r\n\r\n", "rst"), "upstream_reset"),
+    "reset in the body": (Raw(JSON_HEAD + b"Content-Length: 500\r\n\r\n" + CUT_WHOLE[:90], "rst"), "upstream_reset"),
+    "short of its length": (Raw(JSON_HEAD + b"Content-Length: 500\r\n\r\n" + CUT_WHOLE[:90]), "upstream_incomplete"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_WHOLE)
+async def test_a_body_that_breaks_is_502_and_not_kept(ibid: Running, name: str) -> None:
+    script, code = BROKEN_WHOLE[name]
+    ibid.up.script(script)
+    reply = await ibid.ask()
+    assert (reply.status, reply.code) == (502, code)
+    await ibid.nothing_kept()
+
+
+async def test_a_chunked_body_that_breaks_is_never_ended_as_if_whole(ibid: Running) -> None:
+    ibid.up.script(Stream([CUT_WHOLE[:50], CUT_WHOLE[50:90]], cut="fin", content_type="application/json"))
+    reply = await ibid.ask()
+    assert not reply.whole or reply.status == 502
+    assert CUT_WHOLE.startswith(reply.body) or reply.status == 502
+    await ibid.nothing_kept()
+
+
+async def test_more_than_the_declared_length_is_dropped_with_its_connection(ibid: Running) -> None:
+    body = json.dumps(whole()).encode()
+    head = JSON_HEAD + b"Content-Length: %d\r\n\r\n" % len(body)
+    ibid.up.script(Raw(head + body + b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"))
+    assert (await ibid.ask()).body == body
+    await ibid.settled()
+    assert b"evil" not in (await ibid.ask(question("Another question about something else?"))).body
+
+
+# --- streams that break ---------------------------------------------------------------------------------------------
+
+CUT = {
+    "reset": (Stream([ROLE, ONE], cut="rst"), ROLE + ONE, "upstream_reset"),
+    "reset at the start": (Stream([], cut="rst"), b"", "upstream_reset"),
+    "cut between events": (Stream([ROLE, ONE], cut="fin"), ROLE + ONE, "upstream_incomplete"),
+    "cut inside an event": (Stream([ROLE, ONE, TWO[:30]], cut="fin"), ROLE + ONE, "upstream_incomplete"),
+    "clean end, no [DONE]": (Stream([ROLE, ONE]), ROLE + ONE, "upstream_incomplete"),
+    "end of connection": (Raw(SSE_HEAD + b"\r\n" + ROLE + ONE), ROLE + ONE, "upstream_incomplete"),
+    "[DONE] without finish_reason": (Stream([ROLE, ONE, DONE]), ROLE + ONE, "upstream_incomplete"),
+    "finish_reason without [DONE]": (Stream([ROLE, ONE, STOP]), ROLE + ONE + STOP, "upstream_incomplete"),
+    "short of its length": (
+        Raw(SSE_HEAD + b"Content-Length: 5000\r\n\r\n" + ROLE + ONE), ROLE + ONE, "upstream_incomplete"
+    ),
+    "nothing": (Stream([]), b"", "upstream_incomplete"),
+    "a line of 10 MiB": (
+        Stream([ROLE, b"data: " + b"x" * (10 << 20) + b"\n\n", STOP, DONE]), ROLE, "upstream_protocol_error"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CUT)
+async def test_a_broken_stream_gives_what_came_then_an_error_and_no_end(ibid: Running, name: str) -> None:
+    script, relayed, code = CUT[name]
+    ibid.up.script(script)
+    body = question(stream=True)
+    reply = await ibid.ask(body)
+    assert reply.status == 200
+    assert reply.body.startswith(relayed)
+    assert reply.body[len(relayed) :].count(b"data:") == 1
+    assert reply.stream_error == code
+    await ibid.nothing_kept(body)
+
+
+@pytest.mark.parametrize("charset", ["; charset=utf-8", ";charset=UTF-8"])
+async def test_a_stream_that_names_its_charset_is_a_stream(ibid: Running, charset: str) -> None:
+    media = "text/event-stream" + charset
+    body = question(stream=True)
+    ibid.up.script(Stream([ROLE, ONE], content_type=media), Stream([ROLE, ONE, TWO, STOP, DONE], content_type=media))
+    assert (await ibid.ask(body)).stream_error == "upstream_incomplete"
+    await ibid.settled()
+    assert (await ibid.ask(body)).text == "one two"
+    await ibid.settled()
+    assert (await ibid.ask(body)).is_hit
+
+
+async def test_a_stream_that_stalls_is_kept_alive_and_then_ended(
+    short: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short.up.script(Raw(SSE_HEAD + b"\r\n" + ROLE + ONE, "stall"))
+    body = question(stream=True)
+    reply = await short.ask(body)
+    assert reply.body.startswith(ROLE + ONE)
+    assert reply.stream_error == "upstream_idle_timeout"
+    await short.nothing_kept(body)
+
+
+async def test_a_silent_stream_gets_comments_between_events(ibid: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handlers, "HEARTBEAT_S", 0.0)
+    gate = asyncio.Event()
+    ibid.up.script(Stream([ROLE, ONE[:20], ONE[20:], STOP, DONE], gates={2: gate}))
+    client = await RawClient.connect(ibid.port)
+    await client.send(request(question(stream=True)))
+    head = await client.reader.readuntil(b"\r\n\r\n")
+    async with asyncio.timeout(5):
+        before = await client.reader.readuntil(b": ping\n")
+    gate.set()
+    rest = await client.rest()
+    client.close()
+    assert b"text/event-stream" in head
+    relayed = b"".join(piece for piece in (before + rest).split(b"\r\n") if b"data" in piece or b"ping" in piece)
+    assert relayed.replace(b": ping\n", b"") == ROLE + ONE + STOP + DONE
+    await ibid.settled()
+    assert (await ibid.ask(question(stream=True))).text == "one ", "the comments are no part of what is kept"
+
+
+async def test_an_upstream_that_goes_silent_in_a_whole_answer_is_504(short: Running) -> None:
+    short.up.script(Raw(JSON_HEAD + b"Content-Length: 500\r\n\r\n{", "stall"))
+    reply = await short.ask()
+    assert (reply.status, reply.code) == (504, "upstream_idle_timeout")
+    await short.nothing_kept()
+
+
+ODD_STREAMS = {
+    "data that is no JSON": [ROLE, b"data: {{{\n\n", ONE, STOP, DONE],
+    "an array as data": [ROLE, b"data: []\n\n", ONE, STOP, DONE],
+    "an unknown object": [ROLE, event({"weather": "fine"}), ONE, STOP, DONE],
+    "data after [DONE]": [ROLE, ONE, STOP, DONE, TWO],
+    "a named event": [ROLE, b"event: surprise\n" + ONE, STOP, DONE],
+    "an error after text": [ROLE, ONE, event({"error": {"message": "overloaded", "code": "x"}}), DONE],
+    "an error alone": [event({"error": {"message": "overloaded", "type": "server_error", "code": None}})],
+    "a tool call": [ROLE, chunk({"tool_calls": [{"index": 0, "id": "c", "function": {"name": "f"}}]}), STOP, DONE],
+    "invalid UTF-8": [ROLE, b'data: {"choices":[{"delta":{"content":"\xff"}}]}\n\n', STOP, DONE],
+    "another finish": [ROLE, ONE, chunk({}, "length"), DONE],
+}
+
+
+@pytest.mark.parametrize("name", ODD_STREAMS)
+async def test_a_stream_that_is_not_understood_is_relayed_verbatim_and_not_kept(ibid: Running, name: str) -> None:
+    chunks = ODD_STREAMS[name]
+    ibid.up.script(Stream(chunks))
+    body = question(stream=True, stream_options={"include_usage": True})
+    reply = await ibid.ask(body)
+    assert reply.body == b"".join(chunks)
+    await ibid.nothing_kept(body)
+
+
+FINE_STREAMS = {
+    "CR only": b"".join([ROLE, ONE, TWO, STOP, DONE]).replace(b"\n", b"\r"),
+    "CRLF": b"".join([ROLE, ONE, TWO, STOP, DONE]).replace(b"\n", b"\r\n"),
+    "BOM": b"\xef\xbb\xbf" + b"".join([ROLE, ONE, TWO, STOP, DONE]),
+    "comments": b": hello\n\n" + b"".join([ROLE, ONE, TWO, STOP, DONE]),
+}
+
+
+@pytest.mark.parametrize("name", FINE_STREAMS)
+@pytest.mark.parametrize("size", [1, 7, 10_000], ids=["bytes", "sevens", "whole"])
+async def test_an_unusual_spelling_is_relayed_verbatim_however_it_is_cut(ibid: Running, name: str, size: int) -> None:
+    raw = FINE_STREAMS[name]
+    ibid.up.script(Stream([raw[at : at + size] for at in range(0, len(raw), size)]))
+    body = question(stream=True, stream_options={"include_usage": True})
+    assert (await ibid.ask(body)).body == raw
+    await ibid.settled()
+    again = await ibid.ask(body)
+    assert again.is_hit
+    assert again.text == "one two"
+
+
+# --- what may be kept: 30 answers, streamed and whole ---------------------------------------------------------------
+
+TOOL = [{"index": 0, "id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+NOT_KEPT: dict[str, Reply] = {
+    **{f"finish {word}": Chat(finish_reason=word) for word in (
+        "length", "content_filter", "tool_calls", "function_call", "max_tokens", "pause_turn", "refusal", "tool_use",
+        "incomplete", "", "something_new",
+    )},
+    "tool calls that say stop": Chat(message={"tool_calls": TOOL}),
+    "a function call that says stop": Chat(message={"function_call": {"name": "f", "arguments": "{}"}}),
+    "a refusal that says stop": Chat(message={"refusal": "I cannot help with that."}),
+    "no text": Chat(text=""),
+    "blank text": Chat(text=" \n\t "),
+    "another model": Chat(model="gpt-3.5-turbo"),
+    "no-store": Chat(headers={"Cache-Control": "no-store"}),
+    "private": Chat(headers={"Cache-Control": "max-age=60, private"}),
+    "Vary: *": Chat(headers={"Vary": "Accept, *"}),
+    "a cookie": Chat(headers={"Set-Cookie": "session=abc; Path=/"}),
+    "status 201": Json(201, whole()),
+    "status 206": Json(206, whole()),
+    "status 400": Json(400, {"error": {"message": "bad", "type": "t", "param": None, "code": "c"}}),
+    "status 401": Json(401, {"error": {"message": "bad key", "type": "t", "param": None, "code": "c"}}),
+    "status 403": Json(403, {"error": {"message": "no", "type": "t", "param": None, "code": "c"}}),
+    "status 404": Json(404, {"error": {"message": "no model", "type": "t", "param": None, "code": "c"}}),
+    "status 422": Json(422, {"error": {"message": "no", "type": "t", "param": None, "code": "c"}}),
+    "status 429": Json(429, {"error": {"message": "slow down", "type": "t", "param": None, "code": "c"}}),
+    "status 500": Json(500, {"error": {"message": "oops", "type": "t", "param": None, "code": "c"}}),
+    "status 529": Json(529, {"error": {"message": "overloaded", "type": "t", "param": None, "code": "c"}}),
+    "an error in a 200": Json(200, {"error": {"message": "overloaded", "type": "t", "param": None, "code": None}}),
+    "HTML": Body(200, b"<html>Sign in</html>", "text/html"),
+    "an empty body": Body(200, b""),
+    "an empty object": Json(200, {}),
+    "no choice": Json(200, whole(choices=[])),
+    "null content": Json(200, whole(None)),
+    "finish null": Json(200, whole(finish=None)),
+    "more than 1 MiB": Chat(text="long " * 220_000),
+    "status incomplete": Json(200, {"object": "response", "status": "incomplete", "output": []}),
+}  # fmt: skip
+
+
+def test_the_matrix_has_sixty_cases_or_more() -> None:
+    assert 2 * len(NOT_KEPT) >= 60
+
+
+@FORMS
+@pytest.mark.parametrize("name", NOT_KEPT)
+async def test_nothing_incomplete_refused_or_forbidden_is_kept(ibid: Running, name: str, stream: bool) -> None:
+    script = NOT_KEPT[name]
+    ibid.up.script(script)
+    body = question(stream=stream, stream_options={"include_usage": True}) if stream else question()
+    reply = await ibid.ask(body)
+    assert reply.whole
+    if isinstance(script, Json | Body):
+        assert reply.status == script.status
+        assert reply.body == (script.body if isinstance(script, Body) else json.dumps(script.body).encode())
+    assert "cookie" not in reply.raw.partition(b"\r\n\r\n")[0].decode("latin-1").lower()
+    await ibid.nothing_kept(body)
+    await ibid.settled()
+    other_form = question() if stream else question(stream=True)
+    assert (await ibid.ask(other_form)).is_hit, "the plain answer that followed is kept for both forms"
+
+
+# --- statuses, redirects, headers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Retry-After": "7"},
+        {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"},
+        {"retry-after-ms": "1500"},
+        {"Retry-After": "soon, perhaps"},
+        {"Retry-After": "1", "retry-after-ms": "900", "x-ratelimit-remaining-tokens": "0"},
+    ],
+)
+@FORMS
+async def test_429_passes_exactly_and_is_not_tried_again(ibid: Running, headers: dict[str, str], stream: bool) -> None:
+    body = b'{"error": {"message": "Rate limit", "type": "tokens", "param": null, "code": "rate_limit_exceeded"}}'
+    ibid.up.script(Body(429, body, headers=headers))
+    reply = await ibid.ask(question(stream=stream))
+    assert (reply.status, reply.body) == (429, body)
+    for name, value in headers.items():
+        assert reply.headers[name.lower()] == value
+    assert ibid.asked == 1
+
+
+async def test_a_storm_opens_the_breaker_and_hits_are_still_served(ibid: Running) -> None:
+    kept = question("Which answer is kept before the storm?")
+    await ibid.ask(kept)
+    await ibid.settled()
+    oops = Json(500, {"error": {"message": "oops", "type": "server_error", "param": None, "code": None}})
+    ibid.up.default = lambda seen: replace(oops, status=(500, 502, 503, 504, 529)[len(ibid.up.requests) % 5])
+    for number in range(25):
+        reply = await ibid.ask(question(f"Storm question number {number} of many?"))
+        if reply.status == 503 and "circuit_open" in reply.raw.decode():
+            break
+        assert json.loads(reply.body) == oops.body
+    asked = ibid.asked
+    started = time.monotonic()
+    for stream in (False, True):
+        reply = await ibid.ask(question("Storm question, refused?", stream=stream))
+        assert (reply.status, reply.code) == (503, "circuit_open")
+        assert 1 <= int(reply.headers["retry-after"]) <= 5
+    assert time.monotonic() - started < 0.5
+    assert ibid.asked == asked
+    assert (await ibid.ask(kept)).is_hit
+    passed = await ibid.ask(b"", method="GET", target="/v1/models")
+    assert (passed.status, passed.code) == (503, "circuit_open")
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@FORMS
+async def test_a_redirect_is_never_followed(ibid: Running, status: int, stream: bool) -> None:
+    async with ScriptedUpstream() as elsewhere:
+        ibid.up.script(Body(status, b"", headers={"Location": f"{elsewhere.url}/v1/chat/completions"}))
+        reply = await ibid.ask(question(stream=stream))
+        assert (reply.status, reply.code) == (502, "upstream_redirect")
+        assert "location" not in reply.headers
+        assert elsewhere.requests == []
+    await ibid.nothing_kept(question(stream=stream))
+
+
+@pytest.mark.parametrize("status", [204, 304])
+@FORMS
+async def test_an_answer_without_a_body_passes(ibid: Running, status: int, stream: bool) -> None:
+    ibid.up.script(Raw(b"HTTP/1.1 %d X\r\nConnection: close\r\n\r\n" % status))
+    reply = await ibid.ask(question(stream=stream))
+    assert (reply.status, reply.body) == (status, b"")
+    await ibid.nothing_kept(question(stream=stream))
+
+
+async def test_a_flood_of_interim_answers_is_dropped(ibid: Running) -> None:
+    body = json.dumps(whole()).encode()
+    interim = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" * 50
+    ibid.up.script(Raw(interim + JSON_HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body))
+    reply = await ibid.ask()
+    assert (reply.status, reply.body) == (200, body)
+    assert reply.raw.startswith(b"HTTP/1.1 200 ")
+
+
+async def test_hop_by_hop_headers_and_cookies_stay_behind_and_are_not_replayed(ibid: Running) -> None:
+    extra = (
+        b"Set-Cookie: __cf_bm=abc; Path=/\r\nKeep-Alive: timeout=9\r\nProxy-Authenticate: Basic\r\nUpgrade: h2c\r\n"
+        b"Connection: x-secret-hop, keep-alive\r\nX-Secret-Hop: 1\r\nopenai-organization: org-1\r\n"
+        b"x-ratelimit-remaining-tokens: 9\r\n"
+    )
+    body = json.dumps(whole()).encode()
+    ibid.up.script(Raw(JSON_HEAD + extra + b"Content-Length: %d\r\n\r\n" % len(body) + body))
+    first = await ibid.ask()
+    await ibid.settled()
+    hit = await ibid.ask()
+    assert hit.is_hit, "an edge's cookie says nothing about the answer"
+    for reply in (first, hit):
+        assert not {"set-cookie", "keep-alive", "proxy-authenticate", "upgrade", "x-secret-hop"} & set(reply.headers)
+    assert first.headers["openai-organization"] == "org-1"
+    assert not {"openai-organization", "x-ratelimit-remaining-tokens"} & set(hit.headers)
+
+
+async def test_a_line_end_in_a_value_makes_no_header(ibid: Running) -> None:
+    body = json.dumps(whole()).encode()
+    for end in (b"\r", b"\n"):
+        odd = b"X-Odd: a" + end + b"Injected: 1\r\n"
+        ibid.up.script(Raw(JSON_HEAD + odd + b"Content-Length: %d\r\n\r\n" % len(body) + body))
+        reply = await ibid.ask(question(f"A line end of kind {end[0]} here?"))
+        assert reply.status in (200, 502)
+        assert not any("\r" in line or "\n" in line for line in reply.lines)
+
+
+async def test_garbage_instead_of_http_is_502(ibid: Running) -> None:
+    for garbage in (b"220 smtp.example ESMTP\r\n\r\n", b"\x16\x03\x01\x02\x00", b"HTTP/1.1 20x OK\r\n\r\n"):
+        ibid.up.script(Raw(garbage))
+        reply = await ibid.ask()
+        assert reply.status == 502
+        assert reply.code in ("upstream_incomplete", "upstream_reset")
+    await ibid.nothing_kept()
+
+
+# --- size -----------------------------------------------------------------------------------------------------------
+
+
+@FORMS
+async def test_a_large_answer_is_relayed_and_not_kept(ibid: Running, stream: bool) -> None:
+    text = "many words " * 500_000
+    ibid.up.script(Chat(text=text, pieces=300))
+    body = question(stream=stream)
+    assert (await ibid.ask(body)).text == text
+    await ibid.nothing_kept(body)
+
+
+async def test_an_answer_nobody_reads_is_not_read_ahead(ibid: Running) -> None:
+    piece = ONE + b": " + b"x" * 65_000 + b"\n\n"
+    ibid.up.script(Stream([ROLE, *[piece] * 1600, STOP, DONE]))
+    client = await RawClient.connect(ibid.port)
+    client.writer.transport.pause_reading()
+    await client.send(request(question(stream=True)))
+    await ibid.up.arrived.wait()
+    sizes = []
+    for _ in range(40):
+        await asyncio.sleep(0.01)
+        sizes += [flight.size_bytes for flight in ibid.pipeline.flights.values()]
+    assert sizes
+    assert max(sizes) < 32 * 1024 * 1024, "100 MiB wait at the upstream, not here"
+    client.reset()
+    async with asyncio.timeout(5):
+        await ibid.up.left.wait()
+    assert await ibid.stored() == 0
+
+
+async def test_an_encoded_answer_stays_encoded_and_is_not_kept(ibid: Running) -> None:
+    ibid.up.script(Body(200, json.dumps(whole("x" * 3_000_000)).encode(), gzipped=True))
+    reply = await ibid.ask()
+    assert reply.headers["content-encoding"] == "gzip"
+    assert len(reply.body) < 100_000, "not unpacked on its way"
+    assert ibid.up.requests[0].header("accept-encoding") == "identity"
+    await ibid.nothing_kept()
+
+
+async def test_fewer_choices_than_asked_are_relayed_and_not_kept(ibid: Running) -> None:
+    ibid.up.script(Json(200, whole()))
+    reply = await ibid.ask(question(n=3))
+    assert len(json.loads(reply.body)["choices"]) == 1
+    await ibid.nothing_kept(question(n=3))
+
+
+async def test_a_dated_snapshot_of_the_model_asked_is_kept(ibid: Running) -> None:
+    ibid.up.script(Chat(model="gpt-4o-mini-2024-07-18"))
+    await ibid.ask()
+    await ibid.settled()
+    hit = await ibid.ask()
+    assert hit.is_hit
+    assert json.loads(hit.body)["model"] == "gpt-4o-mini-2024-07-18"
