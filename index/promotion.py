@@ -47,6 +47,7 @@ class Promotions:
         self.approximate: dict[int, Approximate] = {}
         self.builder: threading.Thread | None = None
         self.faults = 0
+        self.paused = False  # while rows are replayed, nothing is built: it would be outgrown at once
         self._arena = arena
         self._ask = ask
         self._closing = closing
@@ -97,8 +98,14 @@ class Promotions:
         self._wanted[number] = None
         self._next_build()
 
+    def resume(self) -> None:
+        """Consider every scope after a pause."""
+        self.paused = False
+        for number in list(self._arena.scope_ids.values()):
+            self.consider(number)
+
     def _next_build(self) -> None:
-        if self.building or not self._wanted or self._closing.is_set():
+        if self.building or self.paused or not self._wanted or self._closing.is_set():
             return
         self._scope = next(iter(self._wanted))
         del self._wanted[self._scope]

@@ -8,11 +8,12 @@ and a snapshot's writer copy pieces they ask the owner for, and what changed in 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -59,7 +60,7 @@ class VectorOwner:
     ) -> None:
         self.identity = identity
         self.dimension = dimension
-        self.rebuilding = False  # set while SQL rows are still being replayed: searches say IndexRebuilding
+        self.rebuilding = False  # inside `replaying`: searches say IndexRebuilding
         self._faults = 0
         self._arena = arena if arena is not None else Arena(dimension)
         self._queue_limit = queue_limit
@@ -91,8 +92,8 @@ class VectorOwner:
     def _run(self) -> None:
         prepare_thread()
         kernels.compile_kernels(self.dimension)
-        for number in list(self._arena.scope_ids.values()):
-            self._promotions.consider(number)
+        if not self.rebuilding:
+            self._promotions.resume()
         try:
             while (command := self._commands.get()) is not None:
                 command()
@@ -208,6 +209,17 @@ class VectorOwner:
             part = slice(at, at + PIECE)
             add = partial(self._add_many, ids[part], scopes[part], checked[part], signatures[part], expires_ms[part])
             await asyncio.wrap_future(self._ask(add))
+
+    @contextlib.asynccontextmanager
+    async def replaying(self) -> AsyncIterator[None]:
+        """While rows of SQL are added: searches are refused, and nothing is promoted before all are there.
+
+        They stay refused when it ends with an error, since the index is then not complete.
+        """
+        self.rebuilding = self._promotions.paused = True
+        yield
+        self.rebuilding = False
+        await asyncio.wrap_future(self._ask(self._promotions.resume))
 
     async def ids(self) -> NDArray[np.int64]:
         """Ids of every entry, ascending: what a reconciliation with SQL compares."""

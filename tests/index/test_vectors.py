@@ -123,6 +123,21 @@ async def test_searches_adds_and_removes_go_on_while_a_scope_is_built() -> None:
     owner.close()
 
 
+async def test_a_replay_is_promoted_once_when_all_of_it_is_there() -> None:
+    owner = VectorOwner("m", D, promote_above=300)
+    async with owner.replaying():
+        owner.start()
+        vectors = await bulk(owner, 1200)
+        with pytest.raises(IndexRebuilding):
+            await owner.search(SCOPES[0], vectors[0], SIGNS[0], 0)
+        await owner.settled()
+        assert await owner.states() == {}
+    assert (await owner.search(SCOPES[0], vectors[7], SIGNS[0], 0, 1))[0].entry_id == 7
+    await owner.settled()
+    assert (await owner.states())[SCOPES[0]][0] == 1200
+    owner.close()
+
+
 async def test_a_scope_that_shrinks_is_scanned_exactly_again() -> None:
     owner = VectorOwner("m", D, promote_above=300)
     owner.start()
