@@ -123,9 +123,9 @@ async def open_index(settings: Settings, embedder: EmbedderOwner, store: Store) 
     except SnapshotRefused as refusal:
         log.info("building the index from SQL", extra={"reason": str(refusal)})
         index = VectorOwner(embedder.identity, embedder.dimension, promote_above=promote_above, queue_limit=queue_limit)
-    index.start()
     try:
         async with index.replaying():
+            index.start()
             await _reconcile(index, embedder.identity, store)
     except BaseException:
         await asyncio.to_thread(index.close)
