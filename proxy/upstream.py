@@ -33,6 +33,7 @@ _DROPPED = frozenset(
     "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
     "upgrade content-length date server set-cookie set-cookie2 alt-svc strict-transport-security".split()
 )
+_RENAMED = {"x-request-id": "x-upstream-request-id"}
 _IDENTITY = ("Accept-Encoding", "identity")
 _OF_A_STREAM = {b"content-length": "Content-Length", b"content-encoding": "Content-Encoding"}
 _BARE = re.compile(
@@ -404,22 +405,24 @@ def dialect_of(path: str, headers: Mapping[str, str]) -> str:
     return "ollama" if _OLLAMA.match(path) else "openai"
 
 
-_passes: dict[str, bool] = {}
+_names: dict[str, str] = {}  # as received → as the client gets it, "" when it does not
 
 
 def _end_to_end(received: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Headers that may reach the client. A coding that came in spite of `identity` stays on its body."""
+    """Headers that may reach the client. A coding that came in spite of `identity` stays on its body; the upstream's
+    own `x-request-id` gives way to ours under another name."""
     named = received.get(hdrs.CONNECTION)
     also_dropped = {name.strip().lower() for name in named.split(",")} if named else ()
     kept = []
     for name, value in received.items():
-        passes = _passes.get(name)
-        if passes is None:
-            if len(_passes) >= NAMES_KEPT:
-                _passes.clear()
-            passes = _passes[str(name)] = name.lower() not in _DROPPED
-        if passes and not (also_dropped and name.lower() in also_dropped):
-            kept.append((str(name), value))
+        shown = _names.get(name)
+        if shown is None:
+            if len(_names) >= NAMES_KEPT:
+                _names.clear()
+            shown = _RENAMED.get(name.lower(), str(name))
+            shown = _names[str(name)] = "" if name.lower() in _DROPPED else shown
+        if shown and not (also_dropped and name.lower() in also_dropped):
+            kept.append((shown, value))
     return kept
 
 

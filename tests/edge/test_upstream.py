@@ -225,7 +225,7 @@ async def test_only_end_to_end_headers_come_back(play: Play) -> None:
         ("warning", "a"),
         ("warning", "b"),
         ("x-ratelimit-remaining-tokens", "9"),
-        ("x-request-id", "r1"),
+        ("x-upstream-request-id", "r1"),
     ]
     assert response.header("cache-control") == "no-store"
 
