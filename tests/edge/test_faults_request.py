@@ -418,3 +418,12 @@ async def test_ids_of_answers_are_fresh_whatever_the_client_sends(ibid: Running)
     ids = {reply.headers["x-request-id"] for reply in replies}
     assert len(ids) == 4
     assert "mine-mine-mine-mine" not in ids
+
+
+async def test_an_answer_has_one_request_id_ours_and_names_the_upstreams_apart(ibid: Running) -> None:
+    for target, body in (("/v1/chat/completions", question()), ("/v1/embeddings", b"{}")):
+        ibid.up.script(Json(200, {"id": "x"}, headers={"X-Request-ID": "req_upstream"}))
+        reply = await ibid.ask(body, target=target)
+        assert sum(line.lower().startswith("x-request-id:") for line in reply.lines) == 1
+        assert reply.headers["x-request-id"] != "req_upstream"
+        assert reply.headers["x-upstream-request-id"] == "req_upstream"

@@ -378,7 +378,7 @@ async def test_a_snapshot_newer_than_sql_proposes_nothing_that_is_gone(tmp_path:
         await kept(ibid, ASKED, OTHER)
         path = ibid.app.store.database.path
         assert path is not None
-    with sqlite3.connect(path) as connection:
+    with sqlite3.connect(path, isolation_level="IMMEDIATE") as connection:
         connection.execute("DELETE FROM entry WHERE prompt = ?", (ASKED,))
     connection.close()
     async with semantic(tmp_path, up, ScriptedModel()) as ibid:
@@ -410,7 +410,8 @@ async def test_a_row_that_goes_under_a_loaded_index_is_a_miss_and_its_vector_lea
         assert (await ibid.ask(question(REWORDED))).is_hit
         path = ibid.app.store.database.path
         assert path is not None
-        with sqlite3.connect(path) as connection:
+        await ibid.settled()
+        with sqlite3.connect(path, isolation_level="IMMEDIATE") as connection:
             connection.execute("DELETE FROM entry WHERE prompt = ?", (ASKED,))
         connection.close()
         before = ibid.asked
@@ -440,7 +441,8 @@ async def test_a_row_edited_under_a_loaded_index_never_answers(
         await kept(ibid, ASKED, OTHER)
         path = ibid.app.store.database.path
         assert path is not None
-        with sqlite3.connect(path) as connection:
+        await ibid.settled()
+        with sqlite3.connect(path, isolation_level="IMMEDIATE") as connection:
             connection.execute(f"UPDATE entry SET {change} WHERE id = 1")
         connection.close()
         before = ibid.asked

@@ -41,7 +41,7 @@ def edit(ibid: Running, script: str) -> None:
     """What an operator with the sqlite3 command does behind our back."""
     assert ibid.app.store.database.path is not None
     connection = sqlite3.connect(ibid.app.store.database.path)
-    connection.executescript(script)
+    connection.executescript(f"BEGIN IMMEDIATE; {script}; COMMIT;")
     connection.close()
 
 
