@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 from aiohttp import web
 from aiohttp.hdrs import METH_POST
 
+from proxy.books import Client
 from proxy.core import fingerprint, identity, jsontext, policy
 from proxy.core.dialects import openai_chat
 from proxy.core.directives import controls_of, verdict_headers
@@ -23,11 +24,11 @@ from proxy.core.errors import BadRequest, IbidError, UpstreamError
 from proxy.core.model import Bypass, Call, Controls, Level, Limits, Outcome, Query, Rules
 from proxy.incoming import body_stream, error_response, query_of, read_body, target_of
 from proxy.listener import Admission
-from proxy.wire import answer_at_once, relay_at_once
-from proxy.pipeline import Client, Pipeline
+from proxy.pipeline import Pipeline
 from proxy.ports import Ledger, Upstream
 from proxy.relay import Relay, Replay
 from proxy.telemetry import Telemetry
+from proxy.wire import SERVER, answer_at_once, relay_at_once
 
 log = logging.getLogger(__name__)
 
@@ -218,7 +219,7 @@ class ClientHandler:
                 outcome = "ok" if relay.status < 400 else "error"
                 relay.close(outcome)  # settles, and so knows the cost
                 return relay_at_once(request, relay.status, relay.headers, body)
-            response = web.StreamResponse(status=relay.status, headers=relay.headers)
+            response = web.StreamResponse(status=relay.status, headers=[*relay.headers, ("Server", SERVER)])
             live = LiveStream(response, beats=relay.is_stream)
             self.streams.add(live)
             try:

@@ -8,39 +8,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, assert_never
+from typing import assert_never
 
 import numpy as np
 import orjson
 
 from proxy import ports
+from proxy.books import Books, Client, Fetch, Lookup, draft_of
 from proxy.collapse import Flight, Seat
 from proxy.core import freshness, policy
-from proxy.core.answer import decode_answer, encode_answer
+from proxy.core.answer import decode_answer
 from proxy.core.dialects.openai_filter import UsageFilter
 from proxy.core.dialects.openai_record import Recording, find_usage, record
 from proxy.core.dialects.openai_replay import Template, UsageMode, render_stream, render_whole
-from proxy.core.directives import verdict_headers
+from proxy.core.directives import usd, verdict_headers
 from proxy.core.errors import BadRequest, CacheFault
 from proxy.core.model import (
     Answer,
     Bypass,
-    Call,
     Candidate,
-    Draft,
     Entry,
     Hit,
     Level,
     Miss,
     NearMiss,
-    Outcome,
     Query,
     Rules,
     Tier,
-    Usage,
     Verdict,
-    again,
 )
 from proxy.hot import Alias, Form, HotRow, HotRows
 from proxy.relay import Head, Relay, Replay
@@ -51,44 +46,6 @@ CANDIDATES = 8
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 JSON = "application/json"
 MECHANISMS = {Tier.EXACT: "cache.exact", Tier.SEMANTIC: "cache.semantic", Tier.STALE: "cache.stale"}
-
-
-class Client(NamedTuple):
-    """Who asks, beyond what the Query says: one per HTTP request."""
-
-    request_id: str
-    ts_ms: int
-    started_s: float  # time.perf_counter
-    path_qs: str
-    headers: Sequence[tuple[bytes, bytes]]
-    is_retry: bool = False
-
-
-@dataclass(slots=True)
-class Lookup:
-    """What a lookup found, kept for the store that may follow it."""
-
-    verdict: Verdict
-    row: HotRow | None = None
-    vector: ports.Vector | None = None
-    signature: ports.Signature | None = None
-    steps_ms: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Fetch:
-    """What a flight is for, and what came of it."""
-
-    query: Query
-    client: Client
-    lookup: Lookup
-    opened_s: float
-    first_byte_s: float | None = None
-    call: Call | None = None
-    answer: Answer | None = None
-    usage: Usage | None = None
-    unstored: str = ""  # why the answer is not stored; "" when it is
-    deferred: list[Callable[[], None]] = field(default_factory=list)  # settlements that wait for the call's end
 
 
 class Pipeline:
@@ -119,15 +76,13 @@ class Pipeline:
         self.semantic_fault = semantic_fault  # why there is no embedder or index; "" when there are
         self.flights: dict[bytes, Flight[Fetch]] = {}
         self._store = store
-        self._ledger = ledger
-        self._prices = prices
+        self._books = Books(ledger, prices, telemetry)
         self._upstream = upstream
         self._telemetry = telemetry
         self._tasks = tasks
         self._usage_on_hit = usage_on_hit
         self._model_aliases = model_aliases or {}
         self._clock = clock
-        self._calls = 0
         self._purges = 0  # rows read or written before the last of them may be gone
 
     # -- the story ----------------------------------------------------------------------------------------------
@@ -146,6 +101,8 @@ class Pipeline:
             case _:
                 assert_never(lookup.verdict)
         if query.controls.only_if_cached:
+            unsent = Fetch(query, client, lookup, time.perf_counter())
+            _ = self._books.forwarded(query, client, lookup.verdict, unsent, "error", 504, None, collapsed=False)
             raise BadRequest(
                 "Not in the cache, and the request asked for cached answers only.", status=504, code="not_cached"
             )
@@ -286,31 +243,14 @@ class Pipeline:
             head = form.head = self._hit_head(query, client, row, hit, form.baseline_nusd)
             form.second = second
         body = form.template.fill("chatcmpl-" + client.request_id, second)
-        total_ms = (time.perf_counter() - client.started_s) * 1e3
-        outcome = again(form.recurring, client.request_id, client.ts_ms, total_ms, total_ms)
-        self._ledger.record(outcome)
         age_s = freshness.age_s(row.entry.draft.created_ms, client.ts_ms)
-        self._telemetry.lookup(outcome, steps_ms, scope=query.scope, age_s=age_s, saved_nusd=form.baseline_nusd)
+        self._books.hit(form.recurring, client, steps_ms, query.scope, age_s, form.baseline_nusd)
         return Replay(head, client.request_id, body)
 
     def _form(self, query: Query, client: Client, row: HotRow, hit: Hit) -> Form:
-        draft = row.entry.draft
-        outcome = self._outcome(
-            query,
-            client,
-            cache_status="HIT",
-            reason=hit.reason,
-            mechanism=MECHANISMS[hit.tier],
-            model_served=row.answer.model,
-            similarity=hit.similarity,
-            entry_id=row.entry.id,
-            usage=draft.usage,
-            ttft_ms=None,
-            total_ms=0.0,
-            baseline_ms=draft.total_ms,
-        )
-        baseline_nusd = self._price(query, draft.usage, client.ts_ms)
-        return Form(self._template(query, row.answer), outcome.recurring, baseline_nusd)
+        recurring = self._books.recurring(query, row.answer.model, hit)
+        baseline_nusd = self._books.price(query, row.entry.draft.usage, client.ts_ms)
+        return Form(self._template(query, row.answer), recurring, baseline_nusd)
 
     def _hit_head(self, query: Query, client: Client, row: HotRow, hit: Hit, baseline_nusd: int) -> Head:
         draft = row.entry.draft
@@ -364,7 +304,9 @@ class Pipeline:
         except BaseException as cause:
             outcome = "error" if isinstance(cause, Exception) else "cancelled"
             status = getattr(cause, "status", 499)
-            self._settle(query, client, Miss("collapsed"), flight.context, outcome, status, None, collapsed=True)
+            self._books.forwarded(
+                query, client, Miss("collapsed"), flight.context, outcome, status, None, collapsed=True
+            )
             raise
         finally:
             seat.leave()
@@ -378,7 +320,7 @@ class Pipeline:
         headers = verdict_headers(Miss("collapsed"), upstream=query.upstream, fwd_status=200, collapsed=True)
         headers.append(("Content-Type", EVENT_STREAM if query.stream else JSON))
         body = self._template(query, answer).fill("chatcmpl-" + client.request_id, client.ts_ms // 1000)
-        self._settle(query, client, Miss("collapsed"), fetch, "ok", 200, None, collapsed=True)
+        self._books.forwarded(query, client, Miss("collapsed"), fetch, "ok", 200, None, collapsed=True)
         return Replay(Head(headers), client.request_id, body)
 
     async def _board(
@@ -400,7 +342,7 @@ class Pipeline:
             status = getattr(cause, "status", 499)
             self._after(
                 flight,
-                lambda: self._settle(
+                lambda: self._books.forwarded(
                     query, client, verdict, flight.context, outcome, status, None, collapsed=collapsed
                 ),
             )
@@ -419,12 +361,14 @@ class Pipeline:
 
         def settle(relay: Relay, outcome: str) -> None:
             ttft_ms = None if relay.first_byte_s is None else (relay.first_byte_s - client.started_s) * 1e3
-            self._after(
-                flight,
-                lambda: self._settle(
+
+            def book() -> None:
+                cost_nusd = self._books.forwarded(
                     query, client, verdict, flight.context, outcome, response.status, ttft_ms, collapsed=collapsed
-                ),
-            )
+                )
+                headers.append(("x-cost-usd", usd(cost_nusd)))  # in time for an answer that is not a stream
+
+            self._after(flight, book)
 
         return Relay(
             seat,
@@ -435,7 +379,7 @@ class Pipeline:
             settle,
         )
 
-    def _after(self, flight: Flight[Fetch], settle: Callable[[], None]) -> None:
+    def _after(self, flight: Flight[Fetch], settle: Callable[[], object]) -> None:
         """Settle once the call's own end is known: others may still be reading what this client started."""
         if flight.ended:
             settle()
@@ -461,25 +405,7 @@ class Pipeline:
         fetch.unstored = self._why_unstored(flight, recording)
         if recording is not None and not fetch.unstored:
             fetch.answer = recording.answer
-        ended_s = time.perf_counter()
-        usage, basis = fetch.usage, "measured"
-        if usage is None and status == 200 and flight.size_bytes:
-            usage, basis = _estimate(query, flight), "estimated"
-        self._calls += 1
-        fetch.call = Call(
-            id=f"{fetch.client.request_id}-{self._calls:x}",
-            ts_ms=fetch.client.ts_ms,
-            upstream=query.upstream,
-            model=fetch.answer.model if fetch.answer is not None else query.model,
-            purpose="answer",
-            tier="default",
-            won=flight.complete and flight.error is None,
-            usage=usage,
-            usage_basis=basis if usage is not None else "none",
-            status=status,
-            ttft_ms=None if fetch.first_byte_s is None else (fetch.first_byte_s - fetch.opened_s) * 1e3,
-            total_ms=(ended_s - fetch.opened_s) * 1e3,
-        )
+        fetch.call = self._books.call_of(fetch, status, body, flight.size_bytes, won=flight.complete)
         for settle in fetch.deferred:
             settle()
         fetch.deferred.clear()
@@ -510,27 +436,8 @@ class Pipeline:
         """Commit the entry, then let memory and index know it. The flight stays joinable until then."""
         fetch = flight.context
         query, lookup = fetch.query, fetch.lookup
-        now_ms = int(self._clock() * 1000)
-        draft = Draft(
-            scope=query.scope,
-            fingerprint=query.fingerprint,
-            tenant=query.tenant,
-            namespace=query.controls.namespace,
-            upstream=query.upstream,
-            operation=query.operation,
-            model=query.model,
-            prompt=query.prompt,
-            answer=encode_answer(answer, orjson.dumps),
-            usage=answer.usage,
-            created_ms=now_ms,
-            expires_ms=now_ms + int(policy.ttl_s(query.eligibility, query.controls, self.rules) * 1000),
-            request_id=fetch.client.request_id,
-            total_ms=fetch.call.total_ms if fetch.call is not None else 0.0,
-            tags=query.controls.tags,
-            embedding=None if lookup.vector is None else lookup.vector.tobytes(),
-            embedder=self.embedder.identity if lookup.vector is not None and self.embedder is not None else None,
-            signature=None if lookup.signature is None or lookup.vector is None else lookup.signature.tobytes(),
-        )
+        identity = "" if self.embedder is None else self.embedder.identity
+        draft = draft_of(fetch, answer, identity, self.rules, int(self._clock() * 1000))
         try:
             purges = self._purges
             entry, replaced = await self._store.put(draft)
@@ -573,108 +480,9 @@ class Pipeline:
         if self.index is not None:
             self.index.remove(entry_ids)
 
-    def _settle(
-        self,
-        query: Query,
-        client: Client,
-        verdict: Verdict,
-        fetch: Fetch,
-        outcome_word: str,
-        status: int,
-        ttft_ms: float | None,
-        *,
-        collapsed: bool,
-    ) -> None:
-        call = fetch.call if not collapsed else None
-        total_ms = (time.perf_counter() - client.started_s) * 1e3
-        cache_status = "BYPASS" if isinstance(verdict, Bypass) else "MISS"
-        if query.controls.shadow:
-            cache_status = "SHADOW"
-        elif query.controls.refresh:
-            cache_status = "REFRESH"
-        near = verdict if isinstance(verdict, NearMiss | Hit) else None
-        outcome = self._outcome(
-            query,
-            client,
-            outcome=outcome_word,
-            status=status,
-            cache_status=cache_status,
-            reason=verdict.reason,
-            mechanism="stream.coalesce" if collapsed else None,
-            model_served=fetch.answer.model if fetch.answer is not None else query.model,
-            similarity=near.similarity if near is not None else None,
-            entry_id=verdict.entry_id if isinstance(verdict, NearMiss) else None,
-            usage=fetch.usage if outcome_word == "ok" else None,
-            calls=() if call is None else (call,),
-            ttft_ms=ttft_ms,
-            total_ms=total_ms,
-            retry_of=fetch.client.request_id if collapsed and client.is_retry else None,
-        )
-        self._ledger.record(outcome)
-        cost = 0 if call is None else self._price(query, call.usage, client.ts_ms)
-        self._telemetry.lookup(outcome, fetch.lookup.steps_ms, scope=query.scope, cost_nusd=cost)
-
-    def _price(self, query: Query, usage: Usage | None, ts_ms: int) -> int:
-        return 0 if usage is None else self._prices.price(query.upstream, query.model, usage, "default", ts_ms).nusd
-
-    def _outcome(
-        self,
-        query: Query,
-        client: Client,
-        *,
-        cache_status: str,
-        reason: str,
-        mechanism: str | None,
-        model_served: str,
-        similarity: float | None,
-        entry_id: int | None,
-        usage: Usage | None,
-        ttft_ms: float | None,
-        total_ms: float,
-        outcome: str = "ok",
-        status: int = 200,
-        calls: tuple[Call, ...] = (),
-        retry_of: str | None = None,
-        baseline_ms: float | None = None,
-    ) -> Outcome:
-        return Outcome(
-            request_id=client.request_id,
-            ts_ms=client.ts_ms,
-            tenant=query.tenant,
-            namespace=query.controls.namespace,
-            tag=query.controls.tags[0] if query.controls.tags else "",
-            dialect=query.dialect,
-            endpoint=query.endpoint,
-            stream=query.stream,
-            model_requested=query.model,
-            model_served=model_served,
-            upstream=query.upstream,
-            mechanism=mechanism,
-            outcome=outcome,
-            cache_status=cache_status,
-            reason=reason,
-            status=status,
-            similarity=similarity,
-            entry_id=entry_id,
-            retry_of=retry_of,
-            usage=usage,
-            usage_basis="measured" if usage is not None else "none",
-            calls=calls,
-            ttft_ms=ttft_ms,
-            total_ms=total_ms,
-            baseline_ms=baseline_ms,
-        )
-
 
 def _is_fresh(entry: Entry, query: Query, client: Client) -> bool:
     return freshness.is_fresh(entry.draft.created_ms, entry.draft.expires_ms, client.ts_ms, query.controls.max_age_s)
-
-
-def _estimate(query: Query, flight: Flight[Fetch]) -> Usage:
-    """Tokens of a call that ended before it told its usage: four characters a token, and every streamed event one."""
-    asked = max(1, len(query.prompt or query.body) // 4)
-    body = flight.body
-    return Usage(asked, max(1, body.count(b'"content"') if query.stream else len(body) // 4))
 
 
 def _reason_of(fault: BaseException) -> str:

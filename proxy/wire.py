@@ -59,7 +59,7 @@ def _status_line(status: int) -> str:
 def relay_at_once(
     request: web.BaseRequest, status: int, headers: list[tuple[str, str]], body: bytes
 ) -> web.StreamResponse:
-    """The response of a forward whose body is whole. Header values come from a parsed response: no line ends in them."""
+    """The response of a forward whose body is whole. Header values were parsed, so no line ends in one."""
     if (
         request.version != HttpVersion11
         or not request.keep_alive
@@ -67,7 +67,7 @@ def relay_at_once(
         or status in _BODILESS
         or request.method == "HEAD"
     ):
-        return web.Response(status=status, headers=headers, body=body)
+        return web.Response(status=status, headers=[*headers, ("Server", SERVER)], body=body)
     names = "".join([f"{name}: {value}\r\n" for name, value in headers])
     head = f"{_status_line(status)}{names}Date: {rfc822_formatted_time()}\r\nServer: {SERVER}\r\n"
     whole = b"%bContent-Length: %d\r\n\r\n%b" % (head.encode("utf-8", "surrogateescape"), len(body), body)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class IbidError(Exception):
-    """Root of the family. `code` is stable and machine-readable; the message is for people and never quotes a secret."""
+    """Root of the family. `code` is stable and machine-readable; the message, for people, never quotes a secret."""
 
     status = 500
     code = "internal_error"

@@ -201,7 +201,8 @@ def _request_row(o: Outcome, baseline: _Priced, actual_nusd: int) -> tuple[Any, 
     counters = _NO_USAGE if usage is None else (
         usage.input_tokens, usage.output_tokens, usage.cache_read_tokens, usage.cache_write_tokens
     )  # fmt: skip
-    lane = o.mechanism or ("bypass" if o.cache_status == "BYPASS" else "forward")
+    asked = "forward" if o.calls else "refused"  # refused: only-if-cached, and nothing was
+    lane = o.mechanism or ("bypass" if o.cache_status == "BYPASS" else asked)
     return (
         o.request_id, o.ts_ms, day_of(o.ts_ms), o.tenant, o.namespace, o.tag, o.dialect, o.endpoint, int(o.stream),
         o.model_requested, o.model_served, o.upstream, lane, o.outcome, o.cache_status, o.reason, o.status,

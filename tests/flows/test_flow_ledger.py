@@ -76,6 +76,7 @@ async def test_the_ledger_balances_against_the_upstreams_meter(data_dir, up, req
             "cache.semantic": 10,
             "forward": len(QUESTIONS) + 1 + 2,
             "stream.coalesce": 3,
+            "refused": 1,
         }
     rows = json.loads(
         ibid_command(data_dir, "sql", "SELECT * FROM savings_by_strategy ORDER BY mechanism", "--json", database=url)

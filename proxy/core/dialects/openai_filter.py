@@ -14,7 +14,8 @@ _FINISH = re.compile(rb'"finish_reason"\s*:\s*"')
 
 _MARKS = (b"[DONE]", b'"error"')
 _SPELLINGS = (  # a member, how it is usually spelled where nothing is to be done, and where something is
-    (b'"finish_reason"', (b'"finish_reason":null', b'"finish_reason": null'), (b'"finish_reason":"', b'"finish_reason": "')),
+    (b'"finish_reason"', (b'"finish_reason":null', b'"finish_reason": null'),
+     (b'"finish_reason":"', b'"finish_reason": "')),
     (b'"choices"', (b'"choices":[{', b'"choices": [{'), (b'"choices":[]', b'"choices": []')),
 )  # fmt: skip
 

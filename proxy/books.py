@@ -1,0 +1,261 @@
+"""What a request leaves behind: its ledger row, its counters, and the entry its answer becomes.
+
+The records of a request under way (`Client`, `Lookup`, `Fetch`) live here too, because this is where they end.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import orjson
+
+from proxy import ports
+from proxy.core import policy
+from proxy.core.answer import encode_answer
+from proxy.core.model import (
+    Answer,
+    Bypass,
+    Call,
+    Draft,
+    Hit,
+    NearMiss,
+    Outcome,
+    Query,
+    Rules,
+    Tier,
+    Usage,
+    Verdict,
+    again,
+)
+from proxy.hot import HotRow
+from proxy.telemetry import Telemetry
+
+MECHANISMS = {Tier.EXACT: "cache.exact", Tier.SEMANTIC: "cache.semantic", Tier.STALE: "cache.stale"}
+
+
+class Client(NamedTuple):
+    """Who asks, beyond what the Query says: one per HTTP request."""
+
+    request_id: str
+    ts_ms: int
+    started_s: float  # time.perf_counter
+    path_qs: str
+    headers: Sequence[tuple[bytes, bytes]]
+    is_retry: bool = False
+
+
+@dataclass(slots=True)
+class Lookup:
+    """What a lookup found, kept for the store that may follow it."""
+
+    verdict: Verdict
+    row: HotRow | None = None
+    vector: ports.Vector | None = None
+    signature: ports.Signature | None = None
+    steps_ms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Fetch:
+    """What a flight is for, and what came of it."""
+
+    query: Query
+    client: Client
+    lookup: Lookup
+    opened_s: float
+    first_byte_s: float | None = None
+    call: Call | None = None
+    answer: Answer | None = None
+    usage: Usage | None = None
+    unstored: str = ""  # why the answer is not stored; "" when it is
+    deferred: list[Callable[[], object]] = field(default_factory=list)  # settlements that wait for the call's end
+
+
+class Books:
+    """Writes requests into ledger, counters and log. Owns none of them."""
+
+    def __init__(self, ledger: ports.Ledger, prices: ports.PriceBook, telemetry: Telemetry) -> None:
+        self._ledger = ledger
+        self._prices = prices
+        self._telemetry = telemetry
+        self._serial = itertools.count(1)
+
+    def price(self, query: Query, usage: Usage | None, ts_ms: int) -> int:
+        """List price of these tokens at the model asked for, nano-dollars; 0 when either is unknown."""
+        return 0 if usage is None else self._prices.price(query.upstream, query.model, usage, "default", ts_ms).nusd
+
+    def recurring(self, query: Query, model_served: str, hit: Hit) -> tuple[Any, ...]:
+        """What every hit of this kind has in common, see `Outcome.recurring`."""
+        draft = hit.entry.draft
+        return _outcome(
+            query,
+            cache_status="HIT",
+            reason=hit.reason,
+            mechanism=MECHANISMS[hit.tier],
+            model_served=model_served,
+            similarity=hit.similarity,
+            entry_id=hit.entry.id,
+            usage=draft.usage,
+            baseline_ms=draft.total_ms,
+        ).recurring
+
+    def hit(
+        self,
+        recurring: tuple[Any, ...],
+        client: Client,
+        steps_ms: dict[str, float] | None,
+        scope: bytes,
+        age_s: int,
+        saved_nusd: int,
+    ) -> None:
+        total_ms = (time.perf_counter() - client.started_s) * 1e3
+        outcome = again(recurring, client.request_id, client.ts_ms, total_ms, total_ms)
+        self._ledger.record(outcome)
+        self._telemetry.lookup(outcome, steps_ms, scope=scope, age_s=age_s, saved_nusd=saved_nusd)
+
+    def call_of(self, fetch: Fetch, status: int, body: bytes, size_bytes: int, *, won: bool) -> Call:
+        """The upstream call of a fetch that has ended. Usage that was not told is estimated from what arrived."""
+        query, usage, basis = fetch.query, fetch.usage, "measured"
+        if usage is None and status == 200 and size_bytes:
+            usage, basis = _estimate(query, body), "estimated"
+        return Call(
+            id=f"{fetch.client.request_id}-{next(self._serial):x}",
+            ts_ms=fetch.client.ts_ms,
+            upstream=query.upstream,
+            model=fetch.answer.model if fetch.answer is not None else query.model,
+            purpose="answer",
+            tier="default",
+            won=won,
+            usage=usage,
+            usage_basis=basis if usage is not None else "none",
+            status=status,
+            ttft_ms=None if fetch.first_byte_s is None else (fetch.first_byte_s - fetch.opened_s) * 1e3,
+            total_ms=(time.perf_counter() - fetch.opened_s) * 1e3,
+        )
+
+    def forwarded(
+        self,
+        query: Query,
+        client: Client,
+        verdict: Verdict,
+        fetch: Fetch,
+        word: str,
+        status: int,
+        ttft_ms: float | None,
+        *,
+        collapsed: bool,
+    ) -> int:
+        """Book a request that was not answered from an entry; what it cost, in nano-dollars."""
+        call = None if collapsed else fetch.call
+        cache_status = "BYPASS" if isinstance(verdict, Bypass) else "MISS"
+        if query.controls.shadow:
+            cache_status = "SHADOW"
+        elif query.controls.refresh:
+            cache_status = "REFRESH"
+        outcome = _outcome(
+            query,
+            request_id=client.request_id,
+            ts_ms=client.ts_ms,
+            outcome=word,
+            status=status,
+            cache_status=cache_status,
+            reason=verdict.reason,
+            mechanism="stream.coalesce" if collapsed else None,
+            model_served=fetch.answer.model if fetch.answer is not None else query.model,
+            similarity=verdict.similarity if isinstance(verdict, NearMiss | Hit) else None,
+            entry_id=verdict.entry_id if isinstance(verdict, NearMiss) else None,
+            usage=fetch.usage if word == "ok" else None,
+            calls=() if call is None else (call,),
+            retry_of=fetch.client.request_id if collapsed and client.is_retry else None,
+            ttft_ms=ttft_ms,
+            total_ms=(time.perf_counter() - client.started_s) * 1e3,
+        )
+        self._ledger.record(outcome)
+        cost_nusd = 0 if call is None else self.price(query, call.usage, client.ts_ms)
+        self._telemetry.lookup(outcome, fetch.lookup.steps_ms, scope=query.scope, cost_nusd=cost_nusd)
+        return cost_nusd
+
+
+def draft_of(fetch: Fetch, answer: Answer, embedder: str, rules: Rules, now_ms: int) -> Draft:
+    """The entry this answer becomes. Without a vector it is found by its exact identity only."""
+    query, lookup = fetch.query, fetch.lookup
+    embedded = lookup.vector is not None and lookup.signature is not None
+    return Draft(
+        scope=query.scope,
+        fingerprint=query.fingerprint,
+        tenant=query.tenant,
+        namespace=query.controls.namespace,
+        upstream=query.upstream,
+        operation=query.operation,
+        model=query.model,
+        prompt=query.prompt,
+        answer=encode_answer(answer, orjson.dumps),
+        usage=answer.usage,
+        created_ms=now_ms,
+        expires_ms=now_ms + int(policy.ttl_s(query.eligibility, query.controls, rules) * 1000),
+        request_id=fetch.client.request_id,
+        total_ms=fetch.call.total_ms if fetch.call is not None else 0.0,
+        tags=query.controls.tags,
+        embedding=lookup.vector.tobytes() if embedded and lookup.vector is not None else None,
+        embedder=embedder if embedded else None,
+        signature=lookup.signature.tobytes() if embedded and lookup.signature is not None else None,
+    )
+
+
+def _outcome(
+    query: Query,
+    *,
+    cache_status: str,
+    reason: str,
+    mechanism: str | None,
+    model_served: str,
+    similarity: float | None,
+    entry_id: int | None,
+    usage: Usage | None,
+    request_id: str = "",
+    ts_ms: int = 0,
+    outcome: str = "ok",
+    status: int = 200,
+    calls: tuple[Call, ...] = (),
+    retry_of: str | None = None,
+    baseline_ms: float | None = None,
+    ttft_ms: float | None = None,
+    total_ms: float = 0.0,
+) -> Outcome:
+    return Outcome(
+        request_id=request_id,
+        ts_ms=ts_ms,
+        tenant=query.tenant,
+        namespace=query.controls.namespace,
+        tag=query.controls.tags[0] if query.controls.tags else "",
+        dialect=query.dialect,
+        endpoint=query.endpoint,
+        stream=query.stream,
+        model_requested=query.model,
+        model_served=model_served,
+        upstream=query.upstream,
+        mechanism=mechanism,
+        outcome=outcome,
+        cache_status=cache_status,
+        reason=reason,
+        status=status,
+        similarity=similarity,
+        entry_id=entry_id,
+        retry_of=retry_of,
+        usage=usage,
+        usage_basis="measured" if usage is not None else "none",
+        calls=calls,
+        baseline_ms=baseline_ms,
+        ttft_ms=ttft_ms,
+        total_ms=total_ms,
+    )
+
+
+def _estimate(query: Query, body: bytes) -> Usage:
+    """Tokens of a call that ended before it told its usage: four characters a token, and every streamed event one."""
+    asked = max(1, len(query.prompt or query.body) // 4)
+    return Usage(asked, max(1, body.count(b'"content"') if query.stream else len(body) // 4))
