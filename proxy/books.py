@@ -114,7 +114,7 @@ class Books:
     ) -> None:
         total_ms = (time.perf_counter() - client.started_s) * 1e3
         outcome = again(recurring, client.request_id, client.ts_ms, total_ms, total_ms)
-        self._ledger.record(outcome)
+        self._ledger.record_again(recurring, client.request_id, client.ts_ms, total_ms)
         self._telemetry.lookup(outcome, steps_ms, scope=scope, age_s=age_s, saved_nusd=saved_nusd)
 
     def call_of(self, fetch: Fetch, status: int, body: bytes, size_bytes: int, *, won: bool) -> Call:

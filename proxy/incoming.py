@@ -31,6 +31,7 @@ _KNOWN_WORDS = frozenset(
 )
 _NO_TUNNEL = frozenset({hdrs.METH_CONNECT, hdrs.METH_TRACE})
 _CLOSES = frozenset({"request_too_large", "request_timeout", "bad_request", "headers_too_large", "uri_too_long"})
+SMALL_BYTES = 16 * 1024
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -122,7 +123,11 @@ async def read_body(request: web.BaseRequest, limits: Limits) -> bytes:
     payload = request.content
     headers = request.headers
     if payload.is_eof() and payload.total_bytes <= limits.body_bytes and hdrs.CONTENT_ENCODING not in headers:
-        return payload.read_nowait() if payload.total_bytes else b""
+        if not payload.total_bytes:
+            return b""
+        if payload.total_bytes <= SMALL_BYTES and len(payload._buffer) == 1:
+            return payload._buffer.popleft()  # below aiohttp's low-water mark, so nothing waits to be resumed
+        return payload.read_nowait()
     codings = [c.strip().lower() for c in headers.get(hdrs.CONTENT_ENCODING, "").split(",")]
     codings = [c for c in codings if c not in ("", "identity")]
     if len(codings) > 1 or (codings and codings[0] not in ("gzip", "x-gzip", "deflate")):

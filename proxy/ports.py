@@ -7,7 +7,7 @@ the real edge.
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +90,10 @@ class Ledger(Protocol):
 
     def record(self, outcome: Outcome) -> None:
         """Never blocks, never raises."""
+        ...
+
+    def record_again(self, recurring: tuple[Any, ...], request_id: str, ts_ms: int, total_ms: float) -> None:
+        """`record(again(recurring, …))` for a hit, its first byte at its end. `recurring` is one object a form."""
         ...
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from proxy.core.errors import CacheFault
-from proxy.core.model import Draft, Entry, Outcome
+from proxy.core.model import Draft, Entry, Outcome, again
 from proxy.ports import Stored
 
 
@@ -50,6 +52,9 @@ class FakeLedger:
 
     def __init__(self) -> None:
         self.outcomes: list[Outcome] = []
+
+    def record_again(self, recurring: tuple[Any, ...], request_id: str, ts_ms: int, total_ms: float) -> None:
+        self.record(again(recurring, request_id, ts_ms, total_ms, total_ms))
 
     def record(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)

@@ -70,21 +70,25 @@ class Settlement(NamedTuple):
     calls: list[tuple[Any, ...]]
     savings: list[tuple[Any, ...]]
 
-    def again(self, outcome: Outcome) -> Settlement:
-        """The rows of an outcome that differs from this settlement's own in id and times, on the same day."""
-        assert not self.calls
-        before_ms = outcome.baseline_ms
-        saved_ms = None if before_ms is None else before_ms - outcome.total_ms
-        request = (
-            outcome.request_id,
-            outcome.ts_ms,
-            *self.request[2:_TTFT],
-            outcome.ttft_ms,
-            outcome.total_ms,
-            *self.request[_TTFT + 2 :],
-        )
-        savings = [(outcome.request_id, *step[1:_SAVED_MS], saved_ms, *step[_SAVED_MS + 1 :]) for step in self.savings]
-        return Settlement(request, [], savings)
+
+class Dated:
+    """The settlement of a recurring outcome without calls, ready to be dated again on the same day."""
+
+    __slots__ = ("_after", "_baseline_ms", "_middle", "_steps", "day", "recurring")
+
+    def __init__(self, recurring: tuple[Any, ...], day: int, settlement: Settlement) -> None:
+        assert not settlement.calls
+        self.recurring = recurring
+        self.day = day
+        self._middle = settlement.request[2:_TTFT]
+        self._after = settlement.request[_TTFT + 2 :]
+        self._baseline_ms: float | None = settlement.request[-1]
+        self._steps = [(step[1:_SAVED_MS], step[_SAVED_MS + 1 :]) for step in settlement.savings]
+
+    def at(self, request_id: str, ts_ms: int, total_ms: float) -> Settlement:
+        request = (request_id, ts_ms, *self._middle, total_ms, total_ms, *self._after)
+        saved_ms = None if self._baseline_ms is None else self._baseline_ms - total_ms
+        return Settlement(request, [], [(request_id, *before, saved_ms, *after) for before, after in self._steps])
 
 
 class _Priced(NamedTuple):

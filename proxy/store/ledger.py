@@ -17,7 +17,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from sqlalchemy import Table
@@ -26,8 +26,8 @@ from sqlalchemy.dialects.postgresql import asyncpg
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.core.errors import CacheFault
-from proxy.core.model import Outcome
-from proxy.core.saving import CALL_COLUMNS, REQUEST_COLUMNS, SAVING_COLUMNS, Pricing, Settlement, settle
+from proxy.core.model import Outcome, again
+from proxy.core.saving import CALL_COLUMNS, REQUEST_COLUMNS, SAVING_COLUMNS, Dated, Pricing, Settlement, settle
 from proxy.store.engine import Database
 from proxy.store.schema import request, saving, upstream_call
 from proxy.store.writer import Writer
@@ -53,6 +53,18 @@ _TABLES: tuple[tuple[Table, tuple[str, ...]], ...] = (
 )
 
 
+_ENTRY = REQUEST_COLUMNS.index("entry_id")
+_LANE = REQUEST_COLUMNS.index("lane")
+_FORWARDS = frozenset({"forward", "bypass", "refused"})
+
+
+class _Again(NamedTuple):
+    recurring: tuple[Any, ...]
+    request_id: str
+    ts_ms: int
+    total_ms: float
+
+
 class SqlLedger:
     """Ledger over SQL. `on_hit(entry_id, ts_ms)` is told of every answer an entry gave, for eviction by use."""
 
@@ -68,7 +80,7 @@ class SqlLedger:
         self._writer = writer
         self._price = price
         self._on_hit = on_hit
-        self._waiting: list[Outcome] = []
+        self._waiting: list[Outcome | _Again] = []
         self._full = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._closing = False
@@ -76,7 +88,7 @@ class SqlLedger:
         self._spill_path = database.data_dir / SPILL_NAME
         self._spilled = False
         self._inserts = [_Insert(table, columns, database.dialect) for table, columns in _TABLES]
-        self._settled: dict[tuple[tuple[Any, ...], int], Settlement] = {}
+        self._settled: dict[int, Dated] = {}  # by identity; each keeps its key alive
         self._work = self._insert
         self.written = 0  # outcomes now in the database, replays included
         self.spilled = 0  # outcomes that went to the spill file
@@ -85,6 +97,13 @@ class SqlLedger:
 
     def record(self, outcome: Outcome) -> None:
         """An append. Never blocks, never raises."""
+        self._append(outcome)
+
+    def record_again(self, recurring: tuple[Any, ...], request_id: str, ts_ms: int, total_ms: float) -> None:
+        """As `record(again(...))`, for outcomes that recur by the thousand: they are settled once, then dated."""
+        self._append(_Again(recurring, request_id, ts_ms, total_ms))
+
+    def _append(self, outcome: Outcome | _Again) -> None:
         waiting = self._waiting
         if len(waiting) >= FLUSH_ROWS:
             if len(waiting) >= MEMORY_LIMIT:
@@ -132,7 +151,7 @@ class SqlLedger:
             if self._waiting or self._spilled:
                 await self.flush()
 
-    async def _write(self, batch: list[Outcome]) -> bool:
+    async def _write(self, batch: list[Outcome | _Again]) -> bool:
         """Settle and insert, else spill; False when the outcomes had to stay in memory."""
         rows = await self._settle(batch)
         try:
@@ -148,7 +167,7 @@ class SqlLedger:
                 return False
         return True
 
-    async def _settle(self, batch: Sequence[Outcome]) -> Rows:
+    async def _settle(self, batch: Sequence[Outcome | _Again]) -> Rows:
         requests: list[tuple[Any, ...]] = []
         calls: list[tuple[Any, ...]] = []
         savings: list[tuple[Any, ...]] = []
@@ -156,7 +175,7 @@ class SqlLedger:
         for start in range(0, len(batch), SLICE):
             for outcome in batch[start : start + SLICE]:
                 try:
-                    settlement = settle(outcome, price) if outcome.calls else self._settled_before(outcome)
+                    settlement = self._date(outcome) if isinstance(outcome, _Again) else settle(outcome, price)
                 except (ValueError, TypeError, ArithmeticError, LookupError) as error:  # a malformed outcome of ours
                     self.refused += 1
                     log.error("outcome cannot be settled: %s", type(error).__name__)
@@ -164,20 +183,22 @@ class SqlLedger:
                 requests.append(settlement.request)
                 calls += settlement.calls
                 savings += settlement.savings
-                if on_hit is not None and outcome.entry_id is not None and outcome.mechanism is not None:
-                    on_hit(outcome.entry_id, outcome.ts_ms)
+                row = settlement.request
+                if on_hit is not None and row[_ENTRY] is not None and row[_LANE] not in _FORWARDS:
+                    on_hit(row[_ENTRY], row[1])
             await asyncio.sleep(0)
         return requests, calls, savings
 
-    def _settled_before(self, outcome: Outcome) -> Settlement:
-        """The rows of an outcome that made no call, settled once a day for all that differ in id and times only."""
-        key = (outcome.recurring, outcome.ts_ms // DAY_MS)
-        known = self._settled.get(key)
-        if known is None:
+    def _date(self, hit: _Again) -> Settlement:
+        """The rows of a recurring outcome. One settlement serves a day: list prices are dated."""
+        recurring, day = hit.recurring, hit.ts_ms // DAY_MS
+        known = self._settled.get(id(recurring))
+        if known is None or known.day != day:
             if len(self._settled) >= SETTLED_LIMIT:
                 self._settled.clear()
-            known = self._settled[key] = settle(outcome, self._price)
-        return known.again(outcome)
+            outcome = again(recurring, hit.request_id, hit.ts_ms, hit.total_ms, hit.total_ms)
+            known = self._settled[id(recurring)] = Dated(recurring, day, settle(outcome, self._price))
+        return known.at(hit.request_id, hit.ts_ms, hit.total_ms)
 
     async def _insert(self, connection: AsyncConnection, batches: Sequence[Rows]) -> Sequence[None]:
         for index, insert in enumerate(self._inserts):

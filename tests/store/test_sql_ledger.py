@@ -7,6 +7,8 @@ import sqlite3
 
 import pytest
 
+from proxy.core.model import again
+from proxy.core.saving import day_of
 from proxy.store.ledger import _TABLES
 from proxy.store.store import open_store
 from tests.rows import call, hit, list_price, outcome
@@ -129,3 +131,25 @@ async def test_no_prompt_text_reaches_the_ledger(sqlite_store, mechanism):
     await sqlite_store.ledger.flush()
     row = await sqlite_store.queries.request("h")
     assert not {"prompt", "answer", "body"} & set(row)
+
+
+async def test_an_outcome_that_recurs_gets_the_rows_it_would_get_alone(tmp_path):
+    """Settled once and dated again, or settled each time: the same rows, on either side of midnight."""
+    once = hit("first")
+    midnight = (once.ts_ms // 86_400_000 + 1) * 86_400_000
+    times = [("a", once.ts_ms, 3.25), ("b", once.ts_ms + 1, 0.5), ("c", midnight + 5, 7.0)]
+    store = await open_store(None, tmp_path, price=list_price)
+    recurring = once.recurring
+    for request_id, ts_ms, total_ms in times:
+        store.ledger.record_again(recurring, request_id, ts_ms, total_ms)
+        store.ledger.record(again(recurring, request_id + "-alone", ts_ms, total_ms, total_ms))
+    await store.ledger.flush()
+    for request_id, _, _ in times:
+        dated, alone = [await store.queries.request(name) for name in (request_id, request_id + "-alone")]
+        assert dated is not None
+        assert alone is not None
+        assert dated["day"] == day_of(dated["ts"])
+        assert {**dated, "id": "", "savings": []} == {**alone, "id": "", "savings": []}
+        steps = [[{**step, "request_id": ""} for step in rows["savings"]] for rows in (dated, alone)]
+        assert steps[0] == steps[1] != []
+    await store.close()
