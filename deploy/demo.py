@@ -60,6 +60,10 @@ SCRIPT = (
     Step("new question, streamed", "How many days are there in 3 weeks?", None, stream=True),
     Step("the same again, whole", "How many days are there in 3 weeks?", "exact"),
     Step("look-alike: the number is changed", "How many days are there in 5 weeks?", None, stream=True),
+    Step("new question", "How do I get from Paris to Lyon by train in 2 hours?", None),
+    Step("look-alike: another number", "How do I get from Paris to Lyon by train in 3 hours?", None),
+    Step("look-alike: another name", "How do I get from Paris to Marseille by train in 2 hours?", None, stream=True),
+    Step("look-alike: turned round", "How do I get from Lyon to Paris by train in 2 hours?", None),
 )
 
 
@@ -214,7 +218,7 @@ def main() -> int:
         client = openai.OpenAI(base_url=running_proxy.client, api_key="sk-demo-0123456789", max_retries=0)
         broken = play(client)
         show_ledger(running_proxy)
-        print(f"\nadmin, dashboard  {running_proxy.admin}  (token in {data_dir / 'admin-token'})")
+        print(f"\nadmin             {running_proxy.admin}  (token in {data_dir / 'admin-token'})")
         if chosen.once:
             print(f"{len(SCRIPT) - len(broken)} of {len(SCRIPT)} requests as promised")
             return 1 if broken else 0

@@ -123,13 +123,16 @@ class EmbedderOwner:
         self._known.clear()
         self.embedded = 0
 
-    async def embed(self, text: str) -> Vector:
-        """(dimension,) float32, unit, read-only. Raises Overloaded at once when full, TextTooLong, EmbedderFault."""
+    async def embed(self, text: str, tenant: str = "") -> Vector:
+        """(dimension,) float32, unit, read-only. `tenant` keeps apart who may profit from a text seen before.
+
+        Raises Overloaded at once when full, TextTooLong, EmbedderFault.
+        """
         if len(text) > CHARACTERS_PER_TOKEN * self.window:
             self.too_long += 1
             raise TextTooLong(f"{len(text)} characters, window {self.window} tokens")
         try:
-            digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+            digest = hashlib.blake2b(f"{tenant}\0{text}".encode(), digest_size=16).digest()
         except UnicodeEncodeError as error:
             raise EmbedderFault("the text holds a lone surrogate") from error
         if (known := self._known.get(digest)) is not None:

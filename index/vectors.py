@@ -34,6 +34,7 @@ __all__ = ["Candidate", "VectorOwner"]
 Vector = NDArray[np.float32]
 Signature = NDArray[np.uint64]
 T = TypeVar("T")
+A = TypeVar("A", Vector, Signature)
 
 _log = logging.getLogger(__name__)
 
@@ -359,13 +360,18 @@ class VectorOwner:
             raise IndexFault(f"a vector must be float32 ({self.dimension},), got {vector.dtype} {vector.shape}")
         if not abs(float(np.dot(vector, vector)) - 1.0) <= UNIT_TOLERANCE:  # NaN fails too
             raise IndexFault("a vector must be finite and of unit length")
-        return np.ascontiguousarray(vector)
+        return _as_compiled(vector)
 
 
 def _checked_signature(signature: Signature) -> Signature:
     if signature.shape != (WIDTH,) or signature.dtype != np.uint64:
         raise IndexFault(f"a signature must be uint64 ({WIDTH},), got {signature.dtype} {signature.shape}")
-    return np.ascontiguousarray(signature)
+    return _as_compiled(signature)
+
+
+def _as_compiled(array: A) -> A:
+    """Contiguous and writeable: Numba would compile every kernel anew, for half a second, for a read-only array."""
+    return array if array.flags.writeable and array.flags.c_contiguous else array.copy()
 
 
 def _grouped(numbers: NDArray[np.int32], ids: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:

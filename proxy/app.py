@@ -16,7 +16,7 @@ import signal
 import stat
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -221,10 +221,11 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
             log_writer.form.redactor.register(token)
         embedder, index, fault = await open_semantic(settings, store, stack)
         forward = settings.forward
+        extra_headers = frozenset(name.lower() for name in forward.extra_headers)
         upstreams = Upstreams(
             [upstream_address(n, u) for n, u in settings.upstreams.items()],
             UpstreamLimits(forward.connect_timeout_s, forward.first_byte_timeout_s, forward.idle_timeout_s),
-            extra_headers=frozenset(name.lower() for name in forward.extra_headers),
+            extra_headers=extra_headers,
         )
         await upstreams.start()
         stack.push_async_callback(upstreams.close)
@@ -244,6 +245,7 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
             index=index,
             semantic_fault=fault,
             usage_on_hit=settings.cache.usage_on_hit,
+            model_aliases=aliases_of(forward.model_aliases),
         )
         handler = ClientHandler(
             pipeline=pipeline,
@@ -253,6 +255,7 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
             rules=settings.rules,
             limits=settings.limits,
             secret=secret,
+            extra_headers=extra_headers,
             anonymous=settings.server.anonymous,
         )
         pulse = Pulse()
@@ -345,6 +348,17 @@ def banner(app: App) -> str:
         f"semantic      {describe(app.pipeline)}",
     ]
     return "\n".join(lines)
+
+
+def aliases_of(pairs: Sequence[str]) -> dict[str, set[str]]:
+    """Model asked → names its upstream may answer with. Raises ConfigError for a pair without its equals sign."""
+    aliases: dict[str, set[str]] = {}
+    for pair in pairs:
+        asked, sign, answered = pair.partition("=")
+        if not (asked and sign and answered):
+            raise ConfigError(f"forward.model_aliases: {pair!r} must be asked=answered")
+        aliases.setdefault(asked, set()).add(answered)
+    return aliases
 
 
 def describe(pipeline: Pipeline) -> str:

@@ -85,7 +85,7 @@ class Explainer:
         if embedder is None or index is None:
             return [], self._pipeline.semantic_fault
         try:
-            vector = await embedder.embed(query.prompt)
+            vector = await embedder.embed(query.prompt, query.tenant)
             signature = embedder.signature(query.prompt)
             found = await index.search(query.scope, vector, signature, now_ms, CANDIDATES)
         except ports.CACHE_FAULTS as fault:

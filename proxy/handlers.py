@@ -85,6 +85,7 @@ class ClientHandler:
         rules: Rules,
         limits: Limits,
         secret: bytes,
+        extra_headers: frozenset[str] = frozenset(),
         anonymous: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -97,6 +98,7 @@ class ClientHandler:
         self._rules = rules
         self._limits = limits
         self._secret = secret
+        self._extra_headers = extra_headers
         self._anonymous = anonymous
         self._clock = clock
         self._targets: dict[str, Target] = {}
@@ -116,6 +118,7 @@ class ClientHandler:
             finally:
                 self.admission.leave()
         except IbidError as error:
+            self._telemetry.refused(error.code)
             return error_response(error, request_id)
         except (ConnectionError, asyncio.CancelledError):
             raise
@@ -160,7 +163,7 @@ class ClientHandler:
         caller = Caller(
             tenant,
             headers,
-            identity.scope_headers(headers),
+            identity.scope_headers(headers, self._extra_headers),
             is_json=request.content_type == "application/json",
             is_retry=request.headers.get("x-stainless-retry-count", "0") not in ("", "0"),
         )

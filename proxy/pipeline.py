@@ -174,7 +174,7 @@ class Pipeline:
             return
         started = time.perf_counter()
         lookup.signature = signature = self.embedder.signature(query.prompt)
-        lookup.vector = vector = await self.embedder.embed(query.prompt)
+        lookup.vector = vector = await self.embedder.embed(query.prompt, query.tenant)
         embedded = time.perf_counter()
         lookup.steps_ms["embed"] = (embedded - started) * 1e3
         if not query.controls.read:
@@ -412,6 +412,7 @@ class Pipeline:
         if fetch.answer is not None:
             _ = self._tasks.spawn(self._keep(flight, fetch.answer), "store")
         else:
+            self._telemetry.unstored(fetch.unstored or "no_answer")
             self._forget_flight(flight)
 
     def _why_unstored(self, flight: Flight[Fetch], recording: Recording | None) -> str:

@@ -30,8 +30,11 @@ class Embedder(Protocol):
     dimension: int
     window: int  # tokens
 
-    async def embed(self, text: str) -> Vector:
-        """Unit float32 (dimension,). Raises Overloaded at once when full, TextTooLong, EmbedderFault."""
+    async def embed(self, text: str, tenant: str = "") -> Vector:
+        """Unit float32 (dimension,). What one tenant had embedded is not quicker for another.
+
+        Raises Overloaded at once when full, TextTooLong, EmbedderFault.
+        """
         ...
 
     def signature(self, text: str) -> Signature:

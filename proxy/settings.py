@@ -72,6 +72,7 @@ class Forward:
     first_byte_timeout_s: float = option(600.0, "from request to response head; a long whole answer", least=0.001)
     idle_timeout_s: float = option(120.0, "longest silence inside a response body", least=0.001)
     extra_headers: tuple[str, ...] = option((), "request headers beyond the allow-list that reach the upstream")
+    model_aliases: tuple[str, ...] = option((), "asked=answered: other names an upstream answers with, * for any")
 
 
 @dataclass(frozen=True, slots=True)

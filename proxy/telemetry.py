@@ -74,6 +74,8 @@ class Telemetry(Collector):
         self._requests: dict[Labels, int] = {}
         self._vetoes: dict[Labels, int] = {}
         self._faults: dict[Labels, int] = {}
+        self._unstored: dict[Labels, int] = {}
+        self._refused: dict[Labels, int] = {}
         self._saved_nusd: dict[Labels, int] = {}
         self._cost_nusd: dict[Labels, int] = {}
         self._collapsed = 0
@@ -139,6 +141,14 @@ class Telemetry(Collector):
         """A guard refused a candidate."""
         _add(self._vetoes, (guard,), 1)
 
+    def unstored(self, reason: str) -> None:
+        """An answer that was not stored, and why."""
+        _add(self._unstored, (reason,), 1)
+
+    def refused(self, code: str) -> None:
+        """A request that was answered with an error of ibid's own."""
+        _add(self._refused, (code,), 1)
+
     def fault(self, reason: str) -> None:
         """Store, index or embedder failed a lookup; the reason's first word names the room."""
         room = reason.partition("_")[0]
@@ -161,6 +171,8 @@ class Telemetry(Collector):
         yield _counter(
             "ibid_requests", "Finished requests", ("cache", "tier", "reason", "status"), self._requests.items()
         )
+        yield _counter("ibid_unstored", "Answers not stored", ("reason",), self._unstored.items())
+        yield _counter("ibid_refused", "Errors of ibid's own", ("code",), self._refused.items())
         yield _counter("ibid_guard_veto", "Candidates refused by a guard", ("guard",), self._vetoes.items())
         yield _counter(
             "ibid_faults", "Cache faults that turned a lookup into a bypass", ("room", "reason"), self._faults.items()

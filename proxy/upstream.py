@@ -168,7 +168,8 @@ class OpenResponse:
         self._is_cut_by_close = length is None and hdrs.TRANSFER_ENCODING not in received
 
     def header(self, name: str) -> str | None:
-        return self._response.headers.get(name)
+        """One header of the response, the lines of a repeated one joined (RFC 9110 §5.3); None when absent."""
+        return ", ".join(lines) if (lines := self._response.headers.getall(name, None)) else None
 
     async def read_some(self) -> bytes:
         """Next bytes; b"" at a clean end. Raises UpstreamError: upstream_incomplete, upstream_reset (502),

@@ -29,7 +29,7 @@ class FakeEmbedder:
         self._queue = queue
         self._in_flight = 0
 
-    async def embed(self, text: str) -> NDArray[np.float32]:
+    async def embed(self, text: str, tenant: str = "") -> NDArray[np.float32]:
         words = text.lower().split()
         if len(words) > self.window:
             raise TextTooLong(f"{len(words)} words, window {self.window}")

@@ -34,7 +34,14 @@ class Result:
 
 
 class Connection(asyncio.Protocol):
-    def __init__(self, next_request: Callable[[], bytes | None], result: Result, done: asyncio.Future[None]) -> None:
+    def __init__(
+        self,
+        next_request: Callable[[], bytes | None],
+        result: Result,
+        done: asyncio.Future[None],
+        pause_s: float = 0.0,
+    ) -> None:
+        self.pause_s = pause_s
         self.next_request = next_request
         self.result = result
         self.done = done
@@ -74,7 +81,10 @@ class Connection(asyncio.Protocol):
         if whole:
             self.result.count += 1
             self.result.latencies_ms.append((time.perf_counter() - self.sent_s) * 1e3)
-            self.send()
+            if self.pause_s:
+                _ = asyncio.get_running_loop().call_later(self.pause_s, self.send)
+            else:
+                self.send()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is not None:
@@ -83,8 +93,11 @@ class Connection(asyncio.Protocol):
             self.done.set_result(None)
 
 
-async def run(port: int, next_request: Callable[[], bytes], connections: int, seconds: float) -> Result:
-    """Load 127.0.0.1:port for `seconds` with `connections` keep-alive connections."""
+async def run(
+    port: int, next_request: Callable[[], bytes], connections: int, seconds: float, pause_s: float = 0.0
+) -> Result:
+    """Load 127.0.0.1:port for `seconds` with `connections` keep-alive connections, each resting `pause_s` between two
+    requests: for latencies of a server that is not saturated."""
     loop = asyncio.get_running_loop()
     result = Result()
     deadline = time.perf_counter() + seconds
@@ -95,7 +108,7 @@ async def run(port: int, next_request: Callable[[], bytes], connections: int, se
     started = time.perf_counter()
     futures = [loop.create_future() for _ in range(connections)]
     for future in futures:
-        await loop.create_connection(lambda f=future: Connection(bounded, result, f), "127.0.0.1", port)
+        await loop.create_connection(lambda f=future: Connection(bounded, result, f, pause_s), "127.0.0.1", port)
     await asyncio.wait_for(asyncio.gather(*futures), seconds + 60)
     result.seconds = time.perf_counter() - started
     return result

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from index import kernels
 from index.arena import Arena
 from index.errors import IndexFault, IndexRebuilding, Overloaded
 from index.tokens import signature
@@ -268,3 +269,23 @@ def test_scope_numbers_are_not_reused_while_a_snapshot_is_read() -> None:
     arena.release()
     assert arena.digests()[0] == b""
     assert arena.add(3, SCOPES[2], units(1)[0], SIGNS[0], FAR) == 0
+
+
+async def test_nothing_is_compiled_in_a_request() -> None:
+    """The embedder hands out read-only vectors; a kernel would be compiled once more for those."""
+    owner = VectorOwner("m", D)
+    owner.start()
+    vectors = units(3)
+    try:
+        await owner.ids()  # compiled from here on
+        compiled = [len(kernels.rank.signatures), len(kernels.veto_bits.signatures)]
+        for i, vector in enumerate(vectors):
+            vector.flags.writeable = False
+            owner.add(i, SCOPES[0], vector, SIGNS[0], FAR)
+        query, guards = vectors[1], SIGNS[0].copy()
+        guards.flags.writeable = False
+        assert [found.entry_id for found in await owner.search(SCOPES[0], query, guards, 0, 1)] == [1]
+        assert owner.compare(query, guards, query.tobytes(), guards.tobytes())[0] == pytest.approx(1.0)
+        assert [len(kernels.rank.signatures), len(kernels.veto_bits.signatures)] == compiled
+    finally:
+        owner.close()
