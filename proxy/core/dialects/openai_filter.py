@@ -12,12 +12,31 @@ _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _FINISH = re.compile(rb'"finish_reason"\s*:\s*"')
 
 
+LAST = 4  # events at the end of a stream that say other things: finish, usage, [DONE]
 _MARKS = (b"[DONE]", b'"error"')
 _SPELLINGS = (  # a member, how it is usually spelled where nothing is to be done, and where something is
     (b'"finish_reason"', (b'"finish_reason":null', b'"finish_reason": null'),
      (b'"finish_reason":"', b'"finish_reason": "')),
     (b'"choices"', (b'"choices":[{', b'"choices": [{'), (b'"choices":[]', b'"choices": []')),
 )  # fmt: skip
+
+
+def _deltas_until(chunk: bytes) -> int:
+    """Where the last LAST events of a chunk begin, when all before them are usual deltas; else 0.
+
+    An event that says `"finish_reason":null` has one choice that goes on; text cannot say it, its quotes are escaped.
+    """
+    cut = len(chunk)
+    for _ in range(LAST + 1):
+        cut = chunk.rfind(b"\n\n", 0, cut)
+        if cut <= 0:
+            return 0
+    cut += 2
+    usual = chunk.count(b'"finish_reason":null', 0, cut)
+    if usual != chunk.count(b"\n\n", 0, cut) or chunk.find(b"\r", 0, cut) >= 0:
+        return 0
+    odd = any(chunk.find(mark, 0, cut) >= 0 for mark in (*_MARKS, b'"choices":[]'))
+    return 0 if odd else cut
 
 
 def _plain_until(chunk: bytes) -> int:
@@ -27,6 +46,8 @@ def _plain_until(chunk: bytes) -> int:
     """
     if len(chunk) > LINE_LIMIT_BYTES:
         return 0
+    if (cut := _deltas_until(chunk)) > 0:
+        return cut
     first = len(chunk)
     for mark in _MARKS:
         if (at := chunk.find(mark, 0, first)) >= 0:

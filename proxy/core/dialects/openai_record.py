@@ -201,14 +201,16 @@ class Recorder:
 
     def _read_run(self, body: bytes, at: int) -> int:
         """Take in the run of events from `at` that say the same as the last one but for their text; where it ends."""
-        lead, tail = b"data: " + self._prefix, self._suffix + b"\n\n"
+        lead, tail = b"data: " + self._prefix, self._suffix
         if not body.startswith(lead, at):
             return at
-        *texts, last = body[at + len(lead) :].split(tail + lead)
-        cut = last.find(tail)
-        if cut >= 0:
-            texts.append(last[:cut])
-        around = len(lead) + len(tail)
+        start, end = len(lead), len(tail)
+        texts = []
+        for block in body[at:].split(b"\n\n")[:-1]:
+            if len(block) < start + end or not (block.startswith(lead) and block.endswith(tail)):
+                break
+            texts.append(block[start:-end])
+        around = start + end + 2
         try:
             if _SPECIAL.search(b"".join(texts)) is None:
                 parts = [text.decode() for text in texts]
