@@ -175,7 +175,7 @@ RULES_WHY: Mapping[str, str] = {
     "max_ttl_s": "longest life a client may ask for",
     "volatile_ttl_s": "life of an answer to a question about now",
     "semantic_temperature_max": "explicit temperature above this: exact only, the client wants variety",
-    "cache_sampled": "exact hits even for a high temperature or a seed",
+    "cache_seeded": "exact hits even for a request that gives a seed",
     "cache_tools": "exact hits for requests that carry tools and were answered in text",
     "semantic": "look for reworded questions at all",
     "min_words": "shorter prompts say too little to compare",

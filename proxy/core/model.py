@@ -280,7 +280,7 @@ class Rules:
     max_ttl_s: float = 30 * 86_400.0
     volatile_ttl_s: float = 60.0
     semantic_temperature_max: float = 0.3
-    cache_sampled: bool = False  # exact hits for explicit temperature above the limit, or a seed
+    cache_seeded: bool = False  # exact hits for a request with a seed
     cache_tools: bool = True  # exact hits for requests that carry tools and were answered in text
     semantic: bool = True
     min_words: int = 3

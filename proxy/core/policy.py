@@ -72,11 +72,8 @@ def _forbidding(facts: Facts, controls: Controls, rules: Rules) -> Iterator[str]
         yield "remote_urls"  # what is behind an address may change
     if facts.has_tools and not rules.cache_tools:
         yield "tools"
-    if not rules.cache_sampled:
-        if _is_sampled(facts, rules):
-            yield "temperature"
-        if facts.seed is not None:
-            yield "seed"
+    if facts.seed is not None and not rules.cache_seeded:
+        yield "seed"  # a given sample was asked for
     if facts.prompt is not None and _is_longer(facts.prompt, rules.prompt_limit_bytes):
         yield "prompt_too_large"
 

@@ -217,7 +217,8 @@ async def semantic_hits(bench: Bench, embed_alone: Callable[[], float]) -> None:
 
 async def misses(bench: Bench, embed_alone: Callable[[], float]) -> None:
     def bypass() -> bytes:
-        return post("/v1/chat/completions", chat(question(next(bench.serial) % 9000), temperature=0.9))
+        body = chat(question(next(bench.serial) % 9000), temperature=0.9)
+        return post("/v1/chat/completions", body, "cache-control: no-store\r\n")
 
     def stream(**fields: object) -> bytes:
         text = fresh_question(next(bench.serial))

@@ -44,7 +44,7 @@ def test_a_plain_first_question_may_be_matched_by_meaning() -> None:
     [
         ({"temperature": 0}, ("full", None)),
         ({"temperature": 0.3}, ("full", None)),
-        ({"temperature": 0.31}, ("none", "temperature")),
+        ({"temperature": 0.31}, ("exact", "temperature")),
         ({"seed": 0}, ("none", "seed")),
         ({"n": 2}, ("none", "n")),
         ({"logprobs": True}, ("none", "logprobs")),
@@ -85,12 +85,12 @@ def test_the_clients_wishes(controls: Controls, wanted: tuple[str, str | None]) 
 
 
 def test_the_operators_rules() -> None:
-    sampled = replace(RULES, cache_sampled=True)
-    assert level_of(rules=sampled, temperature=1.0) == ("exact", "temperature")
-    assert level_of(rules=sampled, seed=7) == ("exact", "seed")
+    seeded = replace(RULES, cache_seeded=True)
+    assert level_of(rules=seeded, temperature=1.0) == ("exact", "temperature")
+    assert level_of(rules=seeded, seed=7) == ("exact", "seed")
     assert level_of(rules=replace(RULES, cache_tools=False), has_tools=True) == ("none", "tools")
     assert level_of(rules=replace(RULES, semantic=False)) == ("exact", "semantic_off")
-    assert level_of(temperature=float("nan")) == ("none", "temperature")
+    assert level_of(temperature=float("nan")) == ("exact", "temperature")
 
 
 @pytest.mark.parametrize(

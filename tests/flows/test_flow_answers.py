@@ -179,7 +179,7 @@ TURNS = [{"role": "user", "content": "Hello there, garden people"}, {"role": "as
 
 
 UNMATCHED = [
-    ({"temperature": 0.31}, "temperature", "BYPASS"),
+    ({"temperature": 0.31}, "temperature", "HIT"),
     ({"seed": 7}, "seed", "BYPASS"),
     ({"tools": [TOOL]}, "tools", "HIT"),
     ({"n": 2}, "n", "BYPASS"),
@@ -218,12 +218,13 @@ async def test_what_may_not_be_matched_says_why_everywhere(ibid, up):
         assert up.meter.calls - calls == (0 if second == "HIT" else 1)
 
 
-async def test_sampled_requests_are_served_exactly_when_the_operator_says_so(data_dir, up):
-    async with running(data_dir, up.url, {"cache": {"cache_sampled": True}}) as ibid:
-        first = await ibid.fill(ASKED, temperature=1.2)
-        assert first.reason == "temperature"
-        assert (await ibid.ask(ASKED, temperature=1.2)).text == first.text
-        assert (await ibid.ask(REWORDED, temperature=1.2)).cache == "MISS"
+async def test_seeded_requests_are_served_exactly_when_the_operator_says_so(data_dir, up):
+    async with running(data_dir, up.url, {"cache": {"cache_seeded": True}}) as ibid:
+        first = await ibid.fill(ASKED, seed=12)
+        assert first.reason == "seed"
+        assert (await ibid.ask(ASKED, seed=12)).text == first.text
+        assert (await ibid.ask(ASKED, seed=13)).cache == "MISS"
+        assert (await ibid.ask(REWORDED, seed=12)).cache == "MISS"
 
 
 async def test_any_setting_that_changes_the_answer_is_part_of_the_identity(exact, up):
