@@ -192,105 +192,139 @@ async def housekeep(app: App, index: VectorOwner | None) -> None:
             app.telemetry.fault(fault.code if isinstance(fault, CacheFault) else fault.reason)
 
 
+@dataclass(frozen=True, slots=True)
+class Edges:
+    """What the pipeline stands between, open and warm."""
+
+    telemetry: Telemetry
+    prices: Prices
+    store: Store
+    upstreams: Upstreams
+    embedder: EmbedderOwner | None
+    index: VectorOwner | None
+    semantic_fault: str
+
+
+async def open_edges(settings: Settings, log_writer: logs.LogWriter | None, stack: contextlib.AsyncExitStack) -> Edges:
+    """Everything but the listeners; `stack` closes it. Raises ConfigError."""
+    telemetry = Telemetry(log_writer, level=logging.getLevelNamesMapping()[settings.log.level])
+    prices = Prices(
+        {name: override.rates() for name, override in settings.prices.items()},
+        {name: upstream.prices_as for name, upstream in settings.upstreams.items() if upstream.prices_as},
+    )
+    if settings.rules.semantic:  # seconds: beside the opening of database and model; whoever needs them waits
+        compiling = asyncio.get_running_loop().run_in_executor(None, compile_kernels)
+        stack.push_async_callback(asyncio.wait, [compiling])
+    await asyncio.to_thread(prices.load)
+    store = await open_store(
+        settings.store.database_url or None,
+        settings.data_dir,
+        price=prices.price,
+        limit_entries=settings.store.max_entries,
+        limit_bytes=settings.store.max_bytes,
+        queue_limit=settings.store.queue,
+    )
+    stack.push_async_callback(store.close)
+    embedder, index, fault = await open_semantic(settings, store, stack)
+    forward = settings.forward
+    upstreams = Upstreams(
+        [upstream_address(name, upstream) for name, upstream in settings.upstreams.items()],
+        UpstreamLimits(forward.connect_timeout_s, forward.first_byte_timeout_s, forward.idle_timeout_s),
+        extra_headers=extra_headers(settings),
+    )
+    await upstreams.start()
+    stack.push_async_callback(upstreams.close)
+    return Edges(telemetry, prices, store, upstreams, embedder, index, fault)
+
+
+def assemble(settings: Settings, edges: Edges, tasks: Tasks) -> tuple[Pipeline, ClientHandler]:
+    """The pipeline over its edges, and the handler in front of it."""
+    pipeline = Pipeline(
+        rules=settings.rules,
+        store=edges.store.entries,
+        ledger=edges.store.ledger,
+        prices=edges.prices,
+        upstream=edges.upstreams,
+        telemetry=edges.telemetry,
+        tasks=tasks,
+        hot=HotRows(settings.cache.hot_bytes),
+        embedder=edges.embedder,
+        index=edges.index,
+        semantic_fault=edges.semantic_fault,
+        usage_on_hit=settings.cache.usage_on_hit,
+        model_aliases=aliases_of(settings.forward.model_aliases),
+    )
+    handler = ClientHandler(
+        pipeline=pipeline,
+        upstream=edges.upstreams,
+        ledger=edges.store.ledger,
+        telemetry=edges.telemetry,
+        rules=settings.rules,
+        limits=settings.limits,
+        secret=read_secret(settings.data_dir),
+        extra_headers=extra_headers(settings),
+        anonymous=settings.server.anonymous,
+    )
+    return pipeline, handler
+
+
+async def open_admin(settings: Settings, operator: Operator, edges: Edges, token: str) -> web.AppRunner:
+    """The admin listener, accepting; the caller cleans it up. Raises ConfigError."""
+    gate = Gate(token, LOOPBACK_NAMES | {settings.server.admin.host})
+    runner = web.AppRunner(admin.build(operator, edges.telemetry, gate), access_log=None, handle_signals=False)
+    await runner.setup()
+    site = web.TCPSite(runner, settings.server.admin.host, settings.server.admin.port)
+    try:
+        await site.start()
+    except OSError as error:
+        await runner.cleanup()
+        raise ConfigError(f"cannot listen on {settings.server.admin}: {error.strerror}") from error
+    return runner
+
+
+async def open_clients(settings: Settings, handler: ClientHandler) -> listener.Listener:
+    """The client listener, accepting. Raises ConfigError."""
+    address = settings.server.listen
+    try:
+        return await listener.start(handler, address.host, address.port, settings.limits)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {address}: {error.strerror}") from error
+
+
 @contextlib.asynccontextmanager
 async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = None) -> AsyncIterator[App]:
     """A serving ibid; leaving the context stops accepting, drains, flushes and closes. Raises ConfigError."""
     async with contextlib.AsyncExitStack() as stack:
         started_s = time.perf_counter()
-        telemetry = Telemetry(log_writer, level=logging.getLevelNamesMapping()[settings.log.level])
-        prices = Prices(
-            {name: override.rates() for name, override in settings.prices.items()},
-            {name: upstream.prices_as for name, upstream in settings.upstreams.items() if upstream.prices_as},
-        )
-        if settings.rules.semantic:  # seconds: beside the opening of database and model; whoever needs them waits
-            compiling = asyncio.get_running_loop().run_in_executor(None, compile_kernels)
-            stack.push_async_callback(asyncio.wait, [compiling])
-        await asyncio.to_thread(prices.load)
-        store = await open_store(
-            settings.store.database_url or None,
-            settings.data_dir,
-            price=prices.price,
-            limit_entries=settings.store.max_entries,
-            limit_bytes=settings.store.max_bytes,
-            queue_limit=settings.store.queue,
-        )
-        stack.push_async_callback(store.close)
-        secret = read_secret(settings.data_dir)
+        edges = await open_edges(settings, log_writer, stack)
         token, token_path = load_token(settings.server.admin_token, settings.data_dir)
         if log_writer is not None:
             log_writer.form.redactor.register(token)
-        embedder, index, fault = await open_semantic(settings, store, stack)
-        forward = settings.forward
-        extra_headers = frozenset(name.lower() for name in forward.extra_headers)
-        upstreams = Upstreams(
-            [upstream_address(n, u) for n, u in settings.upstreams.items()],
-            UpstreamLimits(forward.connect_timeout_s, forward.first_byte_timeout_s, forward.idle_timeout_s),
-            extra_headers=extra_headers,
-        )
-        await upstreams.start()
-        stack.push_async_callback(upstreams.close)
-        tasks = Tasks(telemetry.fault)
-        background = Tasks(telemetry.fault)
+        tasks, background = Tasks(edges.telemetry.fault), Tasks(edges.telemetry.fault)
         stack.push_async_callback(background.close, 1.0)
-        pipeline = Pipeline(
-            rules=settings.rules,
-            store=store.entries,
-            ledger=store.ledger,
-            prices=prices,
-            upstream=upstreams,
-            telemetry=telemetry,
-            tasks=tasks,
-            hot=HotRows(settings.cache.hot_bytes),
-            embedder=embedder,
-            index=index,
-            semantic_fault=fault,
-            usage_on_hit=settings.cache.usage_on_hit,
-            model_aliases=aliases_of(forward.model_aliases),
-        )
-        handler = ClientHandler(
-            pipeline=pipeline,
-            upstream=upstreams,
-            ledger=store.ledger,
-            telemetry=telemetry,
-            rules=settings.rules,
-            limits=settings.limits,
-            secret=secret,
-            extra_headers=extra_headers,
-            anonymous=settings.server.anonymous,
-        )
-        pulse = Pulse()
-        stopping = asyncio.Event()
+        pipeline, handler = assemble(settings, edges, tasks)
+        pulse, stopping = Pulse(), asyncio.Event()
         operator = Operator(
             pipeline=pipeline,
-            store=store,
-            telemetry=telemetry,
-            explain=Explainer(pipeline, handler, store).explain,
+            store=edges.store,
+            telemetry=edges.telemetry,
+            explain=Explainer(pipeline, handler, edges.store).explain,
             gauges=lambda: {
                 "loop_stall_ms_max": round(pulse.longest_ms, 3),
                 "uptime_s": round(time.perf_counter() - started_s),
             },
             is_stopping=stopping.is_set,
         )
-        app = App(settings, pipeline, store, telemetry, operator, token, token_path, stopping)
-        watch(app, handler, pulse, embedder, index)
-        runner = web.AppRunner(
-            admin.build(operator, telemetry, Gate(token, LOOPBACK_NAMES | {settings.server.admin.host})),
-            access_log=None,
-            handle_signals=False,
-        )
-        await runner.setup()
+        app = App(settings, pipeline, edges.store, edges.telemetry, operator, token, token_path, stopping)
+        watch(app, handler, pulse, edges.embedder, edges.index)
+        runner = await open_admin(settings, operator, edges, token)
         stack.push_async_callback(runner.cleanup)
-        app.admin_port = await _bind(runner, settings.server.admin.host, settings.server.admin.port)
-        try:
-            clients = await listener.start(
-                handler, settings.server.listen.host, settings.server.listen.port, settings.limits
-            )
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {settings.server.listen}: {error.strerror}") from error
+        app.admin_port = int(runner.addresses[0][1])
+        clients = await open_clients(settings, handler)
         app.port = clients.port
         endless = [
             background.spawn(pulse.run(handler), "pulse"),
-            background.spawn(housekeep(app, index), "housekeeping"),
+            background.spawn(housekeep(app, edges.index), "housekeeping"),
         ]
         try:
             yield app
@@ -300,18 +334,9 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
                 task.cancel()
             await clients.stop(settings.server.drain_timeout_s)
             await tasks.close(5.0)
-            if index is not None:
+            if edges.index is not None:
                 with contextlib.suppress(IndexRoomError):
-                    await index.snapshot(settings.data_dir / SNAPSHOT_NAME)
-
-
-async def _bind(runner: web.AppRunner, host: str, port: int) -> int:
-    site = web.TCPSite(runner, host, port)
-    try:
-        await site.start()
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-    return int(runner.addresses[0][1])
+                    await edges.index.snapshot(settings.data_dir / SNAPSHOT_NAME)
 
 
 def watch(
@@ -348,6 +373,11 @@ def banner(app: App) -> str:
         f"semantic      {describe(app.pipeline)}",
     ]
     return "\n".join(lines)
+
+
+def extra_headers(settings: Settings) -> frozenset[str]:
+    """Headers beyond the allow-list that reach the upstream, and so are part of the scope."""
+    return frozenset(name.lower() for name in settings.forward.extra_headers)
 
 
 def aliases_of(pairs: Sequence[str]) -> dict[str, set[str]]:
