@@ -278,6 +278,7 @@ class ClientHandler:
             headers = [
                 *answer.headers,
                 *verdict_headers(_PASSED, request_id=request_id, upstream=name, fwd_status=status),
+                ("Server", SERVER),
             ]
             response = web.StreamResponse(status=status, headers=headers)
             try:

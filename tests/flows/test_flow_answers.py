@@ -392,3 +392,14 @@ async def test_what_may_not_be_stored_is_relayed_and_asked_again(exact, up, repl
     assert await exact.entries() == []
     assert (await exact.ask(ASKED, stream=stream)).cache == "MISS"
     assert up.meter.calls == 2
+
+
+async def test_every_kind_of_reply_names_ibid_and_no_version_of_what_it_is_made_of(exact, up):
+    """Miss, stream, hit, refusal of ours, and a path that passes through."""
+    replies = [await exact.ask(ASKED), await exact.ask("Another one, streamed?", stream=True), await exact.fill(ASKED)]
+    replies += [await exact.ask(ASKED), await exact.ask([]), await exact.ask("x", headers={"x-cache-mode": "?"})]
+    servers = {reply.headers["Server"] for reply in replies}
+    async with exact.session.get(exact.url + "/v1/models", headers={"Authorization": "Bearer sk-a"}) as response:
+        servers.add(response.headers["Server"])
+    assert servers == {"ibid"}
+    assert {reply.cache for reply in replies} >= {"MISS", "HIT"}
