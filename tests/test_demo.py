@@ -17,7 +17,9 @@ def test_the_demo_keeps_every_promise_and_shows_the_ledger(tmp_path: Path) -> No
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(SCRIPT)} of {len(SCRIPT)} requests as promised" in done.stdout
-    for word in ("x-cache-tier: exact", "x-cache-tier: semantic", "cache.semantic", "savings_by_strategy", "dashboard"):
+    for word in ("x-cache-tier: exact", "x-cache-tier: semantic", "cache.semantic", "savings_by_strategy", "admin  "):
         assert word in done.stdout
+    for guard in ("numbers", "entities", "direction"):
+        assert f"x-cache-reason: {guard}" in done.stdout
     token = (tmp_path / "admin-token").read_text().strip()
     assert token not in done.stdout + (tmp_path / "ibid.log").read_text()
