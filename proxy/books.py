@@ -117,11 +117,11 @@ class Books:
         self._ledger.record_again(recurring, client.request_id, client.ts_ms, total_ms)
         self._telemetry.lookup(outcome, steps_ms, scope=scope, age_s=age_s, saved_nusd=saved_nusd)
 
-    def call_of(self, fetch: Fetch, status: int, body: bytes, size_bytes: int, *, won: bool) -> Call:
+    def call_of(self, fetch: Fetch, status: int, size_bytes: int, *, is_stream: bool, won: bool) -> Call:
         """The upstream call of a fetch that has ended. Usage that was not told is estimated from what arrived."""
         query, usage, basis = fetch.query, fetch.usage, "measured"
         if usage is None and status == 200 and size_bytes:
-            usage, basis = _estimate(query, body), "estimated"
+            usage, basis = policy.estimate_usage(query.forward_body, size_bytes, is_stream), "estimated"
         return Call(
             id=f"{fetch.client.request_id}-{next(self._serial):x}",
             ts_ms=fetch.client.ts_ms,
@@ -253,9 +253,3 @@ def _outcome(
         ttft_ms=ttft_ms,
         total_ms=total_ms,
     )
-
-
-def _estimate(query: Query, body: bytes) -> Usage:
-    """Tokens of a call that ended before it told its usage: four characters a token, and every streamed event one."""
-    asked = max(1, len(query.prompt or query.body) // 4)
-    return Usage(asked, max(1, body.count(b'"content"') if query.stream else len(body) // 4))

@@ -405,7 +405,7 @@ class Pipeline:
         fetch.unstored = self._why_unstored(flight, recording)
         if recording is not None and not fetch.unstored:
             fetch.answer = recording.answer
-        fetch.call = self._books.call_of(fetch, status, body, flight.size_bytes, won=flight.complete)
+        fetch.call = self._books.call_of(fetch, status, flight.size_bytes, is_stream=is_stream, won=flight.complete)
         for settle in fetch.deferred:
             settle()
         fetch.deferred.clear()

@@ -6,7 +6,7 @@ the real edge.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -149,6 +149,3 @@ class Upstream(Protocol):
         Raises UpstreamError (upstream_unreachable, upstream_timeout, upstream_reset, upstream_redirect, circuit_open).
         """
         ...
-
-
-OnFaults = Callable[[str], None]

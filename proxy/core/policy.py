@@ -384,6 +384,6 @@ _BYTES_PER_CHUNK = 200  # of an event stream, which frames about one token an ev
 
 
 def estimate_usage(request_body: bytes, response_bytes: int, is_stream: bool) -> Usage:
-    """Token counts when an upstream reports none: an estimate by size, booked as such, right within a factor of two."""
+    """Token counts when an upstream reports none: an estimate by size, booked as such."""
     per_token = _BYTES_PER_CHUNK if is_stream else _BYTES_PER_TOKEN
     return Usage(len(request_body) // _BYTES_PER_TOKEN + 1, response_bytes // per_token + 1)
