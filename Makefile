@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_OPENAI2 ?= .venv-openai2
 ARGS ?=
+# Processes the tests share out among themselves, a file at a time.
+WORKERS ?= 2
 # Extra arguments for the one installation of torch, e.g. an index that serves CPU-only wheels.
 TORCH_PIP_ARGS ?=
 
@@ -12,11 +14,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 CONSTRAINTS := deploy/constraints.txt
 MODEL := $(VENV)/share/ibid/smollm2.gguf
+CONVERTED := $(VENV)/share/ibid/converted
 RUN_STAMP := $(VENV)/.ibid-run
 DEV_STAMP := $(VENV)/.ibid-dev
 OPENAI2_STAMP := $(VENV_OPENAI2)/.ibid-openai2
 
 export IBID_TEST_LLM := $(abspath $(MODEL))
+export IBID_TEST_MODELS := $(abspath $(CONVERTED))
 export IBID_OPENAI2_PYTHON := $(abspath $(VENV_OPENAI2)/bin/python)
 unexport PYTHONPATH
 
@@ -33,8 +37,11 @@ serve: $(RUN_STAMP) ## start ibid on 127.0.0.1:4141 with SQLite and the bundled 
 demo: $(DEV_STAMP) $(MODEL) ## a real local LLM behind ibid: miss, repeat, paraphrase, look-alikes; then keeps running
 	@exec $(BIN)/python -m deploy.demo --model $(MODEL) $(ARGS)
 
-test: lint $(MODEL) $(OPENAI2_STAMP) ## everything CI runs: lint, then all tests
-	$(BIN)/python -m pytest $(ARGS)
+# Installs, lint and downloads side by side, each with its output in one piece; whatever fails stops the rest.
+test: ## everything CI runs: lint, then all tests
+	@$(MAKE) --no-print-directory -j 3 $(filter --output-sync,$(.FEATURES:%=--%)) \
+		lint $(MODEL) $(CONVERTED)/.done $(OPENAI2_STAMP)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(DEV_STAMP) ## ruff, mypy strict, import contracts
 	$(BIN)/ruff check .
@@ -64,6 +71,12 @@ $(DEV_STAMP): $(RUN_STAMP)
 
 $(MODEL): deploy/fetch_llm.py | $(RUN_STAMP)
 	$(BIN)/python deploy/fetch_llm.py $@
+	@touch $@
+
+# The bundled model as the tests use it, converted once for all their processes; again when the converter changes.
+$(CONVERTED)/.done: index/convert.py index/model.py tests/models.py | $(RUN_STAMP)
+	rm -rf $(CONVERTED)
+	$(BIN)/python -m tests.models
 	@touch $@
 
 $(OPENAI2_STAMP): deploy/constraints-openai2.txt

@@ -19,8 +19,9 @@ from index.model import locate
 def converted_data_dir() -> Path:
     """A data directory whose `models` holds both ONNX artefacts.
 
-    IBID_TEST_MODELS names one to keep between runs; without it a temporary one is made and removed at exit. About 20 s
-    the first time, of which most is importing torch and sentence-transformers.
+    IBID_TEST_MODELS names one to keep between runs, and to share between worker processes: `make test` fills it before
+    the tests by running this module. Without it a temporary one is made and removed at exit. About 20 s the first
+    time, of which most is importing torch and sentence-transformers.
     """
     kept = os.environ.get("IBID_TEST_MODELS")
     data_dir = Path(kept) if kept else Path(tempfile.mkdtemp(prefix="ibid-test-"))
@@ -37,3 +38,7 @@ def converted_data_dir() -> Path:
         done = subprocess.run(command, env={**os.environ, **OFFLINE}, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     return data_dir
+
+
+if __name__ == "__main__":
+    converted_data_dir()

@@ -22,6 +22,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from proxy import config
 from proxy.app import App, open_app
 from proxy.logs import LineFormat, LogWriter, Redactor
+from tests.flows.forked import Forked
 from tests.upstream import Chat, Seen
 
 ROOT = Path(__file__).parents[2]
@@ -242,10 +243,13 @@ async def running(
         log.writer.close()
 
 
+Child = subprocess.Popen[bytes] | Forked
+
+
 class Process(Client):
     """`python -m proxy serve` as a process of its own, logging into `log_path`."""
 
-    def __init__(self, child: subprocess.Popen[bytes], session: aiohttp.ClientSession, ports: tuple[int, int]) -> None:
+    def __init__(self, child: Child, session: aiohttp.ClientSession, ports: tuple[int, int]) -> None:
         super().__init__(session, *ports)
         self.child = child
 
@@ -262,15 +266,15 @@ class Process(Client):
 
 @contextlib.asynccontextmanager
 async def serving(
-    data_dir: Path, upstream: str, sections: Mapping[str, Mapping[str, Any]] | None = None
+    data_dir: Path, upstream: str, sections: Mapping[str, Mapping[str, Any]] | None = None, *, forked: bool = False
 ) -> AsyncIterator[Process]:
-    """A serving process; it is killed at the end if it still runs."""
+    """A serving process; it is killed at the end if it still runs. `forked`: see tests/flows/forked.py."""
     path = write_config(data_dir, sections or {})
     log_path = data_dir.with_suffix(".log")
-    command = [sys.executable, "-m", "proxy", "serve", "--config", str(path), "--data-dir", str(data_dir)]
-    command += ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--upstream", upstream]
+    arguments = ["serve", "--config", str(path), "--data-dir", str(data_dir), "--upstream", upstream]
+    arguments += ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("IBID_")}
-    child = _start(command, {**env, "IBID_ADMIN_TOKEN": TOKEN}, log_path)
+    child = (Forked if forked else _start)(arguments, {**env, "IBID_ADMIN_TOKEN": TOKEN}, log_path)
     try:
         ports = await _ports(child, log_path)
         async with aiohttp.ClientSession(
@@ -283,12 +287,12 @@ async def serving(
         child.wait(10)
 
 
-def _start(command: list[str], env: Mapping[str, str], log_path: Path) -> subprocess.Popen[bytes]:
+def _start(arguments: list[str], env: Mapping[str, str], log_path: Path) -> subprocess.Popen[bytes]:
     with log_path.open("wb") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=env, stderr=log)
+        return subprocess.Popen([sys.executable, "-m", "proxy", *arguments], cwd=ROOT, env=env, stderr=log)
 
 
-async def _ports(child: subprocess.Popen[bytes], log_path: Path) -> tuple[int, int]:
+async def _ports(child: Child, log_path: Path) -> tuple[int, int]:
     """Client and admin port, from the banner."""
     said = ""
 

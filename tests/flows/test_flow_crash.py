@@ -72,8 +72,8 @@ async def test_kill_during_a_thousand_writes_twenty_times_loses_no_acknowledged_
     up.default = lambda seen: Chat(text=f"answer to: {seen.json['messages'][-1]['content']}", pieces=2)
     kept: dict[str, str] = {}
     for round_ in range(ROUNDS):
-        sections = {} if round_ in WITH_MODEL else EXACT_ONLY
-        async with serving(data_dir, up.url, sections) as process:
+        real = round_ in WITH_MODEL  # a new interpreter, and everything on
+        async with serving(data_dir, up.url, {} if real else EXACT_ONLY, forked=not real) as process:
             sample = dict(chance.sample(sorted(kept.items()), min(len(kept), 200)))
             calls = up.meter.calls
             for prompt, text in sample.items():

@@ -1,0 +1,26 @@
+"""What all tests share: no deadline a busy machine could miss, and an order that keeps every worker busy to the end."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+FIRST = ("test_flow_crash", "test_demo", "test_flow_sdk", "test_embedder_model", "test_embedder")  # a minute to 10 s
+
+settings.register_profile("ibid", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ibid")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Captured text may hold lone surrogates, which cannot travel from a worker of pytest-xdist: show them escaped."""
+    report = yield
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report
