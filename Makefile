@@ -11,8 +11,10 @@ WORKERS ?= 2
 TORCH_PIP_ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+# Nothing is compiled to bytecode on installing: Python compiles what it imports, a tenth of the 17,000 files there are.
+PIP_INSTALL := -m pip --disable-pip-version-check -qq install --no-compile
 CONSTRAINTS := deploy/constraints.txt
+PIP := $(BIN)/python $(PIP_INSTALL) -c $(CONSTRAINTS)
 MODEL := $(VENV)/share/ibid/smollm2.gguf
 CONVERTED := $(VENV)/share/ibid/converted
 RUN_STAMP := $(VENV)/.ibid-run
@@ -60,13 +62,13 @@ clean: ## remove the environments and every cache; never data
 $(RUN_STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "ibid needs Python 3.11 or later")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -c $(CONSTRAINTS) pip setuptools wheel
-	$(PIP) install -c $(CONSTRAINTS) $(TORCH_PIP_ARGS) torch
-	$(PIP) install -c $(CONSTRAINTS) --no-build-isolation -e .
+	$(PIP) pip setuptools wheel
+	$(PIP) $(TORCH_PIP_ARGS) torch
+	$(PIP) --no-build-isolation -e .
 	@touch $@
 
 $(DEV_STAMP): $(RUN_STAMP)
-	$(PIP) install -c $(CONSTRAINTS) --no-build-isolation -e '.[test,lint]'
+	$(PIP) --no-build-isolation -e '.[test,lint]'
 	@touch $@
 
 $(MODEL): deploy/fetch_llm.py | $(RUN_STAMP)
@@ -81,5 +83,5 @@ $(CONVERTED)/.done: index/convert.py index/model.py tests/models.py | $(RUN_STAM
 
 $(OPENAI2_STAMP): deploy/constraints-openai2.txt
 	test -x $(VENV_OPENAI2)/bin/python || $(PYTHON) -m venv $(VENV_OPENAI2)
-	$(VENV_OPENAI2)/bin/python -m pip --disable-pip-version-check -qq install -r deploy/constraints-openai2.txt
+	$(VENV_OPENAI2)/bin/python $(PIP_INSTALL) -r deploy/constraints-openai2.txt
 	@touch $@

@@ -7,7 +7,7 @@ from collections.abc import Generator
 import pytest
 from hypothesis import HealthCheck, settings
 
-FIRST = ("test_flow_crash", "test_demo", "test_flow_sdk", "test_embedder_model", "test_embedder")  # a minute to 10 s
+FIRST = ("test_flow_crash", "test_demo", "test_embedder_model", "test_embedder")  # two minutes to 15 s, on two cores
 
 settings.register_profile("ibid", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ibid")

@@ -1,8 +1,9 @@
-"""Drives the official `openai` client through a list of steps and prints what it made of the answers, as JSON.
+"""Drives the official `openai` client through lists of steps and prints what it made of the answers, as lines of JSON.
 
 Run by path with the interpreter that has the client's major version to test; imports nothing of this repository.
-Standard input: {"base_url", "key", "steps": [{"prompt", "stream"?, "usage"?, "headers"?}]}. Standard output: one result
-per step: {"objects": [...], "types": [...], "cache": x-cache} or {"error": {...}}.
+Standard input, a line each time: {"base_url", "key", "steps": [{"prompt", "stream"?, "usage"?, "headers"?}]}. Standard
+output, a line for it: {"version", "results"}, one result per step, {"objects": [...], "types": [...], "cache": x-cache}
+or {"error": {...}}. Ends with its standard input.
 """
 
 from __future__ import annotations
@@ -62,10 +63,11 @@ def described(error: openai.APIError) -> dict[str, Any]:
 
 
 def main() -> None:
-    task = json.load(sys.stdin)
-    with openai.OpenAI(base_url=task["base_url"], api_key=task["key"], max_retries=0, timeout=20) as client:
-        results = [run(client, step) for step in task["steps"]]
-    json.dump({"version": openai.__version__, "results": results}, sys.stdout)
+    for line in sys.stdin:
+        task = json.loads(line)
+        with openai.OpenAI(base_url=task["base_url"], api_key=task["key"], max_retries=0, timeout=20) as client:
+            results = [run(client, step) for step in task["steps"]]
+        print(json.dumps({"version": openai.__version__, "results": results}), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,9 @@ ASKED = "How do I repair a leaking garden hose?"
 REWORDED = "How can I repair a leaking garden hose?"
 
 
-@pytest.fixture(params=["2", "3"])
-def python(request: pytest.FixtureRequest) -> str:
+def python_with(major: str) -> str:
     """An interpreter that has this major of the client."""
-    if request.param == "3":
+    if major == "3":
         return sys.executable
     found = os.environ.get("IBID_OPENAI2_PYTHON")
     if not found:
@@ -31,17 +32,45 @@ def python(request: pytest.FixtureRequest) -> str:
     return found
 
 
-async def drive(python: str, url: str, steps: list[dict], key: str = "sk-a"):
+class Driver:
+    """The client of one major in a process of its own, a new client object for every list of steps."""
+
+    def __init__(self, major: str, child: subprocess.Popen[str]) -> None:
+        self.major = major
+        self.child = child
+
+    def converse(self, task: dict) -> dict:
+        assert self.child.stdin is not None
+        assert self.child.stdout is not None
+        print(json.dumps(task), file=self.child.stdin, flush=True)
+        line = self.child.stdout.readline()
+        assert line, "the client's process has ended"
+        return json.loads(line)
+
+
+@pytest.fixture(scope="module", params=["2", "3"])
+def client(request: pytest.FixtureRequest) -> Iterator[Driver]:
+    command = [python_with(request.param), str(DRIVER)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8") as child:
+        try:
+            yield Driver(request.param, child)
+            child.stdin.close()
+            assert child.wait(10) == 0
+        finally:
+            child.kill()
+
+
+async def drive(client: Driver, url: str, steps: list[dict], key: str = "sk-a"):
     """What the client made of every step; its major version is the one asked for."""
-    child = await asyncio.create_subprocess_exec(
-        python, str(DRIVER), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
-    )
-    task = json.dumps({"base_url": f"{url}/v1", "key": key, "steps": steps}).encode()
-    async with asyncio.timeout(60):
-        output, _ = await child.communicate(task)
-    assert child.returncode == 0
-    answer = json.loads(output)
-    assert answer["version"].startswith("3." if python == sys.executable else "2.")
+    task = {"base_url": f"{url}/v1", "key": key, "steps": steps}
+    talk = asyncio.get_running_loop().run_in_executor(None, client.converse, task)
+    try:
+        async with asyncio.timeout(60):
+            answer = await asyncio.shield(talk)
+    except TimeoutError:
+        client.child.kill()  # and so end the thread that reads
+        raise
+    assert answer["version"].startswith(f"{client.major}.")
     return answer["results"]
 
 
@@ -70,20 +99,20 @@ def without_null_usage(result):
     return without_ids({**result, "objects": objects})
 
 
-async def test_the_client_reads_the_same_objects_on_miss_hit_and_semantic_hit(ibid, up, python):
+async def test_the_client_reads_the_same_objects_on_miss_hit_and_semantic_hit(ibid, up, client):
     up.default = steady
     forms = [
         {"stream": False, "usage": False},
         {"stream": True, "usage": False},
         {"stream": True, "usage": True},
     ]
-    direct = await drive(python, up.url, [{"prompt": ASKED, **form} for form in forms])
+    direct = await drive(client, up.url, [{"prompt": ASKED, **form} for form in forms])
     assert [len(result["objects"]) > 1 for result in direct] == [False, True, True]
     fresh = [{"prompt": ASKED, "headers": {"x-cache-namespace": f"n{i}"}, **form} for i, form in enumerate(forms)]
-    missed = await drive(python, ibid.url, fresh)
+    missed = await drive(client, ibid.url, fresh)
     await ibid.settled()
     again = [{**step, **form} for step in fresh for form in forms]
-    hits = await drive(python, ibid.url, again + [{**step, "prompt": REWORDED} for step in again])
+    hits = await drive(client, ibid.url, again + [{**step, "prompt": REWORDED} for step in again])
     assert [result["cache"] for result in missed] == ["MISS"] * 3
     assert [result["tier"] for result in hits] == ["exact"] * 9 + ["semantic"] * 9
     for original, result in zip(direct, missed, strict=True):
@@ -100,12 +129,12 @@ async def test_the_client_reads_the_same_objects_on_miss_hit_and_semantic_hit(ib
     assert up.meter.calls == 6
 
 
-async def test_the_client_raises_the_same_errors(exact, up, python):
+async def test_the_client_raises_the_same_errors(exact, up, client):
     up.default = steady
     statuses = (400, 401, 404, 422, 429, 500, 503)
     steps = [{"prompt": f"fail {status}", "stream": stream} for stream in (False, True) for status in statuses]
-    direct = await drive(python, up.url, steps)
-    through = await drive(python, exact.url, steps)
+    direct = await drive(client, up.url, steps)
+    through = await drive(client, exact.url, steps)
     assert through == direct
     assert [result["error"]["class"] for result in through] == [
         "BadRequestError",
@@ -119,7 +148,7 @@ async def test_the_client_raises_the_same_errors(exact, up, python):
     assert {through[n]["error"]["retry_after"] for n in (4, 11)} == {"13"}
 
 
-async def test_the_client_raises_when_a_stream_is_cut(exact, up, python):
+async def test_the_client_raises_when_a_stream_is_cut(exact, up, client):
     head = {"id": "chatcmpl-x", "object": "chat.completion.chunk", "created": 1, "model": "gpt-4o-mini"}
     piece = event({**head, "choices": [{"index": 0, "delta": {"content": "Half an"}, "finish_reason": None}]})
     finish = event({**head, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
@@ -127,7 +156,7 @@ async def test_the_client_raises_when_a_stream_is_cut(exact, up, python):
     cuts = [Stream([piece], cut="fin"), Stream([piece], cut="rst"), Stream([piece]), Stream([piece, finish]),
             Stream([piece, done]), Stream([piece, piece[:20]])]  # fmt: skip
     up.script(*cuts)
-    results = await drive(python, exact.url, [{"prompt": f"{ASKED} {n}", "stream": True} for n in range(len(cuts))])
+    results = await drive(client, exact.url, [{"prompt": f"{ASKED} {n}", "stream": True} for n in range(len(cuts))])
     for result in results:
         assert result["error"]["class"] == "APIError", result
         assert result["error"]["code"] in ("upstream_incomplete", "upstream_reset")
@@ -136,10 +165,10 @@ async def test_the_client_raises_when_a_stream_is_cut(exact, up, python):
     assert await exact.entries() == []
 
 
-async def test_our_own_errors_read_as_the_providers(exact, up, python):
+async def test_our_own_errors_read_as_the_providers(exact, up, client):
     steps = [{"prompt": ASKED, "headers": {"Cache-Control": "only-if-cached"}}]
     steps += [{"prompt": ASKED, "headers": {"x-cache-ttl": "soon"}}]
-    missing, refused = await drive(python, exact.url, steps)
+    missing, refused = await drive(client, exact.url, steps)
     assert (missing["error"]["status"], missing["error"]["code"]) == (504, "not_cached")
     assert missing["error"]["class"] == "InternalServerError"
     assert (refused["error"]["status"], refused["error"]["param"]) == (400, "x-cache-ttl")
