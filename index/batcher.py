@@ -388,19 +388,9 @@ async def open_embedder(
     The first call for a model converts it into `data_dir`/models in a child process. A model that does not convert is
     served by torch, with a warning. Raises ModelFault (files missing, damaged or changed) and EmbedderFault (warm-up).
     """
-    if backend not in BACKENDS:
-        raise ModelFault(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
-    models = data_dir / "models"
-    files = await asyncio.to_thread(locate, model, models)
-    loaded: Backend | None = None
-    if backend != "torch":
-        try:
-            artefact = await converted(files, models, backend, convert_timeout_s)
-            loaded = await asyncio.to_thread(OnnxBackend, artefact, threads)
-        except ModelFault as fault:
-            log.warning("serving %s with torch: %s", files.name, fault)
-    if loaded is None:
-        loaded = await asyncio.to_thread(TorchBackend, files, threads)
+    loaded = await load_backend(
+        data_dir, model=model, backend=backend, threads=threads, convert_timeout_s=convert_timeout_s
+    )
     owner = EmbedderOwner(
         loaded, queue=queue, lru=lru, encode_deadline_s=encode_deadline_s, queue_deadline_s=queue_deadline_s
     )
@@ -410,3 +400,25 @@ async def open_embedder(
         await owner.close()
         raise
     return owner
+
+
+async def load_backend(
+    data_dir: Path,
+    *,
+    model: str | None = None,
+    backend: str = ONNX,
+    threads: int = 1,
+    convert_timeout_s: float = 300.0,
+) -> Backend:
+    """The model alone, for who calls it from one thread. As `open_embedder`, without the warm-up. Raises ModelFault."""
+    if backend not in BACKENDS:
+        raise ModelFault(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
+    models = data_dir / "models"
+    files = await asyncio.to_thread(locate, model, models)
+    if backend != "torch":
+        try:
+            artefact = await converted(files, models, backend, convert_timeout_s)
+            return await asyncio.to_thread(OnnxBackend, artefact, threads)
+        except ModelFault as fault:
+            log.warning("serving %s with torch: %s", files.name, fault)
+    return await asyncio.to_thread(TorchBackend, files, threads)
