@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from index import kernels
 from index.errors import IndexFault
-from index.tokens import HARD, WIDTH
+from index.tokens import WIDTH
 
 Vector = NDArray[np.float32]
 Signature = NDArray[np.uint64]
@@ -37,11 +37,12 @@ class Piece(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """What the index proposes: similarity -1 to 1, vetoes a bit set over tokens.GUARDS, of tokens.HARD only."""
+    """What the index proposes: similarity -1 to 1, vetoes a bit set over tokens.GUARDS, the stored text's classes."""
 
     entry_id: int
     similarity: float
     vetoes: int
+    signature: Signature  # (WIDTH,)
 
 
 def fixed_point(vectors: NDArray[np.float32]) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
@@ -291,8 +292,9 @@ class Arena:
             number, now_ms, query, signature, best_slots, similarities, vetoes,
         )  # fmt: skip
         ids = self.ids[best_slots[:n]].tolist()
-        vetoes &= HARD
-        return [Candidate(*row) for row in zip(ids, similarities[:n].tolist(), vetoes[:n].tolist(), strict=True)]
+        signatures = self.signatures[best_slots[:n]]
+        rows = zip(ids, similarities[:n].tolist(), vetoes[:n].tolist(), signatures, strict=True)
+        return [Candidate(*row) for row in rows]
 
     def vectors(self, slots: NDArray[np.int32]) -> NDArray[np.float32]:
         """Stored vectors, (n, d) float32, as exact as fixed point keeps them."""

@@ -64,13 +64,6 @@ def names(vetoes: int) -> tuple[str, ...]:
     return tuple(guard for i, guard in enumerate(GUARDS) if vetoes >> i & 1)
 
 
-HARD: Final = mask(*(guard for guard in GUARDS if guard != "possessive"))
-"""The guards that veto in the shipped default: each was dropped in turn on the developers' streams (README).
-
-Possessives only inform: as a veto at bound 0.92 they cost 13 % (banking77) and 9 % (QQP) of the hits and take away 2 of
-14 and 2 of 9 hits that the labels call wrong.
-"""
-
 _SUSPICIOUS = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u202a-\u202e"
     "\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e007f]"

@@ -27,7 +27,7 @@ from index.arena import UNIT_TOLERANCE, Arena, Candidate, Piece, check_vectors
 from index.errors import FAULTS, IndexFault, IndexRebuilding, IndexRoomError, Overloaded, SnapshotRefused
 from index.partition import PROPOSALS, prepare_thread
 from index.promotion import PROMOTE_ABOVE, Promotions
-from index.tokens import HARD, STAMP, WIDTH
+from index.tokens import STAMP, WIDTH
 
 __all__ = ["Candidate", "VectorOwner"]
 
@@ -180,7 +180,7 @@ class VectorOwner:
     def compare(
         self, vector: Vector, signature: Signature, row_vector: bytes, row_signature: bytes
     ) -> tuple[float, int]:
-        """Similarity and veto bits (of HARD) against a row's own bytes; (nan, 0) when either side is damaged."""
+        """Similarity and veto bits against a row's own bytes; (nan, 0) when either side is damaged."""
         if (
             len(row_vector) != 4 * self.dimension
             or len(row_signature) != 8 * WIDTH
@@ -192,7 +192,7 @@ class VectorOwner:
         length = float(np.dot(row, row))
         if not abs(length - 1.0) <= UNIT_TOLERANCE or int(signs[6]) >> 48 != STAMP:
             return math.nan, 0
-        return float(np.dot(vector, row)), int(kernels.veto_bits(_checked_signature(signature), signs)) & HARD
+        return float(np.dot(vector, row)), int(kernels.veto_bits(_checked_signature(signature), signs))
 
     # more than the port
 
@@ -302,6 +302,10 @@ class VectorOwner:
         else:
             slots = arena.find_many(approximate.propose(vector, max(PROPOSALS, 2 * k)))
         return arena.rank(slots, number, now_ms, vector, signature, k)
+
+    def add_now(self, entry_id: int, scope: bytes, vector: Vector, signature: Signature, expires_ms: int) -> None:
+        """`add` on the owner thread itself, or without one; vector and signature are already checked."""
+        self._add(entry_id, scope, vector, signature, expires_ms)
 
     def _add(self, entry_id: int, scope: bytes, vector: Vector, signature: Signature, expires_ms: int) -> None:
         ids = np.array([entry_id], np.int64)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.errors import IndexFault
-from index.tokens import HARD, STAMP, WIDTH, WORDS
+from index.tokens import STAMP, WIDTH, WORDS
 from index.vectors import Candidate
 
 LOW = 0xFFFFFFFF
@@ -71,7 +71,7 @@ class FakeVectorIndex:
     ) -> list[Candidate]:
         self._check(vector)
         found = [
-            Candidate(entry_id, float(np.dot(row, vector)), vetoes_of(signature, signs) & HARD)
+            Candidate(entry_id, float(np.dot(row, vector)), vetoes_of(signature, signs), signs)
             for entry_id, (owner, row, signs, expires_ms) in self.rows.items()
             if owner == scope and expires_ms > now_ms
         ]
@@ -97,4 +97,4 @@ class FakeVectorIndex:
         row, signs = np.frombuffer(row_vector, "<f4"), np.frombuffer(row_signature, "<u8")
         if not abs(float(np.dot(row, row)) - 1) <= 1e-3 or int(signs[6]) >> 48 != STAMP:
             return math.nan, 0
-        return float(np.dot(vector, row)), vetoes_of(signature, signs) & HARD
+        return float(np.dot(vector, row)), vetoes_of(signature, signs)

@@ -11,7 +11,7 @@ import pytest
 
 from index.errors import IndexFault
 from index.kernels import veto_bits
-from index.tokens import HARD, mask, signature
+from index.tokens import mask, signature
 from index.vectors import VectorOwner
 from proxy.ports import VectorIndex
 from tests.index_fakes import FakeVectorIndex
@@ -97,14 +97,14 @@ async def test_vetoes_name_what_differs_between_the_texts(index: VectorIndex) ->
     assert found.vetoes == mask("numbers")
 
 
-async def test_what_only_informs_never_reaches_a_judge(index: VectorIndex) -> None:
+async def test_a_candidate_carries_every_veto_and_the_classes_of_the_stored_text(index: VectorIndex) -> None:
     mine, yours = signature("how do I reset my old password"), signature("how do I reset your old password")
-    assert veto_bits(mine, yours) == mask("possessive") & ~HARD != 0
     vector = units(1)[0]
     index.add(1, ALICE, vector, mine, FAR)
     (found,) = await index.search(ALICE, vector, yours, 0)
     _, vetoes = index.compare(vector, yours, vector.tobytes(), mine.tobytes())
-    assert (found.vetoes, vetoes) == (0, 0)
+    assert found.vetoes == vetoes == veto_bits(mine, yours) == mask("possessive")
+    assert np.array_equal(found.signature, mine)
 
 
 @pytest.mark.parametrize(

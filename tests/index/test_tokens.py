@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from index.kernels import veto_bits
-from index.tokens import GUARDS, HARD, WIDTH, mask, names, signature
+from index.tokens import GUARDS, WIDTH, mask, names, signature
+from proxy.core.policy import HARD
 
 
 def vetoes(a: str, b: str) -> tuple[str, ...]:
