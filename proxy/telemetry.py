@@ -75,6 +75,7 @@ class Telemetry(Collector):
         self._vetoes: dict[Labels, int] = {}
         self._faults: dict[Labels, int] = {}
         self._unstored: dict[Labels, int] = {}
+        self._audits: dict[Labels, int] = {}
         self._refused: dict[Labels, int] = {}
         self._saved_nusd: dict[Labels, int] = {}
         self._cost_nusd: dict[Labels, int] = {}
@@ -141,6 +142,10 @@ class Telemetry(Collector):
         """A guard refused a candidate."""
         _add(self._vetoes, (guard,), 1)
 
+    def audit(self, found: str) -> None:
+        """A served hit was asked again: "same", "different"; or a comparison did not happen: "skipped", "failed"."""
+        _add(self._audits, (found,), 1)
+
     def unstored(self, reason: str) -> None:
         """An answer that was not stored, and why."""
         _add(self._unstored, (reason,), 1)
@@ -172,6 +177,7 @@ class Telemetry(Collector):
             "ibid_requests", "Finished requests", ("cache", "tier", "reason", "status"), self._requests.items()
         )
         yield _counter("ibid_unstored", "Answers not stored", ("reason",), self._unstored.items())
+        yield _counter("ibid_audits", "Answers compared after a hit", ("found",), self._audits.items())
         yield _counter("ibid_refused", "Errors of ibid's own", ("code",), self._refused.items())
         yield _counter("ibid_guard_veto", "Candidates refused by a guard", ("guard",), self._vetoes.items())
         yield _counter(

@@ -140,15 +140,35 @@ class Candidate(NamedTuple):
     entry_id: int
     similarity: float
     vetoes: int
+    signature: Any  # token classes of the stored prompt, an array that core does not look into
 
 
-@dataclass(frozen=True, slots=True)
-class Judgement:
-    """A judge's opinion of one candidate: the probability that one answer serves both texts, and why."""
+class Comparison(NamedTuple):
+    """Two answers compared: the one given anew to a question, and the one that was, or would have been, served.
 
-    probability: float
-    reason: str  # "alike", or the name of the guard that vetoed, or "below_bound"
-    serves: bool
+    `features`, `words` and `signature` are arrays of the learner's, as bytes: float32, int16, uint64.
+    """
+
+    ts_ms: int
+    source: str  # "forward": a miss brought the new answer; "audit"; "feedback"
+    request_id: str
+    tenant: str
+    namespace: str
+    scope: bytes
+    fingerprint: bytes  # of the question asked
+    embedder: str
+    entry_id: int  # of the answer it was compared with
+    group_id: int
+    similarity: float
+    log_odds: float
+    standing: str  # how it was, or would have been, served; "" when it would not
+    served: bool
+    near_same: bool
+    p_same: float  # that one answer serves both questions
+    weight: float  # decisions like it that this one stands for
+    features: bytes
+    words: bytes
+    signature: bytes
 
 
 class Tier(StrEnum):
@@ -197,7 +217,7 @@ class Call:
     ts_ms: int
     upstream: str
     model: str
-    purpose: str  # "answer"
+    purpose: str  # "answer" | "audit"
     tier: str  # "default"
     won: bool  # its answer reached a client
     usage: Usage | None
@@ -228,7 +248,7 @@ class Outcome(NamedTuple):
     upstream: str
     mechanism: str | None
     outcome: str  # "ok" | "error" | "cancelled"
-    cache_status: str  # "HIT" | "MISS" | "BYPASS" | "REFRESH" | "STALE" | "SHADOW"
+    cache_status: str  # "HIT" | "MISS" | "BYPASS" | "REFRESH" | "STALE" | "SHADOW" | "AUDIT"
     reason: str
     status: int
     similarity: float | None
@@ -285,5 +305,8 @@ class Rules:
     semantic: bool = True
     min_words: int = 3
     near_floor: float = 0.80
+    start_similarity: float = 0.95
+    audit_share: float = 0.05
+    alpha: float = 0.1
     answer_limit_bytes: int = 1024 * 1024
     prompt_limit_bytes: int = 256 * 1024

@@ -58,6 +58,7 @@ EXTRA_CALLS = {
 TIERS = {"flex": "batch.flex", "batch": "batch.provider"}
 """Cheaper service tiers → the mechanism that earned the difference to the default tier."""
 
+_LANES = {"BYPASS": "bypass", "AUDIT": "audit"}
 _TTFT = REQUEST_COLUMNS.index("ttft_ms")  # total_ms follows it
 _SAVED_MS = SAVING_COLUMNS.index("saved_ms")
 _NO_USAGE = (None, None, None, None)
@@ -206,7 +207,7 @@ def _request_row(o: Outcome, baseline: _Priced, actual_nusd: int) -> tuple[Any, 
         usage.input_tokens, usage.output_tokens, usage.cache_read_tokens, usage.cache_write_tokens
     )  # fmt: skip
     asked = "forward" if o.calls else "refused"  # refused: only-if-cached, and nothing was
-    lane = o.mechanism or ("bypass" if o.cache_status == "BYPASS" else asked)
+    lane = o.mechanism or _LANES.get(o.cache_status, asked)
     return (
         o.request_id, o.ts_ms, day_of(o.ts_ms), o.tenant, o.namespace, o.tag, o.dialect, o.endpoint, int(o.stream),
         o.model_requested, o.model_served, o.upstream, lane, o.outcome, o.cache_status, o.reason, o.status,

@@ -38,6 +38,7 @@ def _ratio(part: str, whole: str) -> str:
 
 
 _N = "CAST(COUNT(*) AS BIGINT)"
+_ASKED = _int("CASE WHEN r.lane = 'audit' THEN 0 ELSE 1 END")  # an audit is ours, not a client's
 _UNMEASURED = "CASE WHEN u.usage_basis = 'measured' THEN 0 ELSE 1 END"
 _SAVED = "r.baseline_nusd - r.actual_nusd"
 
@@ -45,7 +46,7 @@ _QUERIES = (
     NamedQuery(
         "total",
         "What did we save, and what share of the bill?",
-        f"SELECT {_N} AS requests, {_usd('r.baseline_nusd')} AS baseline_usd, {_usd('r.actual_nusd')} AS actual_usd, "
+        f"SELECT {_ASKED} AS requests, {_usd('r.baseline_nusd')} AS baseline_usd, {_usd('r.actual_nusd')} AS actual_usd, "
         f"{_usd(_SAVED)} AS saved_usd, {_ratio(_int(_SAVED), _int('r.baseline_nusd'))} AS saved_share "
         f"FROM request r WHERE {_DAYS}",
         {
@@ -111,7 +112,7 @@ _QUERIES = (
     NamedQuery(
         "showback",
         "What does each tenant pay, per million tokens too?",
-        f"SELECT r.tenant AS tenant, {_N} AS requests, {_usd('r.actual_nusd')} AS actual_usd, {_usd(_SAVED)} AS saved_usd, "
+        f"SELECT r.tenant AS tenant, {_ASKED} AS requests, {_usd('r.actual_nusd')} AS actual_usd, {_usd(_SAVED)} AS saved_usd, "
         f"{_ratio(_int('r.actual_nusd'), _int('COALESCE(r.in_tok, 0) + COALESCE(r.out_tok, 0)'))} / 1e3 AS usd_per_mtok "
         f"FROM request r WHERE {_DAYS} GROUP BY r.tenant ORDER BY actual_usd DESC, tenant",
         {
@@ -125,7 +126,7 @@ _QUERIES = (
     NamedQuery(
         "hit_rate",
         "How often does the cache answer, by requests and by money?",
-        f"SELECT r.day AS day, {_N} AS requests, {_ratio(_int(f'CASE WHEN {_HIT} THEN 1 ELSE 0 END'), 'COUNT(*)')} AS hit_rate, "
+        f"SELECT r.day AS day, {_ASKED} AS requests, {_ratio(_int(f'CASE WHEN {_HIT} THEN 1 ELSE 0 END'), _ASKED)} AS hit_rate, "
         f"{_ratio(_int(f'CASE WHEN {_HIT} THEN r.baseline_nusd ELSE 0 END'), _int('r.baseline_nusd'))} AS money_hit_rate "
         f"FROM request r WHERE {_DAYS} GROUP BY r.day ORDER BY r.day",
         {"day": "UTC", "requests": "count", "hit_rate": "share of requests", "money_hit_rate": "share of the baseline"},
@@ -135,13 +136,15 @@ _QUERIES = (
         "Is the semantic cache safe? Judged-wrong share by similarity.",
         "SELECT b.band / 100.0 AS similarity, CAST(COUNT(*) AS BIGINT) AS hits, CAST(COUNT(b.wrong) AS BIGINT) AS judged, "
         f"{_ratio('SUM(b.wrong)', 'COUNT(b.wrong)')} AS wrong_share FROM (SELECT ROUND(r.similarity * 100 - 0.49999) "
-        "AS band, f.wrong AS wrong FROM request r LEFT JOIN (SELECT request_id, MAX(CASE WHEN verdict = 'wrong' THEN 1 "
-        "ELSE 0 END) AS wrong FROM feedback GROUP BY request_id) f ON f.request_id = r.id "
+        "AS band, COALESCE(f.wrong, a.wrong) AS wrong FROM request r LEFT JOIN (SELECT request_id, MAX(CASE WHEN verdict = "
+        "'wrong' THEN 1.0 ELSE 0.0 END) AS wrong FROM feedback GROUP BY request_id) f ON f.request_id = r.id "
+        "LEFT JOIN (SELECT request_id, MAX(1.0 - p_same) AS wrong FROM audit WHERE served = 1 GROUP BY request_id) a "
+        "ON a.request_id = r.id "
         f"WHERE r.lane = 'cache.semantic' AND r.similarity IS NOT NULL AND {_DAYS}) b GROUP BY b.band ORDER BY b.band DESC",
         {
             "similarity": "lower edge of a band 0.01 wide",
             "hits": "count",
-            "judged": "hits with feedback",
+            "judged": "hits with feedback or an audit",
             "wrong_share": "share of the judged",
         },
     ),
@@ -204,7 +207,7 @@ def grouped(group_by: Sequence[str]) -> str:
         )
     hits = _int(f"CASE WHEN {_HIT} THEN 1 ELSE 0 END")
     return (
-        f"SELECT {shown}, {_N} AS requests, {hits} AS hits, {_usd('r.baseline_nusd')} AS baseline_usd, "
+        f"SELECT {shown}, {_ASKED} AS requests, {hits} AS hits, {_usd('r.baseline_nusd')} AS baseline_usd, "
         f"{_usd('r.actual_nusd')} AS actual_usd, {_usd(_SAVED)} AS saved_usd FROM request r WHERE {_DAYS} "
         f"GROUP BY {keys} ORDER BY {keys}"
     )

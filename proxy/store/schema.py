@@ -21,7 +21,7 @@ from sqlalchemy import (
     Text,
 )
 
-HEAD = "0001"
+HEAD = "0002"
 """The revision this code reads and writes; a test compares it with the newest migration."""
 
 metadata = MetaData(
@@ -67,6 +67,7 @@ entry = Table(
     Column("tags", Text, nullable=False),  # JSON list, for reading a row; `entry_tag` is for finding it
     Column("prompt", Text, nullable=False),
     Column("answer", LargeBinary, nullable=False),
+    Column("group_id", BigInteger),  # the first entry found to have the same answer; NULL: this one
     Index(None, "fingerprint", unique=True),
     Index(None, "expires_ms"),
     Index(None, "used_ms", "size_bytes"),
@@ -181,6 +182,52 @@ feedback = Table(
     sqlite_autoincrement=True,
 )
 
+audit = Table(
+    "audit",
+    metadata,
+    # A comparison of two answers: what the judge learns from. Arrays are the learner's, without the texts.
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("ts", BigInteger, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("request_id", Text, nullable=False),
+    Column("tenant", Text, nullable=False),
+    Column("namespace", Text, nullable=False),
+    Column("scope", LargeBinary(32), nullable=False),
+    Column("fingerprint", LargeBinary(32), nullable=False),
+    Column("embedder", Text, nullable=False),
+    Column("entry_id", BigInteger, nullable=False),
+    Column("group_id", BigInteger, nullable=False),
+    Column("similarity", Double, nullable=False),
+    Column("log_odds", Double, nullable=False),
+    Column("standing", Text, nullable=False),
+    Column("served", SmallInteger, nullable=False),
+    Column("near_same", SmallInteger, nullable=False),
+    Column("p_same", Double, nullable=False),
+    Column("weight", Double, nullable=False),
+    Column("features", LargeBinary, nullable=False),
+    Column("words", LargeBinary, nullable=False),
+    Column("signature", LargeBinary, nullable=False),
+    Column("writer", Text, nullable=False),  # the process: replicas learn from each other's rows, not from their own
+    Index(None, "embedder", "id"),
+    Index(None, "request_id"),
+    Index(None, "entry_id"),
+    CheckConstraint("source IN ('forward', 'audit', 'feedback')", name="source"),
+    sqlite_autoincrement=True,
+)
+
+refused_pair = Table(
+    "refused_pair",
+    metadata,
+    # Hard negatives: the entry of fingerprint `kept` is never served for the question of fingerprint `asked` again.
+    Column("asked", LargeBinary(32), primary_key=True),
+    Column("kept", LargeBinary(32), primary_key=True),
+    Column("ts", BigInteger, nullable=False),
+    Column("request_id", Text, nullable=False),
+    Column("entry_id", BigInteger, nullable=False),
+    Column("source", Text, nullable=False),
+    Index(None, "ts"),
+)
+
 _COUNT = "CAST(COUNT(*) AS BIGINT)"
 
 
@@ -197,10 +244,11 @@ def _share(part: str, whole: str) -> str:
     return f"CAST({part} AS DOUBLE PRECISION) / NULLIF({whole}, 0)"
 
 
+_REQUESTS = _total("CASE WHEN lane = 'audit' THEN 0 ELSE 1 END")  # an audit is ours, not a client's
 _SAVED = "baseline_nusd - actual_nusd"
 _HITS = _total("CASE WHEN lane LIKE 'cache.%' OR lane = 'stream.coalesce' THEN 1 ELSE 0 END")
 _MONEY = (
-    f"{_COUNT} AS requests, {_HITS} AS hits, {_usd('baseline_nusd')} AS baseline_usd, "
+    f"{_REQUESTS} AS requests, {_HITS} AS hits, {_usd('baseline_nusd')} AS baseline_usd, "
     f"{_usd('actual_nusd')} AS actual_usd, {_usd(_SAVED)} AS saved_usd"
 )
 
@@ -216,7 +264,7 @@ VIEWS: dict[str, str] = {
         "COALESCE(SUM(saved_ms), 0) / 1000.0 AS saved_s FROM saving GROUP BY family, mechanism"
     ),
     "hit_rate_daily": (
-        f"SELECT day, {_COUNT} AS requests, {_HITS} AS hits, {_share(_HITS, 'COUNT(*)')} AS hit_rate, "
+        f"SELECT day, {_REQUESTS} AS requests, {_HITS} AS hits, {_share(_HITS, _REQUESTS)} AS hit_rate, "
         + _share(
             _total("CASE WHEN lane LIKE 'cache.%' OR lane = 'stream.coalesce' THEN baseline_nusd ELSE 0 END"),
             "SUM(baseline_nusd)",
@@ -225,10 +273,14 @@ VIEWS: dict[str, str] = {
     ),
     "wrong_hits": (
         "SELECT r.day AS day, r.model_requested AS model, r.lane AS lane, CAST(COUNT(*) AS BIGINT) AS hits, "
-        "CAST(COUNT(f.request_id) AS BIGINT) AS judged, CAST(COALESCE(SUM(f.wrong), 0) AS BIGINT) AS wrong, "
-        "CAST(COALESCE(SUM(f.wrong), 0) AS DOUBLE PRECISION) / NULLIF(COUNT(f.request_id), 0) AS wrong_rate "
-        "FROM request r LEFT JOIN (SELECT request_id, MAX(CASE WHEN verdict = 'wrong' THEN 1 ELSE 0 END) AS wrong "
+        "CAST(COUNT(COALESCE(f.wrong, a.wrong)) AS BIGINT) AS judged, "
+        "CAST(COALESCE(SUM(COALESCE(f.wrong, a.wrong)), 0) AS DOUBLE PRECISION) AS wrong, "
+        "CAST(COALESCE(SUM(COALESCE(f.wrong, a.wrong)), 0) AS DOUBLE PRECISION) "
+        "/ NULLIF(COUNT(COALESCE(f.wrong, a.wrong)), 0) AS wrong_rate "
+        "FROM request r LEFT JOIN (SELECT request_id, MAX(CASE WHEN verdict = 'wrong' THEN 1.0 ELSE 0.0 END) AS wrong "
         "FROM feedback WHERE request_id IS NOT NULL GROUP BY request_id) f ON f.request_id = r.id "
+        "LEFT JOIN (SELECT request_id, MAX(1.0 - p_same) AS wrong FROM audit WHERE served = 1 GROUP BY request_id) a "
+        "ON a.request_id = r.id "
         "WHERE r.lane LIKE 'cache.%' GROUP BY r.day, r.model_requested, r.lane"
     ),
     "top_entries": (

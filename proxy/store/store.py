@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from proxy.core.errors import ConfigError
 from proxy.core.saving import Pricing
 from proxy.store import migrate
+from proxy.store.comparisons import Comparisons
 from proxy.store.engine import DATABASE_ERRORS, Database, fault_of, open_database, transaction
 from proxy.store.entries import Entries
 from proxy.store.ledger import SqlLedger
@@ -35,6 +36,7 @@ class Store:
     entries: Entries
     ledger: SqlLedger
     queries: Queries
+    comparisons: Comparisons
 
     @property
     def state(self) -> str:
@@ -110,7 +112,7 @@ async def open_store(
         await writer.close()
         await database.close()
         raise
-    return Store(database, writer, entries, ledger, Queries(database))
+    return Store(database, writer, entries, ledger, Queries(database), Comparisons(database, writer))
 
 
 async def migrate_store(url: str | None, data_dir: Path) -> migrate.Migrated:

@@ -108,7 +108,7 @@ async def test_a_newer_schema_is_refused_and_the_file_untouched(tmp_path):
 async def test_an_older_schema_names_the_command(tmp_path, monkeypatch):
     store = await reopen(tmp_path)
     await store.close()
-    monkeypatch.setattr("proxy.store.migrate.HEAD", "0002")
+    monkeypatch.setattr("proxy.store.migrate.HEAD", "9999")
     with pytest.raises(ConfigError, match="ibid migrate"):
         await reopen(tmp_path)
 
