@@ -25,17 +25,22 @@ import numpy as np
 import uvloop
 from aiohttp import web
 
+from index.answers import Comparer
 from index.batcher import EmbedderOwner, open_embedder
 from index.errors import IndexRoomError, SnapshotRefused
+from index.features import compile_features
 from index.kernels import compile_kernels
+from index.learner import LEVELS, Learner
 from index.vectors import VectorOwner
 from proxy import admin, listener, logs
 from proxy.admin_auth import LOOPBACK_NAMES, Gate, load_token
+from proxy.audits import Auditor
 from proxy.config import Settings, UpstreamSettings
 from proxy.core.errors import CacheFault, ConfigError
 from proxy.explain import Explainer
 from proxy.handlers import ClientHandler
 from proxy.hot import HotRows
+from proxy.judge import Judge
 from proxy.operations import Operator
 from proxy.pipeline import Pipeline
 from proxy.prices import Prices
@@ -51,6 +56,7 @@ SNAPSHOT_NAME = "index.snapshot"
 SECRET_NAME = "installation-secret"
 BEAT_S = 0.02
 HOUSEKEEPING_S = 60.0
+FOLLOW_S = 2.0
 
 
 class Pulse:
@@ -177,6 +183,24 @@ async def open_semantic(
     return embedder, index, ""
 
 
+async def learn(auditor: Auditor) -> None:
+    """What the judge knew when it stopped. Without it the judge starts strict, which is safe."""
+    try:
+        await auditor.load()
+    except CacheFault as fault:
+        log.error("the judge starts without what it had learned", extra={"cause": fault.message})
+
+
+async def follow(app: App) -> None:
+    """Learn what other replicas of this database learn."""
+    while True:
+        await asyncio.sleep(FOLLOW_S)
+        try:
+            await app.pipeline.auditor.follow()
+        except CacheFault as fault:
+            app.telemetry.fault(fault.code)
+
+
 async def housekeep(app: App, index: VectorOwner | None) -> None:
     """Expire, evict, and save the index now and then."""
     saved_s = time.monotonic()
@@ -185,6 +209,7 @@ async def housekeep(app: App, index: VectorOwner | None) -> None:
         try:
             now_ms = int(time.time() * 1000)
             app.pipeline.forget(await app.store.entries.housekeep(now_ms))
+            await app.store.comparisons.housekeep()
             if index is not None and time.monotonic() - saved_s >= app.settings.index.snapshot_interval_s:
                 await index.snapshot(app.settings.data_dir / SNAPSHOT_NAME)
                 saved_s = time.monotonic()
@@ -205,6 +230,11 @@ class Edges:
     semantic_fault: str
 
 
+def _compile() -> None:
+    compile_kernels()
+    compile_features()
+
+
 async def open_edges(settings: Settings, log_writer: logs.LogWriter | None, stack: contextlib.AsyncExitStack) -> Edges:
     """Everything but the listeners; `stack` closes it. Raises ConfigError."""
     telemetry = Telemetry(log_writer, level=logging.getLevelNamesMapping()[settings.log.level])
@@ -213,7 +243,7 @@ async def open_edges(settings: Settings, log_writer: logs.LogWriter | None, stac
         {name: upstream.prices_as for name, upstream in settings.upstreams.items() if upstream.prices_as},
     )
     if settings.rules.semantic:  # seconds: beside the opening of database and model; whoever needs them waits
-        compiling = asyncio.get_running_loop().run_in_executor(None, compile_kernels)
+        compiling = asyncio.get_running_loop().run_in_executor(None, _compile)
         stack.push_async_callback(asyncio.wait, [compiling])
     await asyncio.to_thread(prices.load)
     store = await open_store(
@@ -239,6 +269,18 @@ async def open_edges(settings: Settings, log_writer: logs.LogWriter | None, stac
 
 def assemble(settings: Settings, edges: Edges, tasks: Tasks) -> tuple[Pipeline, ClientHandler]:
     """The pipeline over its edges, and the handler in front of it."""
+    hot = HotRows(settings.cache.hot_bytes)
+    embedder = edges.embedder
+    auditor = Auditor(
+        judge=Judge(settings.rules, Learner, LEVELS),
+        entries=edges.store.entries,
+        comparisons=edges.store.comparisons,
+        comparer=None if embedder is None else Comparer(embedder.embed, lambda: embedder.queue_length),
+        embedder="" if embedder is None else embedder.identity,
+        hot=hot,
+        tasks=tasks,
+        telemetry=edges.telemetry,
+    )
     pipeline = Pipeline(
         rules=settings.rules,
         store=edges.store.entries,
@@ -247,9 +289,10 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks) -> tuple[Pipeline, 
         upstream=edges.upstreams,
         telemetry=edges.telemetry,
         tasks=tasks,
-        hot=HotRows(settings.cache.hot_bytes),
-        embedder=edges.embedder,
+        hot=hot,
+        embedder=embedder,
         index=edges.index,
+        auditor=auditor,
         semantic_fault=edges.semantic_fault,
         usage_on_hit=settings.cache.usage_on_hit,
         model_aliases=aliases_of(settings.forward.model_aliases),
@@ -303,6 +346,8 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
         tasks, background = Tasks(edges.telemetry.fault), Tasks(edges.telemetry.fault)
         stack.push_async_callback(background.close, 1.0)
         pipeline, handler = assemble(settings, edges, tasks)
+        if edges.embedder is not None:
+            await learn(pipeline.auditor)
         pulse, stopping = Pulse(), asyncio.Event()
         operator = Operator(
             pipeline=pipeline,
@@ -326,6 +371,8 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
             background.spawn(pulse.run(handler), "pulse"),
             background.spawn(housekeep(app, edges.index), "housekeeping"),
         ]
+        if edges.store.database.dialect == "postgresql":  # SQLite has one process
+            endless.append(background.spawn(follow(app), "follow"))
         try:
             yield app
         finally:

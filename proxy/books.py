@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from proxy import ports
+from proxy.audits import Again
 from proxy.core import policy
 from proxy.core.answer import encode_answer
 from proxy.core.model import (
@@ -32,6 +33,7 @@ from proxy.core.model import (
     again,
 )
 from proxy.hot import HotRow
+from proxy.judge import Opinion
 from proxy.telemetry import Telemetry
 
 MECHANISMS = {Tier.EXACT: "cache.exact", Tier.SEMANTIC: "cache.semantic", Tier.STALE: "cache.stale"}
@@ -56,6 +58,7 @@ class Lookup:
     row: HotRow | None = None
     vector: ports.Vector | None = None
     signature: ports.Signature | None = None
+    opinion: Opinion | None = None
     steps_ms: dict[str, float] = field(default_factory=dict)
 
 
@@ -72,6 +75,7 @@ class Fetch:
     answer: Answer | None = None
     usage: Usage | None = None
     unstored: str = ""  # why the answer is not stored; "" when it is
+    again: Again | None = None  # set when a served question is asked again, for nobody but the judge
     deferred: list[Callable[[], object]] = field(default_factory=list)  # settlements that wait for the call's end
 
 
@@ -127,9 +131,9 @@ class Books:
             ts_ms=fetch.client.ts_ms,
             upstream=query.upstream,
             model=fetch.answer.model if fetch.answer is not None else query.model,
-            purpose="answer",
+            purpose="answer" if fetch.again is None else "audit",
             tier="default",
-            won=won,
+            won=won and fetch.again is None,
             usage=usage,
             usage_basis=basis if usage is not None else "none",
             status=status,
@@ -178,6 +182,30 @@ class Books:
         cost_nusd = 0 if call is None else self.price(query, call.usage, client.ts_ms)
         self._telemetry.lookup(outcome, fetch.lookup.steps_ms, scope=query.scope, cost_nusd=cost_nusd)
         return cost_nusd
+
+    def audited(self, fetch: Fetch) -> None:
+        """Book an audit: nobody was answered, so all it cost is a negative saving."""
+        assert fetch.call is not None
+        outcome = _outcome(
+            fetch.query,
+            request_id=fetch.client.request_id,
+            ts_ms=fetch.client.ts_ms,
+            outcome="ok" if fetch.answer is not None else "error",
+            status=fetch.call.status,
+            cache_status="AUDIT",
+            reason="audit",
+            mechanism=None,
+            model_served=fetch.call.model,
+            similarity=None,
+            entry_id=None,
+            usage=None,
+            calls=(fetch.call,),
+            ttft_ms=fetch.call.ttft_ms,
+            total_ms=fetch.call.total_ms,
+        )
+        self._ledger.record(outcome)
+        cost_nusd = self.price(fetch.query, fetch.call.usage, fetch.client.ts_ms)
+        self._telemetry.lookup(outcome, scope=fetch.query.scope, cost_nusd=cost_nusd)
 
 
 def draft_of(fetch: Fetch, answer: Answer, embedder: str, rules: Rules, now_ms: int) -> Draft:

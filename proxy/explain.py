@@ -11,6 +11,7 @@ from proxy.core import identity, policy
 from proxy.core.errors import BadRequest
 from proxy.core.model import Candidate, Level, NearMiss, Query
 from proxy.handlers import CHAT_UPSTREAM_PATH, Caller, ClientHandler, Target
+from proxy.judge import Judged, Opinion, Place, finite, verdict_of
 from proxy.pipeline import CANDIDATES, Pipeline
 from proxy.store.selection import Filters
 from proxy.store.store import Store
@@ -40,24 +41,20 @@ class Explainer:
         query = self._handler.read_query(TARGET, caller, body)
         now_ms = int(time.time() * 1000)
         exact = await self._store.entries.find(query.fingerprint)
-        candidates, note = await self._candidates(query, now_ms)
-        rules, controls = self._pipeline.rules, query.controls
-        chosen = policy.choose(candidates, rules, controls)
+        opinion, note = await self._opinion(query, now_ms)
+        rules, judge = self._pipeline.rules, self._pipeline.judge
+        found = None if opinion is None else opinion.chosen or verdict_of(opinion, rules.near_floor)
         if exact is not None and exact.draft.expires_ms > now_ms:
             verdict: dict[str, Any] = {"verdict": "hit", "tier": "exact", "entry": exact.id}
         elif query.eligibility.level is Level.NONE:
             verdict = {"verdict": "bypass", "reason": query.eligibility.reason}
-        elif isinstance(chosen, policy.Choice):
-            verdict = {
-                "verdict": "hit",
-                "tier": "semantic",
-                "entry": chosen.entry_id,
-                "reason": chosen.judgement.reason,
-            }
-        elif isinstance(chosen, NearMiss):
-            verdict = {"verdict": "near-miss", "entry": chosen.entry_id, "reason": chosen.reason}
+        elif isinstance(found, Judged):
+            verdict = {"verdict": "hit", "tier": "semantic", "entry": found.candidate.entry_id, "reason": found.reason}
+        elif isinstance(found, NearMiss):
+            verdict = {"verdict": "near-miss", "entry": found.entry_id, "reason": found.reason}
         else:
-            verdict = {"verdict": "miss", "reason": note or query.eligibility.reason or chosen.reason}
+            reason = note or query.eligibility.reason or ("nothing_alike" if found is None else found.reason)
+            verdict = {"verdict": "miss", "reason": reason}
         return {
             **verdict,
             "tenant": query.tenant,
@@ -65,10 +62,17 @@ class Explainer:
             "fingerprint": query.fingerprint.hex(),
             "eligibility": {"level": query.eligibility.level.value, "reason": query.eligibility.reason},
             "bound": {
-                "max_error_rate": policy.error_bound(rules, controls),
+                "max_error_rate": policy.error_bound(rules, query.controls),
                 "near_floor": rules.near_floor,
+                "start_similarity": rules.start_similarity,
+                "proven_from": None if opinion is None else finite(opinion.thresholds.proven),
+                "provisional_from": None if opinion is None else finite(opinion.thresholds.provisional),
+                "has_room": opinion is not None and opinion.has_room,
             },
-            "candidates": [self._shown(candidate, query) for candidate in candidates],
+            "evidence": None if opinion is None else judge.evidence(opinion.place, opinion.max_error),
+            "candidates": []
+            if opinion is None
+            else [_shown(judged, opinion, judge.feature_names) for judged in opinion.judged],
             "key_diff": await self._key_diff(query),
         }
 
@@ -78,31 +82,30 @@ class Explainer:
             raise BadRequest("More than one tenant has entries: name one.", code="invalid_value", param="tenant")
         return tenants[0] if tenants else "0" * 64
 
-    async def _candidates(self, query: Query, now_ms: int) -> tuple[Sequence[Candidate], str]:
+    async def _opinion(self, query: Query, now_ms: int) -> tuple[Opinion | None, str]:
+        """What the judge makes of it, or why it is not asked. Pairs refused before are marked; rows are not read."""
         embedder, index = self._pipeline.embedder, self._pipeline.index
         if query.eligibility.level is not Level.FULL:
-            return [], ""
+            return None, ""
         if embedder is None or index is None:
-            return [], self._pipeline.semantic_fault
+            return None, self._pipeline.semantic_fault
         try:
             vector = await embedder.embed(query.prompt, query.tenant)
             signature = embedder.signature(query.prompt)
             found = await index.search(query.scope, vector, signature, now_ms, CANDIDATES)
         except ports.CACHE_FAULTS as fault:
-            return [], getattr(fault, "reason", "store_down")
-        return [Candidate(*proposed) for proposed in found], ""
-
-    def _shown(self, candidate: Candidate, query: Query) -> dict[str, Any]:
-        judgement = policy.judge(candidate.similarity, candidate.vetoes, self._pipeline.rules, query.controls)
-        guards = {name: bool(candidate.vetoes >> bit & 1) for bit, name in enumerate(policy.GUARDS)}
-        return {
-            "entry": candidate.entry_id,
-            "similarity": round(candidate.similarity, 6),
-            "probability_if_no_veto": round(policy.probability_of(candidate.similarity), 6),
-            "vetoes": [name for name, vetoed in guards.items() if vetoed],
-            "serves": judgement.serves,
-            "reason": judgement.reason,
-        }
+            return None, getattr(fault, "reason", "store_down")
+        place = Place(query.scope, query.controls.namespace, query.tenant, query.fingerprint)
+        max_error = policy.error_bound(self._pipeline.rules, query.controls)
+        candidates = [Candidate(*proposed) for proposed in found]
+        opinion = self._pipeline.judge.consider(place, signature, candidates, max_error)
+        for judged in opinion.judged:
+            entry = await self._store.entries.get(judged.candidate.entry_id)
+            if entry is None:
+                opinion.refused[judged.candidate.entry_id] = "gone"
+            elif self._pipeline.judge.is_refused(query.fingerprint, entry.draft.fingerprint):
+                opinion.refused[judged.candidate.entry_id] = "refused_before"
+        return opinion, ""
 
     async def _key_diff(self, query: Query) -> list[dict[str, Any]]:
         """Entries of the same tenant with the same prompt that this request's scope keeps apart, and what differs."""
@@ -125,3 +128,22 @@ class Explainer:
             differs = {name: {"entry": a, "request": b} for name, (a, b) in pairs.items() if a != b}
             found.append({"entry": entry.id, "differs": differs or "earlier messages, settings, headers or end user"})
         return found
+
+
+def _shown(judged: Judged, opinion: Opinion, names: Sequence[str]) -> dict[str, Any]:
+    """One group's best candidate: its features, each guard's verdict, and what the judge makes of it."""
+    candidate = judged.candidate
+    guards = {name: bool(candidate.vetoes >> bit & 1) for bit, name in enumerate(policy.GUARDS)}
+    refused = opinion.refused.get(candidate.entry_id)
+    return {
+        "entry": candidate.entry_id,
+        "group": judged.group_id,
+        "similarity": round(candidate.similarity, 6),
+        "probability": round(judged.probability, 6),
+        "log_odds": round(judged.log_odds, 4),
+        "features": {name: round(float(value), 4) for name, value in zip(names, judged.row, strict=True)},
+        "vetoes": [name for name, vetoed in guards.items() if vetoed],
+        "standing": None if judged.standing is None else judged.standing.value,
+        "serves": refused is None and judged is opinion.chosen,
+        "reason": refused or judged.reason,
+    }

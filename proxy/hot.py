@@ -49,6 +49,7 @@ class Alias(NamedTuple):
     entry_id: int
     similarity: float
     probability: float
+    epoch: int  # of the judge: what it narrowed since makes the judgement void
 
 
 class HotRows:

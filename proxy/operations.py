@@ -118,6 +118,7 @@ class Operator:
         if found is None:
             return None
         changed = False
+        await self._pipeline.auditor.feedback(request_id, found, verdict)
         if found:
             changed = await self._store.entries.quarantine(found, on=verdict == "wrong")
             if verdict == "wrong":

@@ -6,6 +6,7 @@ Every `await` is one port, every decision one call into core. What comes out is 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import assert_never
@@ -14,6 +15,7 @@ import numpy as np
 import orjson
 
 from proxy import ports
+from proxy.audits import Again, Auditor
 from proxy.books import Books, Client, Fetch, Lookup, draft_of
 from proxy.collapse import Flight, Seat
 from proxy.core import freshness, policy
@@ -22,7 +24,7 @@ from proxy.core.dialects.openai_filter import UsageFilter
 from proxy.core.dialects.openai_record import Recording, find_usage, record
 from proxy.core.dialects.openai_replay import Template, UsageMode, render_stream, render_whole
 from proxy.core.directives import usd, verdict_headers
-from proxy.core.errors import BadRequest, CacheFault
+from proxy.core.errors import BadRequest, CacheFault, UpstreamError
 from proxy.core.model import (
     Answer,
     Bypass,
@@ -38,14 +40,17 @@ from proxy.core.model import (
     Verdict,
 )
 from proxy.hot import Alias, Form, HotRow, HotRows
+from proxy.judge import Judged, Opinion, Place, verdict_of
 from proxy.relay import Head, Relay, Replay
 from proxy.tasks import Tasks
 from proxy.telemetry import Telemetry
 
-CANDIDATES = 8
+log = logging.getLogger(__name__)
+
+CANDIDATES = 16
+ROUNDING = 1e-3  # between a similarity of the index, in fixed point, and one of the row
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 JSON = "application/json"
-MECHANISMS = {Tier.EXACT: "cache.exact", Tier.SEMANTIC: "cache.semantic", Tier.STALE: "cache.stale"}
 
 
 class Pipeline:
@@ -64,6 +69,7 @@ class Pipeline:
         hot: HotRows,
         embedder: ports.Embedder | None,
         index: ports.VectorIndex | None,
+        auditor: Auditor,
         semantic_fault: str = "",
         usage_on_hit: UsageMode = "original",
         model_aliases: Mapping[str, Collection[str]] | None = None,
@@ -73,6 +79,8 @@ class Pipeline:
         self.hot = hot
         self.embedder = embedder
         self.index = index
+        self.auditor = auditor
+        self.judge = auditor.judge
         self.semantic_fault = semantic_fault  # why there is no embedder or index; "" when there are
         self.flights: dict[bytes, Flight[Fetch]] = {}
         self._store = store
@@ -95,6 +103,8 @@ class Pipeline:
         match lookup.verdict:
             case Hit() as hit if not query.controls.shadow:
                 assert lookup.row is not None
+                if hit.tier is Tier.SEMANTIC:
+                    self._count_alike(query, client, lookup)
                 return self._serve(query, client, lookup.row, hit, lookup.steps_ms)
             case Hit() | NearMiss() | Miss() | Bypass():
                 pass
@@ -123,13 +133,14 @@ class Pipeline:
         alias = self.hot.alias(query.fingerprint)
         if alias is None or query.eligibility.level is not Level.FULL or controls.exact_only:
             return None
+        if alias.epoch != self.judge.epoch or controls.max_error is not None:
+            return None
         row = self.hot.get(alias.entry_id)
         if row is None or row.entry.draft.scope != query.scope:
             return None
         if not _is_fresh(row.entry, query, client):
             return None
-        if alias.probability < 1.0 - policy.error_bound(self.rules, controls):
-            return None
+        self.auditor.remember(client.request_id, query.fingerprint, row.entry.id)
         return self._serve(query, client, row, Hit(row.entry, Tier.SEMANTIC, alias.similarity, alias.probability), None)
 
     async def _look_up(self, query: Query, client: Client) -> Lookup:
@@ -180,48 +191,68 @@ class Pipeline:
         if not query.controls.read:
             return
         found = await self.index.search(query.scope, vector, signature, client.ts_ms, CANDIDATES)
-        candidates = [Candidate(*proposed) for proposed in found]
         searched = time.perf_counter()
         lookup.steps_ms["search"] = (searched - embedded) * 1e3
-        chosen = policy.choose(candidates, self.rules, query.controls)
-        while isinstance(chosen, policy.Choice):
-            if (row := await self._pass_gate(chosen, query, client, vector, signature)) is not None:
+        place = Place(query.scope, query.controls.namespace, query.tenant, query.fingerprint)
+        max_error = policy.error_bound(self.rules, query.controls)
+        opinion = self.judge.consider(place, signature, [Candidate(*proposed) for proposed in found], max_error)
+        lookup.opinion = opinion
+        self.judge.see(place, signature)
+        while (chosen := opinion.chosen) is not None:
+            row = await self._pass_gate(chosen, opinion, query, client, vector)
+            if isinstance(row, HotRow):
                 lookup.row = row
-                lookup.verdict = Hit(row.entry, Tier.SEMANTIC, chosen.similarity, chosen.probability)
-                self.hot.add_alias(query.fingerprint, Alias(row.entry.id, chosen.similarity, chosen.probability))
+                lookup.verdict = Hit(row.entry, Tier.SEMANTIC, chosen.candidate.similarity, chosen.probability)
                 break
-            candidates = [candidate for candidate in candidates if candidate.entry_id != chosen.entry_id]
-            chosen = policy.choose(candidates, self.rules, query.controls)
+            opinion.refused[chosen.candidate.entry_id] = row
         else:
-            lookup.verdict = chosen
-            if isinstance(chosen, NearMiss):
-                self._telemetry.veto(chosen.reason)
+            lookup.verdict = verdict_of(opinion, self.rules.near_floor)
+            if isinstance(lookup.verdict, NearMiss):
+                self._telemetry.veto(lookup.verdict.reason)
         lookup.steps_ms["judge"] = (time.perf_counter() - searched) * 1e3
 
     async def _pass_gate(
-        self, chosen: policy.Choice, query: Query, client: Client, vector: ports.Vector, signature: ports.Signature
-    ) -> HotRow | None:
-        """The row, if SQL still has it and its own scope, times, embedder, vector and token classes agree."""
+        self, chosen: Judged, opinion: Opinion, query: Query, client: Client, vector: ports.Vector
+    ) -> HotRow | str:
+        """The row, if SQL still has it, its own scope, times, embedder, vector and token classes agree, and nobody said
+        that it is wrong for this question; else why not."""
         assert self.embedder is not None
         assert self.index is not None
-        row, purges = self.hot.get(chosen.entry_id), self._purges
-        entry = row.entry if row is not None else await self._store.get(chosen.entry_id)
+        entry_id = chosen.candidate.entry_id
+        row, purges = self.hot.get(entry_id), self._purges
+        entry = row.entry if row is not None else await self._store.get(entry_id)
         if entry is None:
-            self.index.remove([chosen.entry_id])
-            return None
+            self.index.remove([entry_id])
+            return "gone"
         draft = entry.draft
         if (
             draft.scope != query.scope
             or draft.embedder != self.embedder.identity
             or draft.embedding is None
             or draft.signature is None
-            or not _is_fresh(entry, query, client)
         ):
-            return None
-        similarity, vetoes = self.index.compare(vector, signature, draft.embedding, draft.signature)
-        if not policy.judge(similarity, vetoes, self.rules, query.controls).serves:
-            return None
+            return "changed"
+        if not _is_fresh(entry, query, client):
+            return "expired"
+        similarity, vetoes = self.index.compare(vector, opinion.signature, draft.embedding, draft.signature)
+        if not abs(similarity - chosen.candidate.similarity) <= ROUNDING or vetoes != chosen.candidate.vetoes:
+            return "changed"
+        if self.judge.is_refused(query.fingerprint, draft.fingerprint):
+            return "refused_before"
         return row if row is not None else self._warm(entry, purges)
+
+    def _count_alike(self, query: Query, client: Client, lookup: Lookup) -> None:
+        """A semantic hit is about to be served: count it, remember the wording, and perhaps ask again upstream."""
+        opinion, row = lookup.opinion, lookup.row
+        assert opinion is not None
+        assert row is not None
+        chosen = opinion.chosen
+        assert chosen is not None
+        alias = Alias(row.entry.id, chosen.candidate.similarity, chosen.probability, self.judge.epoch)
+        self.hot.add_alias(query.fingerprint, alias)
+        again = self.auditor.served(opinion, chosen, client.request_id)
+        if again is not None and not query.controls.only_if_cached:
+            _ = self._tasks.spawn(self._ask_again(query, client, lookup, again), "audit")
 
     def _warm(self, entry: Entry, purges: int) -> HotRow:
         """A row to serve, kept in memory unless a purge came while it was read."""
@@ -279,6 +310,17 @@ class Pipeline:
         return flight if flight is not None and flight.joinable else None
 
     async def _forward(self, query: Query, client: Client, lookup: Lookup) -> Replay | Relay:
+        shared = query.eligibility.level is not Level.NONE and query.controls.read
+        fetch = Fetch(query, client, lookup, time.perf_counter())
+        flight = self._take_off(fetch, shared=shared)
+        if shared:
+            self.flights[query.fingerprint] = flight
+        return await self._board(flight, flight.join(), query, client, lookup.verdict, collapsed=False)
+
+    def _take_off(self, fetch: Fetch, *, shared: bool) -> Flight[Fetch]:
+        """A forward that opens with its first seat."""
+        query, client = fetch.query, fetch.client
+
         async def open_() -> ports.UpstreamResponse:
             response = await self._upstream.open(
                 query.upstream, "POST", client.path_qs, client.headers, query.forward_body
@@ -286,12 +328,25 @@ class Pipeline:
             fetch.first_byte_s = time.perf_counter()
             return response
 
-        shared = query.eligibility.level is not Level.NONE and query.controls.read
-        fetch = Fetch(query, client, lookup, time.perf_counter())
-        flight = Flight(fetch, open_, self._landed, shared=shared)
-        if shared:
-            self.flights[query.fingerprint] = flight
-        return await self._board(flight, flight.join(), query, client, lookup.verdict, collapsed=False)
+        return Flight(fetch, open_, self._landed, shared=shared)
+
+    async def _ask_again(self, query: Query, client: Client, lookup: Lookup, again: Again) -> None:
+        """Forward a question that was served, for the judge alone."""
+        own = client._replace(
+            request_id=f"{client.request_id}-audit",
+            ts_ms=int(self._clock() * 1000),
+            started_s=time.perf_counter(),
+        )
+        fetch = Fetch(query, own, lookup, time.perf_counter(), again=again)
+        seat = self._take_off(fetch, shared=False).join()
+        self.auditor.begin()
+        try:
+            await seat.whole()
+        except UpstreamError as error:
+            log.debug("an audit failed: %s", error.code)
+        finally:
+            self.auditor.end()
+            seat.leave()
 
     async def _join(self, flight: Flight[Fetch], query: Query, client: Client) -> Replay | Relay:
         """Share a forward in flight: its bytes when both stream alike, its answer once it is whole when not."""
@@ -406,6 +461,8 @@ class Pipeline:
         if recording is not None and not fetch.unstored:
             fetch.answer = recording.answer
         fetch.call = self._books.call_of(fetch, status, flight.size_bytes, is_stream=is_stream, won=flight.complete)
+        if fetch.again is not None:
+            self._books.audited(fetch)
         for settle in fetch.deferred:
             settle()
         fetch.deferred.clear()
@@ -451,6 +508,7 @@ class Pipeline:
             self.hot.put(entry, answer)
             if self.index is not None and lookup.vector is not None and lookup.signature is not None:
                 self.index.add(entry.id, query.scope, lookup.vector, lookup.signature, draft.expires_ms)
+            self.auditor.stored(lookup.opinion, fetch.again, query, entry, answer)
         except ports.CACHE_FAULTS as fault:
             self._telemetry.fault(_reason_of(fault))
         finally:

@@ -6,7 +6,7 @@ the real edge.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from index.errors import IndexRoomError
 from proxy.core.errors import CacheFault
-from proxy.core.model import Draft, Entry, Outcome, Usage
+from proxy.core.model import Comparison, Draft, Entry, Outcome, Usage
+from proxy.core.risk import Counted
 
 Vector = NDArray[np.float32]
 Signature = NDArray[np.uint64]
@@ -47,8 +48,8 @@ class VectorIndex(Protocol):
 
     async def search(
         self, scope: bytes, vector: Vector, signature: Signature, now_ms: int, k: int = 8
-    ) -> Sequence[tuple[int, float, int]]:
-        """At most k fresh candidates of this scope, best first: (entry id, similarity, veto bits).
+    ) -> Sequence[tuple[int, float, int, Signature]]:
+        """At most k fresh candidates of this scope, best first: (entry id, similarity, veto bits, its signature).
 
         Raises IndexFault, Overloaded.
         """
@@ -64,6 +65,120 @@ class VectorIndex(Protocol):
         self, vector: Vector, signature: Signature, row_vector: bytes, row_signature: bytes
     ) -> tuple[float, int]:
         """Similarity and veto bits against a row's own bytes: the gate. (nan, 0) never passes a judge."""
+        ...
+
+
+class Considered(Protocol):
+    """One group of candidates as a learner describes it."""
+
+    @property
+    def place(self) -> int: ...  # of its most similar candidate, in the order given
+    @property
+    def group_id(self) -> int: ...
+    @property
+    def row(self) -> NDArray[np.float64]: ...  # its features
+    @property
+    def words(self) -> NDArray[np.int64]: ...  # cells of unmatched words
+    @property
+    def log_odds(self) -> float: ...
+
+
+class Learner(Protocol):
+    """Memory of what likeness meant in one level of traffic. See `index.learner.Learner`."""
+
+    labelled: int
+    names: Sequence[str]  # of the features in a row
+
+    def consider(
+        self,
+        signature: Signature,
+        signatures: Signature,
+        similarities: Vector,
+        groups: NDArray[np.int64],
+    ) -> Sequence[Considered]:
+        """Groups of candidates, most probable first."""
+        ...
+
+    def see(self, signature: Signature) -> None: ...
+
+    def store(self, group_id: int) -> None: ...
+
+    def learn(
+        self, row: NDArray[np.float64], words: NDArray[np.int64], group_id: int, wrong: float, weight: float = 1.0
+    ) -> None: ...
+
+    def levels(self) -> Counted:
+        """Labelled decisions at or above each level of log-odds, and the wrong ones among them."""
+        ...
+
+
+NewLearner = Callable[[], Learner]
+
+
+class AnswerComparer(Protocol):
+    """Whether two answers say the same. See `index.answers`."""
+
+    async def compare(self, a: str, b: str, tenant: str = "") -> float:
+        """A probability. Raises what the embedder raises."""
+        ...
+
+
+class RefusedPair(NamedTuple):
+    """The entry of fingerprint `kept` is never served for the question of fingerprint `asked` again."""
+
+    asked: bytes
+    kept: bytes
+    ts_ms: int
+    request_id: str
+    entry_id: int
+    source: str  # "audit" | "feedback"
+
+
+class SeenComparison(NamedTuple):
+    """A comparison as its row: its id, and whether this process wrote it."""
+
+    id: int
+    own: bool
+    comparison: Comparison
+
+
+class Comparisons(Protocol):
+    """What the judge learned from, as rows. Every method raises CacheFault when the database cannot answer."""
+
+    async def put(self, found: Comparison) -> int: ...
+
+    async def newest(self, embedder: str, limit: int) -> Sequence[SeenComparison]:
+        """The last `limit` comparisons made with this embedder, oldest first."""
+        ...
+
+    async def after(self, embedder: str, row_id: int) -> Sequence[SeenComparison]:
+        """Comparisons with a higher id, oldest first, a bounded number."""
+        ...
+
+    async def judged(self, request_id: str | None, entry_id: int) -> Sequence[SeenComparison]:
+        """Comparisons that a verdict overrules: of this served request, or those of feedback on this entry."""
+        ...
+
+    async def correct(self, row_id: int, p_same: float, source: str) -> None: ...
+
+    async def refuse(self, pair: RefusedPair) -> None: ...
+
+    async def allow(self, asked: bytes, kept: bytes) -> bool:
+        """Undo `refuse`; whether there was such a pair."""
+        ...
+
+    async def refused(self, since_ms: int = 0) -> Sequence[RefusedPair]: ...
+
+    async def refused_for(self, request_id: str | None, entry_id: int) -> Sequence[RefusedPair]:
+        """Pairs refused on account of this request, or by feedback on this entry."""
+        ...
+
+    async def join_group(self, entry_id: int, group_id: int) -> None:
+        """Note that an entry's answer is the same as another one's."""
+        ...
+
+    def groups(self) -> AsyncIterator[tuple[int, int]]:
+        """(entry id, group id) of every entry in a group that another one founded."""
         ...
 
 

@@ -180,6 +180,9 @@ RULES_WHY: Mapping[str, str] = {
     "semantic": "look for reworded questions at all",
     "min_words": "shorter prompts say too little to compare",
     "near_floor": "similarity from which a miss is listed as a near-miss",
+    "start_similarity": "similarity that serves before a scope has evidence, if no guard objects",
+    "audit_share": "share of proven hits asked again upstream, off the client's path",
+    "alpha": "chance that the bound on the error rate is ever too low",
     "answer_limit_bytes": "longer answers are not stored",
     "prompt_limit_bytes": "longer prompts are not looked up",
 }
@@ -188,6 +191,9 @@ RULES_BOUNDS: Mapping[str, tuple[float, float]] = {
     "max_error_rate": (0.0, 0.5),
     "semantic_temperature_max": (0.0, 2.0),
     "near_floor": (0.0, 1.0),
+    "start_similarity": (0.8, 1.0),
+    "audit_share": (0.0, 1.0),
+    "alpha": (0.001, 0.5),
 }
 
 

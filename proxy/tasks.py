@@ -28,6 +28,11 @@ class Tasks:
     def __len__(self) -> int:
         return len(self._running)
 
+    @property
+    def closed(self) -> bool:
+        """No further task is taken."""
+        return self._closed
+
     def spawn(self, coro: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """The running task. Its exception is logged and counted, never lost. Raises RuntimeError after `close`."""
         if self._closed:

@@ -86,7 +86,8 @@ async def semantic(folder: Path, up: ScriptedUpstream, model: ScriptedModel, tom
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(composition, "open_embedder", open_scripted)
-        async with serving(folder, up, toml) as running:
+        toml = toml if "[cache]" in toml else toml + "\n[cache]\n"
+        async with serving(folder, up, toml.replace("[cache]", "[cache]\naudit_share = 0")) as running:
             try:
                 yield running
             finally:

@@ -316,7 +316,7 @@ async def test_exact_mode_never_answers_by_meaning_and_a_client_may_tighten_the_
     await ibid.fill(ASKED)
     assert (await ibid.ask(REWORDED)).cache == "HIT"
     strict = await ibid.ask(REWORDED, headers={"x-cache-max-error": "0.0001"})  # also not from memory
-    assert (strict.cache, strict.reason) == ("MISS", "below_bound")
+    assert (strict.cache, strict.reason) == ("MISS", "budget_spent")
     assert first.text != strict.text
 
 

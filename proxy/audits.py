@@ -1,0 +1,294 @@
+"""Where the judge's labels come from, all of it off the client's path.
+
+- A miss that had a candidate: the new answer is compared with the one that would have been served. Free, because the
+  answer was fetched anyway.
+- An audit: a hit that was served is asked again upstream, and the answers are compared. It costs a call, which is
+  booked as a negative saving.
+- Feedback: somebody who knows.
+
+Every comparison becomes a row first and is learned from then; the rows bring the judge back after a restart, and tell
+other replicas. What cannot be compared (an answer that may not be stored, a part that is down, too much at once) gives
+no label and costs nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import orjson
+
+from proxy import ports
+from proxy.core.answer import decode_answer
+from proxy.core.model import Answer, Comparison, Entry, Query
+from proxy.hot import HotRows
+from proxy.judge import LEARN_FROM, SAME_FROM, WRONG_BELOW, Judge, Judged, Opinion, Place, comparison, signature_from
+from proxy.tasks import Tasks
+from proxy.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+AUDITS_AT_ONCE = 4
+COMPARISONS_AT_ONCE = 16
+OTHER_GROUPS = 2  # further groups a new answer is compared with, to join one
+REMEMBERED = 16_384  # semantic hits that feedback can still name
+LOADED = 10_000  # comparisons a start learns from
+
+
+class Again(NamedTuple):
+    """What a forward that asks a served question again is for."""
+
+    opinion: Opinion
+    judged: Judged
+    request_id: str  # of the hit
+    weight: float  # hits like it that this one stands for
+
+
+class _Hit(NamedTuple):
+    """A semantic hit, as feedback needs it. `opinion` is None when an earlier judgement was remembered."""
+
+    asked: bytes
+    entry_id: int
+    opinion: Opinion | None
+    judged: Judged | None
+
+
+class Auditor:
+    """Owns nothing; `app.py` lends it the parts. Lives on the event loop."""
+
+    def __init__(
+        self,
+        *,
+        judge: Judge,
+        entries: ports.EntryStore,
+        comparisons: ports.Comparisons,
+        comparer: ports.AnswerComparer | None,
+        embedder: str,
+        hot: HotRows,
+        tasks: Tasks,
+        telemetry: Telemetry,
+        clock: Callable[[], float] = time.time,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self.judge = judge
+        self._entries = entries
+        self._comparisons = comparisons
+        self._comparer = comparer
+        self._embedder = embedder
+        self._hot = hot
+        self._tasks = tasks
+        self._telemetry = telemetry
+        self._clock = clock
+        self._chance = chance
+        self._auditing = 0
+        self._comparing = 0
+        self._hits: OrderedDict[str, _Hit] = OrderedDict()
+        self._last_row = 0
+        self._last_refused_ms = 0
+
+    # -- what was served --------------------------------------------------------------------------------------------
+
+    def remember(self, request_id: str, asked: bytes, entry_id: int) -> None:
+        """A hit on a wording judged before: feedback may name it."""
+        self._note(request_id, _Hit(asked, entry_id, None, None))
+
+    def served(self, opinion: Opinion, judged: Judged, request_id: str) -> Again | None:
+        """Count a semantic hit; what to ask again upstream, or None when this one is not audited."""
+        self._note(request_id, _Hit(opinion.place.fingerprint, judged.candidate.entry_id, opinion, judged))
+        self.judge.serve(opinion.place)
+        share = self.judge.audit_share(opinion, judged)
+        if self._comparer is None or self._tasks.closed or self._chance() >= share:
+            return None
+        if self._auditing >= AUDITS_AT_ONCE:
+            self._telemetry.audit("skipped")
+            return None
+        return Again(opinion, judged, request_id, 1.0 / share)
+
+    def _note(self, request_id: str, hit: _Hit) -> None:
+        self._hits[request_id] = hit
+        if len(self._hits) > REMEMBERED:
+            self._hits.popitem(last=False)
+
+    def begin(self) -> None:
+        self._auditing += 1
+
+    def end(self) -> None:
+        self._auditing -= 1
+
+    # -- what came of it --------------------------------------------------------------------------------------------
+
+    def stored(self, opinion: Opinion | None, again: Again | None, query: Query, entry: Entry, answer: Answer) -> None:
+        """An answer was fetched and stored: compare it with what was, or would have been, served."""
+        if opinion is None:
+            return
+        if again is None and not opinion.judged:
+            self.judge.enter(opinion.place, entry.id, entry.id)
+            return
+        if self._comparer is None or self._tasks.closed or self._comparing >= COMPARISONS_AT_ONCE:
+            self._telemetry.audit("skipped")
+            self.judge.enter(opinion.place, entry.id, entry.id)
+            return
+        self._comparing += 1
+        _ = self._tasks.spawn(self._compare(opinion, again, query, entry, answer), "compare")
+
+    async def _compare(self, opinion: Opinion, again: Again | None, query: Query, entry: Entry, answer: Answer) -> None:
+        group = entry.id
+        try:
+            judged = again.judged if again is not None else opinion.decision
+            if judged is not None and judged.candidate.similarity >= LEARN_FROM:
+                p_same = await self._likeness(judged.candidate.entry_id, answer, query.tenant)
+                if p_same is not None:
+                    request_id = entry.draft.request_id if again is None else again.request_id
+                    await self._learn(opinion, judged, again, p_same, request_id)
+                    group = judged.group_id if p_same >= SAME_FROM else entry.id
+            if group == entry.id:
+                group = await self._find_group(opinion, judged, answer, query.tenant) or entry.id
+            if group != entry.id:
+                await self._comparisons.join_group(entry.id, group)
+        except ports.CACHE_FAULTS as fault:
+            self._telemetry.audit("failed")
+            log.debug("answers were not compared: %s", type(fault).__name__)
+        finally:
+            self._comparing -= 1
+            self.judge.enter(opinion.place, entry.id, group)
+
+    async def _find_group(self, opinion: Opinion, but: Judged | None, answer: Answer, tenant: str) -> int | None:
+        """The group of a further candidate that was given the same answer."""
+        others = [j for j in opinion.judged if j is not but and j.candidate.similarity >= LEARN_FROM]
+        for judged in others[:OTHER_GROUPS]:
+            p_same = await self._likeness(judged.candidate.entry_id, answer, tenant)
+            if p_same is not None and p_same >= SAME_FROM:
+                return judged.group_id
+        return None
+
+    async def _likeness(self, entry_id: int, answer: Answer, tenant: str) -> float | None:
+        """Probability that a stored answer says the same; None when the entry is gone."""
+        assert self._comparer is not None
+        row = self._hot.get(entry_id)
+        if row is not None:
+            kept = row.answer
+        elif (found := await self._entries.get(entry_id)) is not None:
+            kept = decode_answer(found.draft.answer, orjson.loads)
+        else:
+            return None
+        return await self._comparer.compare(_text(answer), _text(kept), tenant)
+
+    async def _learn(
+        self, opinion: Opinion, judged: Judged, again: Again | None, p_same: float, request_id: str
+    ) -> None:
+        found = comparison(
+            opinion,
+            judged,
+            p_same=p_same,
+            weight=1.0 if again is None else again.weight,
+            served=again is not None,
+            source="forward" if again is None else "audit",
+            request_id=request_id,
+            embedder=self._embedder,
+            ts_ms=int(self._clock() * 1000),
+        )
+        self.judge.apply(found)
+        if again is not None:
+            same = p_same >= WRONG_BELOW
+            self._telemetry.audit("same" if same else "different")
+            if not same:
+                await self._refuse(opinion.place.fingerprint, judged.candidate.entry_id, request_id, "audit")
+        await self._comparisons.put(found)
+
+    # -- feedback ---------------------------------------------------------------------------------------------------
+
+    async def feedback(self, request_id: str | None, entry_id: int, verdict: str) -> None:
+        """Learn from a verdict, "right" or "wrong", on a request's answer or on an entry; right undoes wrong."""
+        hit = None if request_id is None else self._hits.get(request_id)
+        if verdict == "wrong":
+            if hit is not None and request_id is not None:
+                await self._refuse(hit.asked, hit.entry_id, request_id, "feedback")
+        else:
+            for pair in await self._comparisons.refused_for(request_id, entry_id):
+                self.judge.allow(pair.asked, pair.kept)
+                await self._comparisons.allow(pair.asked, pair.kept)
+        known = await self._comparisons.judged(request_id, entry_id)
+        p_same = 1.0 if verdict == "right" else 0.0
+        for seen in known:
+            self.judge.correct(seen.comparison, p_same)
+            await self._comparisons.correct(seen.id, p_same, "feedback")
+        if not known and hit is not None and hit.opinion is not None and hit.judged is not None:
+            assert request_id is not None
+            found = comparison(
+                hit.opinion,
+                hit.judged,
+                p_same=p_same,
+                weight=1.0,
+                served=True,
+                source="feedback",
+                request_id=request_id,
+                embedder=self._embedder,
+                ts_ms=int(self._clock() * 1000),
+            )
+            self.judge.apply(found)
+            await self._comparisons.put(found)
+
+    async def _refuse(self, asked: bytes, entry_id: int, request_id: str, source: str) -> None:
+        """A hard negative: in memory at once, then in SQL."""
+        row = self._hot.get(entry_id)
+        entry = row.entry if row is not None else await self._entries.get(entry_id)
+        if entry is None:
+            return
+        kept = entry.draft.fingerprint
+        if asked == kept:
+            return  # an exact hit: the entry itself is wrong
+        self._hot.drop_alias(asked)
+        self.judge.refuse(asked, kept)
+        await self._comparisons.refuse(
+            ports.RefusedPair(asked, kept, int(self._clock() * 1000), request_id, entry_id, source)
+        )
+
+    # -- memory -----------------------------------------------------------------------------------------------------
+
+    async def load(self) -> None:
+        """Learn what is written down. Raises CacheFault."""
+        for pair in await self._comparisons.refused(0):
+            self.judge.refuse(pair.asked, pair.kept)
+            self._last_refused_ms = max(self._last_refused_ms, pair.ts_ms)
+        async for entry_id, group_id in self._comparisons.groups():
+            self.judge.join(entry_id, group_id)
+        for seen in await self._comparisons.newest(self._embedder, LOADED):
+            self._relearn(seen.comparison)
+            self._last_row = seen.id
+
+    async def follow(self) -> None:
+        """Learn what other replicas wrote since. Raises CacheFault."""
+        for pair in await self._comparisons.refused(self._last_refused_ms):
+            if not self.judge.is_refused(pair.asked, pair.kept):
+                self.judge.refuse(pair.asked, pair.kept)
+                self._hot.drop_alias(pair.asked)
+            self._last_refused_ms = max(self._last_refused_ms, pair.ts_ms)
+        for seen in await self._comparisons.after(self._embedder, self._last_row):
+            self._last_row = seen.id
+            if not seen.own:
+                self._relearn(seen.comparison)
+
+    def _relearn(self, found: Comparison) -> None:
+        place = Place(found.scope, found.namespace, found.tenant, found.fingerprint)
+        self.judge.see(place, signature_from(found.signature))
+        if found.served:
+            self.judge.serve(place, found.weight)
+        self.judge.apply(found)
+
+    def status(self) -> dict[str, Any]:
+        """For the admin: evidence by level, refused pairs, work under way."""
+        return {
+            "levels": self.judge.status(),
+            "refused_pairs": self.judge.refused_pairs,
+            "auditing": self._auditing,
+            "comparing": self._comparing,
+        }
+
+
+def _text(answer: Answer) -> str:
+    content = answer.message.get("content")
+    return content if isinstance(content, str) else ""
