@@ -17,6 +17,7 @@ import time
 import urllib.parse
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, NoReturn
 
 import orjson
@@ -99,6 +100,22 @@ def _parser() -> argparse.ArgumentParser:
     savings.add_argument("--since", default="30d", metavar="WHEN", help="30d, 2026-11-01 (30d)")
     savings.add_argument("--until", metavar="WHEN", help="up to this day, itself included")
     savings.add_argument("--group-by", default="day", metavar="COLUMNS", help=f"of {','.join(GROUPS)} (day)")
+    evaluate = command(
+        "evaluate", _evaluate, "hits and wrong hits of the shipped matching on labelled questions", machine
+    )
+    evaluate.add_argument("files", nargs="+", metavar="FILE", help="JSON lines, plain or .gz: streams or pairs")
+    evaluate.add_argument(
+        "--max-error", type=float, action="append", metavar="SHARE", help="budgets (.005 .01 .02 .05)"
+    )
+    evaluate.add_argument("--shuffles", type=int, default=0, metavar="K", help="K random orders instead of the file's")
+    evaluate.add_argument(
+        "--labels",
+        choices=("perfect", "answers", "none"),
+        default="perfect",
+        help="what the judge is told: the truth, what comparing answers would find, nothing",
+    )
+    evaluate.add_argument("--readings", metavar="FILE", help="pairs that a person read: a, b, same")
+    evaluate.add_argument("--plot", metavar="SVG", help="draw hit rate against error")  # fmt: skip
     command("sql", _sql, "any read-only query of the ledger", table).add_argument("statement", metavar="SELECT")
     return parser
 
@@ -246,6 +263,32 @@ def _savings(settings: config.Settings, chosen: argparse.Namespace) -> int:
         sys.stdout.write(printing.render(chosen.format, ("name", "title"), rows))
         return FINE
     return _show(settings, chosen, chosen.name, None, since, until)
+
+
+def _evaluate(settings: config.Settings, chosen: argparse.Namespace) -> int:
+    from proxy import evaluate, plot
+    from proxy.labelled import read_readings
+
+    wanted = settings.embedding
+    budgets = chosen.max_error or evaluate.BUDGETS
+    if not all(0.0 < budget < 1.0 for budget in budgets):
+        raise ConfigError("--max-error takes shares between 0 and 1")
+    readings = read_readings(Path(chosen.readings)) if chosen.readings else None
+    texts = asyncio.run(evaluate.open_texts(settings.data_dir, wanted.model, wanted.backend, os.cpu_count() or 1))
+    results = []
+    for file in chosen.files:
+        found = evaluate.evaluate(
+            Path(file), texts, settings.rules, budgets=budgets, labels=chosen.labels, shuffles=chosen.shuffles,
+            readings=readings,
+        )  # fmt: skip
+        results.append(found)
+        if not chosen.json:
+            print(evaluate.report(found), flush=True)
+    if chosen.json:
+        sys.stdout.write(printing.as_json(results))
+    if chosen.plot:
+        Path(chosen.plot).write_text(plot.svg(results), "utf-8")
+    return FINE
 
 
 def _sql(settings: config.Settings, chosen: argparse.Namespace) -> int:

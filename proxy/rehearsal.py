@@ -1,0 +1,254 @@
+"""Questions through the shipped matching, in this process: hits counted, and wrong hits where the answer is known.
+
+The model, the signatures, the arena and its kernels, the policy's eligibility, the judge and its account are the ones
+that serve; what is left out is HTTP, SQL and the upstream, whose part the known answers play. A question that is
+forwarded gets its label at once (its answer was fetched); one that is served only when the judge would audit it.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index.embedder import Backend
+from index.errors import TextTooLong
+from index.features import compile_features
+from index.kernels import compile_kernels
+from index.learner import LEVELS, Learner
+from index.tokens import signature as signature_of
+from index.vectors import VectorOwner
+from proxy.core import policy
+from proxy.core.facts import Facts
+from proxy.core.model import Candidate, Controls, Level, Rules
+from proxy.judge import LEARN_FROM, Judge, Judged, Opinion, Place, comparison
+from proxy.labelled import Asked, Readings
+from proxy.pipeline import CANDIDATES
+from proxy.printing import Bar
+
+FAR_MS: Final = 1 << 52
+BATCH: Final = 32  # texts of one length in a call: more than serving allows itself, for a clock nobody waits on
+
+LABELS: Final = {"perfect": (0.0, 0.0), "answers": (0.003, 0.2), "none": (0.0, 1.0)}
+"""Where labels come from → (share of right answers that are called wrong, share of wrong ones that are overlooked).
+
+"perfect": the file's own; "answers": as comparing answers would give them, see `index.answers`; "none": there are none.
+"""
+
+
+@dataclass(slots=True)
+class Counts:
+    """What came of one rehearsal."""
+
+    asked: int = 0
+    exact: int = 0
+    hits: int = 0
+    wrong: int = 0
+    read_wrong: int = 0  # wrong by the readings, where there is one of the pair
+    unread: int = 0  # wrong by the labels, and not read
+    audited: int = 0
+    standings: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, int] = field(default_factory=dict)
+    doubtful: list[tuple[str, str]] = field(default_factory=list)  # pairs served that the labels call wrong
+
+
+class Texts:
+    """Vectors and signatures of texts, each computed once."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.identity = backend.identity
+        self.dimension = backend.dimension
+        self._backend = backend
+        self._vectors: dict[str, NDArray[np.float32] | None] = {}
+        self._signatures: dict[str, NDArray[np.uint64]] = {}
+        if backend.batch_limit > 1:
+            backend.batch_limit = BATCH
+
+    def prepare(self, texts: Iterable[str], what: str = "embedding") -> float:
+        """Embed what is not known yet, equal lengths together; seconds spent."""
+        started = time.perf_counter()
+        new = [text for text in dict.fromkeys(texts) if text not in self._vectors]
+        by_length: dict[int, list[tuple[str, list[int]]]] = {}
+        for text in new:
+            try:
+                ids = self._backend.tokens(text)
+            except TextTooLong:
+                self._vectors[text] = None
+                continue
+            by_length.setdefault(len(ids), []).append((text, ids))
+        bar = Bar(what, sum(map(len, by_length.values())))
+        for waiting in by_length.values():
+            for at in range(0, len(waiting), self._backend.batch_limit):
+                part = waiting[at : at + self._backend.batch_limit]
+                vectors = self._backend.encode_tokens([ids for _, ids in part])
+                for (text, _), vector in zip(part, vectors, strict=True):
+                    self._vectors[text] = vector.copy()
+                bar.advance(len(part))
+        bar.close()
+        return time.perf_counter() - started
+
+    def vector(self, text: str) -> NDArray[np.float32] | None:
+        """None for a text longer than the window."""
+        return self._vectors[text]
+
+    def signature(self, text: str) -> NDArray[np.uint64]:
+        known = self._signatures.get(text)
+        if known is None:
+            known = self._signatures[text] = signature_of(text)
+        return known
+
+
+def compile_matching(dimension: int) -> None:
+    compile_kernels(dimension)
+    compile_features()
+
+
+def is_eligible(text: str, is_first_turn: bool, rules: Rules) -> bool:
+    """Whether the shipped policy would look for this prompt's like at all."""
+    facts = Facts(model="m", prompt=text, context=(), settings={}, first_turn=is_first_turn, user_turns=1)
+    return policy.classify(facts, Controls(), rules).level is Level.FULL
+
+
+class Rehearsal:
+    """One cache, one judge, one budget, from an empty start."""
+
+    def __init__(
+        self,
+        texts: Texts,
+        rules: Rules,
+        max_error: float,
+        *,
+        labels: str = "perfect",
+        seed: int = 0,
+        readings: Readings | None = None,
+        refuses: Callable[[str, str], bool] | None = None,
+    ) -> None:
+        self.counts = Counts()
+        self.lookup_s: list[float] = []
+        self._texts = texts
+        self._rules = rules
+        self._max_error = max_error
+        self._false_alarm, self._overlooked = LABELS[labels]
+        self._rng = random.Random(seed)
+        self._readings = readings or {}
+        self._refuses = refuses  # the pair guard: (asked, kept) → whether it refuses
+        self._judge = Judge(rules, Learner, LEVELS, sensitivity=1.0 - self._overlooked if labels == "answers" else 1.0)
+        self._index = VectorOwner(texts.identity, texts.dimension, promote_above=1 << 30)
+        self._kept: list[Asked] = []
+        self._exact: set[tuple[bytes, str]] = set()
+
+    @property
+    def learns(self) -> bool:
+        return self._overlooked < 1.0
+
+    def ask(self, asked: Asked) -> None:
+        counts = self.counts
+        counts.asked += 1
+        if (asked.scope, asked.text) in self._exact:
+            counts.exact += 1
+            return
+        vector = self._texts.vector(asked.text)
+        if vector is None or not is_eligible(asked.text, asked.is_first_turn, self._rules):
+            _count(counts.reasons, "exact_only")
+            return
+        signature = self._texts.signature(asked.text)
+        place = Place(asked.scope, "", "tenant", asked.text.encode("utf-8", "replace"))
+        started = time.perf_counter()
+        found = self._index.find_now(asked.scope, vector, signature, 0, CANDIDATES)
+        candidates = [Candidate(*one) for one in found]
+        opinion = self._judge.consider(place, signature, candidates, self._max_error)
+        chosen = opinion.chosen
+        self.lookup_s.append(time.perf_counter() - started)
+        while chosen is not None and self._refuses is not None:
+            if not self._refuses(asked.text, self._kept[chosen.candidate.entry_id].text):
+                break
+            opinion.refused[chosen.candidate.entry_id] = "pair_guard"
+            chosen = opinion.chosen
+        self._judge.see(place, signature)
+        audited, weight = True, 1.0
+        if chosen is not None:
+            audited, weight = self._serve(opinion, chosen, asked)
+        elif (about := opinion.decision) is not None:
+            _count(counts.reasons, opinion.refused.get(about.candidate.entry_id, about.reason))
+        elif opinion.judged:
+            _count(counts.reasons, next(iter(opinion.refused.values())))
+        if self.learns and audited:
+            self._label(opinion, asked, weight, served=chosen is not None)
+        if chosen is None or audited:
+            self._store(place, asked, vector, signature, candidates)
+
+    def _serve(self, opinion: Opinion, chosen: Judged, asked: Asked) -> tuple[bool, float]:
+        """Count a hit; whether it is audited, and so its label comes, and how many hits it then stands for."""
+        assert chosen.standing is not None
+        share = self._judge.audit_share(opinion, chosen) if self.learns else 0.0
+        audited = self._rng.random() < share
+        self._judge.serve(opinion.place)
+        counts, kept = self.counts, self._kept[chosen.candidate.entry_id]
+        counts.hits += 1
+        counts.audited += audited
+        _count(counts.standings, chosen.standing.value)
+        if kept.answer != asked.answer:
+            counts.wrong += 1
+            read = self._readings.get((kept.text, asked.text))
+            counts.unread += read is None
+            counts.read_wrong += read is not True
+            counts.doubtful.append((kept.text, asked.text))
+        return audited, 1.0 / share if share else 1.0
+
+    def _label(self, opinion: Opinion, asked: Asked, weight: float, *, served: bool) -> None:
+        judged = opinion.decision
+        if judged is None or judged.candidate.similarity < LEARN_FROM:
+            return
+        same = self._says_same(self._kept[judged.candidate.entry_id], asked)
+        label = comparison(
+            opinion, judged, p_same=float(same), weight=weight, served=served, source="audit" if served else "forward",
+            request_id="", embedder="", ts_ms=0,
+        )  # fmt: skip
+        self._judge.apply(label)
+
+    def _says_same(self, kept: Asked, asked: Asked) -> bool:
+        """What comparing the two answers would say."""
+        same = kept.answer == asked.answer
+        if not self._false_alarm and not self._overlooked:
+            return same
+        return self._rng.random() >= self._false_alarm if same else self._rng.random() < self._overlooked
+
+    def _store(
+        self,
+        place: Place,
+        asked: Asked,
+        vector: NDArray[np.float32],
+        signature: NDArray[np.uint64],
+        candidates: Sequence[Candidate],
+    ) -> None:
+        entry_id = len(self._kept)
+        self._kept.append(asked)
+        self._exact.add((asked.scope, asked.text))
+        self._index.add_now(entry_id, asked.scope, vector, signature, FAR_MS)
+        group = entry_id
+        if self.learns:
+            alike = (c.entry_id for c in candidates if self._kept[c.entry_id].answer == asked.answer)
+            group = self._judge.group_of(next(alike, entry_id))
+        self._judge.enter(place, entry_id, group)
+
+
+def _count(into: dict[str, int], name: str) -> None:
+    into[name] = into.get(name, 0) + 1
+
+
+def nearest(texts: Texts, rows: Sequence[Asked]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Of each row, similarity to the most similar earlier one and whether its answer is the same: a cache that serves
+    on similarity alone and stores every miss is no better than this."""
+    kept = [(row, vector) for row in rows if (vector := texts.vector(row.text)) is not None]
+    best, right = np.full(len(kept), -1.0, np.float32), np.zeros(len(kept), np.bool_)
+    matrix = np.stack([vector for _, vector in kept]) if kept else np.zeros((0, 1), np.float32)
+    for i in range(1, len(kept)):
+        similarities = matrix[:i] @ matrix[i]
+        at = int(np.argmax(similarities))
+        best[i], right[i] = similarities[at], kept[at][0].answer == kept[i][0].answer
+    return best, right
