@@ -119,6 +119,22 @@ class Operations(Protocol):
         right restores it. None when there is no such entry or request."""
         ...
 
+    async def comparisons(self, limit: int, cursor: int | None, *, near_misses: bool) -> Sequence[Mapping[str, Any]]:
+        """Answers that were compared, newest first: after near-misses, or after hits that were audited."""
+        ...
+
+    def policy(self) -> Mapping[str, Any]:
+        """The rules that hold, and the evidence the judge has."""
+        ...
+
+    def reindex(self) -> Mapping[str, Any]:
+        """Start embedding anew what another model embedded, unless it runs; its progress."""
+        ...
+
+    async def simulate(self, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Stored questions once more under other rules; `wanted` has max_error, model, without, namespace, limit."""
+        ...
+
     async def savings(self, group_by: Sequence[str], since_ms: int | None, until_ms: int | None) -> Table: ...
 
     def queries(self) -> Sequence[Mapping[str, Any]]:
@@ -262,6 +278,34 @@ class Admin:
             raise invalid("entry_id", "name either entry_id or request_id")
         done = await self._do.feedback(values["request_id"], values["entry_id"], values["verdict"])
         return reply(_found(done, "entry"))
+
+    @guarded
+    async def near_misses(self, request: web.Request) -> web.Response:
+        return await self._comparisons(request, near_misses=True)
+
+    @guarded
+    async def audit(self, request: web.Request) -> web.Response:
+        return await self._comparisons(request, near_misses=False)
+
+    async def _comparisons(self, request: web.Request, *, near_misses: bool) -> web.Response:
+        values = await self._read(request)
+        rows = await self._do.comparisons(values["limit"], values["cursor"], near_misses=near_misses)
+        more = rows[-1]["id"] if len(rows) == values["limit"] else None
+        return reply({"comparisons": rows, "next_cursor": more})
+
+    @guarded
+    async def policy(self, request: web.Request) -> web.Response:
+        await self._read(request)
+        return reply(self._do.policy())
+
+    @guarded
+    async def reindex(self, request: web.Request) -> web.Response:
+        await self._read(request)
+        return reply(self._do.reindex())
+
+    @guarded
+    async def simulate(self, request: web.Request) -> web.Response:
+        return reply(await self._do.simulate(await self._read(request)))
 
     @guarded
     async def savings(self, request: web.Request) -> web.Response:

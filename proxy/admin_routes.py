@@ -13,6 +13,7 @@ VERDICTS = ("right", "wrong")
 NAME = r"[A-Za-z0-9_.-]+"
 
 _LIMIT = Param("limit", "integer", "how many rows at most", default=50)
+_CURSOR = Param("cursor", "id", "the next_cursor of the page before")
 _SINCE = Param("since", "time", "from then on")
 _UNTIL = Param("until", "time", "up to then, its day included")
 _NAMESPACE = Param("namespace", "text", "entries of this namespace")
@@ -48,8 +49,7 @@ ROUTES: tuple[Route, ...] = (
             _NAMESPACE, _MODEL,
             Param("tag", "text", "entries that carry this tag"),
             Param("q", "text", "text to find literally in the prompt", length=1000),
-            _LIMIT,
-            Param("cursor", "id", "the next_cursor of the page before"),
+            _LIMIT, _CURSOR,
         ),
     ),
     Route("GET", "/cache/entries/{id}", "entry", "one entry with its prompt and answer", places=(_ENTRY,)),
@@ -86,6 +86,21 @@ ROUTES: tuple[Route, ...] = (
             Param("verdict", "text", "what it was", required=True, choices=VERDICTS),
         ),
     ),
+    Route("GET", "/cache/near-misses", "near_misses", "what was forwarded, and compared with what was nearly served",
+          query=(_LIMIT, _CURSOR)),
+    Route("GET", "/cache/audit", "audit", "hits that were asked again upstream, and what came of it",
+          query=(_LIMIT, _CURSOR)),
+    Route("GET", "/cache/policy", "policy", "the rules that hold, and the evidence the judge has"),
+    Route("POST", "/cache/reindex", "reindex", "embed anew, in the background, what another model embedded"),
+    Route(
+        "POST", "/cache/simulate", "simulate", "stored questions once more under other rules",
+        body=(
+            Param("max_error", "share", "the budget"),
+            Param("without", "texts", "guards to leave out"),
+            _NAMESPACE,
+            Param("limit", "integer", "newest questions at most", default=5000, high=100_000),
+        ),
+    ),
     Route(
         "GET", "/savings", "savings", "what was saved, by whole days in UTC",
         query=(Param("group_by", "choices", "columns", default=("day",), choices=GROUPS), _SINCE, _UNTIL),
@@ -103,7 +118,7 @@ ROUTES: tuple[Route, ...] = (
         "GET", "/requests", "requests", "ledger rows, newest first",
         query=(_LIMIT, _SINCE, _UNTIL, Param("model", "text", "requests for this model"),
                Param("cache_status", "text", "requests of this status",
-                     choices=("HIT", "MISS", "BYPASS", "REFRESH", "STALE", "SHADOW"))),
+                     choices=("HIT", "MISS", "BYPASS", "REFRESH", "STALE", "SHADOW", "AUDIT"))),
     ),
     Route(
         "GET", "/requests/{id}", "request", "one request with its upstream calls and savings steps",

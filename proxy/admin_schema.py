@@ -34,6 +34,7 @@ _SCHEMAS: Mapping[str, Mapping[str, Any]] = {
     "integer": {"type": "integer"},
     "id": {"type": "integer", "minimum": 1, "maximum": MAX_ID},
     "boolean": {"type": "boolean"},
+    "share": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
     "time": {"type": "string", "description": "ISO 8601 date or time, or an age such as 30d, 12h, 15m"},
     "choices": {"type": "string"},
     "ids": {"type": "array", "items": {"type": ["integer", "string"]}},
@@ -155,6 +156,10 @@ def _read(param: Param, value: Any, now_ms: int, from_text: bool) -> Any:
             if isinstance(value, bool):
                 return value
             raise invalid(param.name, "must be true or false")
+        case "share":
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+                raise invalid(param.name, "must be a number between 0 and 1")
+            return float(value)
         case "time":
             return read_time(param.name, _text(param, value), now_ms)
         case "choices":

@@ -44,6 +44,7 @@ from proxy.judge import Judge
 from proxy.operations import Operator
 from proxy.pipeline import Pipeline
 from proxy.prices import Prices
+from proxy.reindex import Reindex
 from proxy.store.store import Store, open_store
 from proxy.tasks import Tasks
 from proxy.telemetry import Telemetry
@@ -181,6 +182,13 @@ async def open_semantic(
         log.error("serving exact hits only", extra={"reason": reason, "cause": str(fault)})
         return None, None, reason
     return embedder, index, ""
+
+
+def renewal(edges: Edges, pipeline: Pipeline) -> Reindex | None:
+    embedder = edges.embedder
+    if embedder is None:
+        return None
+    return Reindex(embedder, edges.store.entries, pipeline.propose, lambda: embedder.queue_length)
 
 
 async def learn(auditor: Auditor) -> None:
@@ -349,6 +357,7 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
         if edges.embedder is not None:
             await learn(pipeline.auditor)
         pulse, stopping = Pulse(), asyncio.Event()
+        reindex = renewal(edges, pipeline)
         operator = Operator(
             pipeline=pipeline,
             store=edges.store,
@@ -358,6 +367,9 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
                 "loop_stall_ms_max": round(pulse.longest_ms, 3),
                 "uptime_s": round(time.perf_counter() - started_s),
             },
+            settings=settings,
+            reindex=reindex,
+            spawn=background.spawn,
             is_stopping=stopping.is_set,
         )
         app = App(settings, pipeline, edges.store, edges.telemetry, operator, token, token_path, stopping)
@@ -371,6 +383,8 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
             background.spawn(pulse.run(handler), "pulse"),
             background.spawn(housekeep(app, edges.index), "housekeeping"),
         ]
+        if reindex is not None:
+            endless.append(background.spawn(reindex.run(), "reindex"))
         if edges.store.database.dialect == "postgresql":  # SQLite has one process
             endless.append(background.spawn(follow(app), "follow"))
         try:

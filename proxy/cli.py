@@ -116,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--readings", metavar="FILE", help="pairs that a person read: a, b, same")
     evaluate.add_argument("--plot", metavar="SVG", help="draw hit rate against error")  # fmt: skip
+    simulate = command("simulate", _simulate, "stored questions once more, under other rules", machine)
+    simulate.add_argument("--max-error", type=float, action="append", metavar="SHARE", help="a budget; again for more")
+    simulate.add_argument("--model", metavar="NAME", help="another embedding model")
+    simulate.add_argument("--without", action="append", default=[], metavar="GUARD", help="leave a guard out")
+    simulate.add_argument("--namespace", metavar="NAME")
+    simulate.add_argument("--limit", type=int, default=20_000, metavar="N", help="newest questions at most (20000)")
     command("sql", _sql, "any read-only query of the ledger", table).add_argument("statement", metavar="SELECT")
     return parser
 
@@ -288,6 +294,33 @@ def _evaluate(settings: config.Settings, chosen: argparse.Namespace) -> int:
         sys.stdout.write(printing.as_json(results))
     if chosen.plot:
         Path(chosen.plot).write_text(plot.svg(results), "utf-8")
+    return FINE
+
+
+def _simulate(settings: config.Settings, chosen: argparse.Namespace) -> int:
+    from proxy import simulate
+
+    budgets = chosen.max_error or [settings.rules.max_error_rate]
+    if not all(0.0 < budget < 1.0 for budget in budgets):
+        raise ConfigError("--max-error takes shares between 0 and 1")
+    found = asyncio.run(
+        simulate.simulate(
+            settings,
+            max_errors=budgets,
+            model=chosen.model,
+            without=chosen.without,
+            namespace=chosen.namespace,
+            limit=chosen.limit,
+        )
+    )
+    if chosen.json:
+        sys.stdout.write(printing.as_json(found))
+        return FINE
+    print(
+        f"{found['questions']:,} stored questions with {found['model']}; of {found['requests']:,} requests so far "
+        f"{found['exact_hits']:,} were exact and {found['semantic_hits']:,} semantic hits"
+    )
+    sys.stdout.write(printing.as_table(*simulate.table(found)))
     return FINE
 
 

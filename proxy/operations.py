@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
+import os
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+import orjson
+
 from proxy import admin
+from proxy.config import Settings
 from proxy.core.answer import decode_answer
-from proxy.core.errors import BadRequest
+from proxy.core.errors import BadRequest, CacheFault
 from proxy.core.model import Draft
 from proxy.pipeline import Pipeline
+from proxy.reindex import Reindex
 from proxy.store.selection import Filters, Selector
 from proxy.store.store import Store
 from proxy.telemetry import Telemetry
 
+SIMULATE_S = 300.0
 Explainer = Callable[[bytes, Mapping[str, str], str | None], Any]
 
 
@@ -30,6 +39,9 @@ class Operator:
         telemetry: Telemetry,
         explain: Explainer,
         gauges: Callable[[], Mapping[str, Any]],
+        settings: Settings,
+        reindex: Reindex | None,
+        spawn: Callable[[Coroutine[Any, Any, None], str], object],
         is_stopping: Callable[[], bool],
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -38,6 +50,9 @@ class Operator:
         self._telemetry = telemetry
         self._explain = explain
         self._gauges = gauges
+        self._settings = settings
+        self._reindex = reindex
+        self._spawn = spawn
         self._is_stopping = is_stopping
         self._clock = clock
 
@@ -63,6 +78,8 @@ class Operator:
             "requests": {"all": self._telemetry.count(), **requests},
             "hot": {"rows": len(self._pipeline.hot), "bytes": self._pipeline.hot.size_bytes},
             "flights": len(self._pipeline.flights),
+            "judge": self._pipeline.auditor.status(),
+            "reindex": None if self._reindex is None else self._reindex.progress(),
             "ledger": {"waiting": self._store.ledger.waiting, "written": self._store.ledger.written},
             **self._gauges(),
         }
@@ -106,6 +123,7 @@ class Operator:
         )
         if not dry_run:
             self._pipeline.forget(ids)
+            await self._store.comparisons.forget(ids)
         return ids
 
     async def explain(self, body: bytes, headers: Mapping[str, str], tenant: str | None) -> Mapping[str, Any]:
@@ -132,6 +150,55 @@ class Operator:
         entry = await self._store.entries.get(entry_id)
         if entry is not None:
             self._pipeline.propose(entry)
+
+    async def comparisons(self, limit: int, cursor: int | None, *, near_misses: bool) -> Sequence[Mapping[str, Any]]:
+        return await self._store.comparisons.recent(limit=limit, before_id=cursor, near_misses=near_misses)
+
+    def policy(self) -> Mapping[str, Any]:
+        rules, judge = self._pipeline.rules, self._pipeline.judge
+        return {"rules": asdict(rules), "sensitivity": judge.sensitivity, "evidence": judge.status()}
+
+    def reindex(self) -> Mapping[str, Any]:
+        if self._reindex is None:
+            raise CacheFault("there is no embedding model to index with", code=self._pipeline.semantic_fault)
+        if not self._reindex.running:
+            self._spawn(self._reindex.run(), "reindex")
+        return self._reindex.progress()
+
+    async def simulate(self, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+        """In a process of its own: it computes for seconds, which this one's loop must not."""
+        command = [sys.executable, "-m", "proxy", "simulate", "--json", "--data-dir", str(self._settings.data_dir)]
+        if self._settings.source is not None:
+            command += ["--config", str(self._settings.source)]
+        if wanted["max_error"] is not None:
+            command += ["--max-error", str(wanted["max_error"])]
+        for guard in wanted["without"] or ():
+            command += ["--without", guard]
+        for name in ("namespace", "limit"):
+            if wanted[name] is not None:
+                command += [f"--{name}", str(wanted[name])]
+        environment = dict(os.environ)
+        if self._settings.store.database_url:
+            environment["IBID_DATABASE_URL"] = self._settings.store.database_url  # may hold a password: no argument
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=environment,
+        )
+        try:
+            async with asyncio.timeout(SIMULATE_S):
+                out, errors = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if process.returncode != 0:
+            lines = errors.decode(errors="replace").strip().splitlines()
+            raise BadRequest(lines[-1][:500] if lines else "the simulation failed", code="simulation_failed")
+        found: Mapping[str, Any] = orjson.loads(out)
+        return found
 
     async def savings(self, group_by: Sequence[str], since_ms: int | None, until_ms: int | None) -> admin.Table:
         result = await self._store.queries.savings(

@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,10 +51,25 @@ class Counts:
     wrong: int = 0
     read_wrong: int = 0  # wrong by the readings, where there is one of the pair
     unread: int = 0  # wrong by the labels, and not read
+    unjudged: int = 0  # hits of which nobody knows whether they were right
     audited: int = 0
     standings: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
     doubtful: list[tuple[str, str]] = field(default_factory=list)  # pairs served that the labels call wrong
+
+
+class Outcome(NamedTuple):
+    hit: bool
+    audited: bool
+
+
+NOTHING = Outcome(False, False)
+Truth = Callable[[Asked, Asked], bool | None]
+"""(kept, asked) → whether the kept answer is right for the question asked; None when that is not known."""
+
+
+def by_answer(kept: Asked, asked: Asked) -> bool:
+    return kept.answer == asked.answer
 
 
 class Texts:
@@ -125,9 +140,12 @@ class Rehearsal:
         *,
         labels: str = "perfect",
         seed: int = 0,
+        truth: Truth = by_answer,
         readings: Readings | None = None,
         refuses: Callable[[str, str], bool] | None = None,
+        ignored: int = 0,
     ) -> None:
+        """`refuses` is the pair guard: (asked, kept) → whether it refuses. `ignored` are vetoes to leave out."""
         self.counts = Counts()
         self.lookup_s: list[float] = []
         self._texts = texts
@@ -136,7 +154,9 @@ class Rehearsal:
         self._false_alarm, self._overlooked = LABELS[labels]
         self._rng = random.Random(seed)
         self._readings = readings or {}
-        self._refuses = refuses  # the pair guard: (asked, kept) → whether it refuses
+        self._refuses = refuses
+        self._truth = truth
+        self._allowed = ~ignored
         self._judge = Judge(rules, Learner, LEVELS, sensitivity=1.0 - self._overlooked if labels == "answers" else 1.0)
         self._index = VectorOwner(texts.identity, texts.dimension, promote_above=1 << 30)
         self._kept: list[Asked] = []
@@ -146,21 +166,21 @@ class Rehearsal:
     def learns(self) -> bool:
         return self._overlooked < 1.0
 
-    def ask(self, asked: Asked) -> None:
+    def ask(self, asked: Asked) -> Outcome:
         counts = self.counts
         counts.asked += 1
         if (asked.scope, asked.text) in self._exact:
             counts.exact += 1
-            return
+            return NOTHING
         vector = self._texts.vector(asked.text)
         if vector is None or not is_eligible(asked.text, asked.is_first_turn, self._rules):
             _count(counts.reasons, "exact_only")
-            return
+            return NOTHING
         signature = self._texts.signature(asked.text)
         place = Place(asked.scope, "", "tenant", asked.text.encode("utf-8", "replace"))
         started = time.perf_counter()
         found = self._index.find_now(asked.scope, vector, signature, 0, CANDIDATES)
-        candidates = [Candidate(*one) for one in found]
+        candidates = [Candidate(*one)._replace(vetoes=one.vetoes & self._allowed) for one in found]
         opinion = self._judge.consider(place, signature, candidates, self._max_error)
         chosen = opinion.chosen
         self.lookup_s.append(time.perf_counter() - started)
@@ -181,6 +201,7 @@ class Rehearsal:
             self._label(opinion, asked, weight, served=chosen is not None)
         if chosen is None or audited:
             self._store(place, asked, vector, signature, candidates)
+        return Outcome(chosen is not None, chosen is not None and audited)
 
     def _serve(self, opinion: Opinion, chosen: Judged, asked: Asked) -> tuple[bool, float]:
         """Count a hit; whether it is audited, and so its label comes, and how many hits it then stands for."""
@@ -192,7 +213,10 @@ class Rehearsal:
         counts.hits += 1
         counts.audited += audited
         _count(counts.standings, chosen.standing.value)
-        if kept.answer != asked.answer:
+        right = self._truth(kept, asked)
+        if right is None:
+            counts.unjudged += 1
+        elif not right:
             counts.wrong += 1
             read = self._readings.get((kept.text, asked.text))
             counts.unread += read is None
@@ -205,16 +229,18 @@ class Rehearsal:
         if judged is None or judged.candidate.similarity < LEARN_FROM:
             return
         same = self._says_same(self._kept[judged.candidate.entry_id], asked)
+        if same is None:
+            return
         label = comparison(
             opinion, judged, p_same=float(same), weight=weight, served=served, source="audit" if served else "forward",
             request_id="", embedder="", ts_ms=0,
         )  # fmt: skip
         self._judge.apply(label)
 
-    def _says_same(self, kept: Asked, asked: Asked) -> bool:
-        """What comparing the two answers would say."""
-        same = kept.answer == asked.answer
-        if not self._false_alarm and not self._overlooked:
+    def _says_same(self, kept: Asked, asked: Asked) -> bool | None:
+        """What comparing the two answers would say; None when they cannot be compared."""
+        same = self._truth(kept, asked)
+        if same is None or (not self._false_alarm and not self._overlooked):
             return same
         return self._rng.random() >= self._false_alarm if same else self._rng.random() < self._overlooked
 
@@ -232,7 +258,7 @@ class Rehearsal:
         self._index.add_now(entry_id, asked.scope, vector, signature, FAR_MS)
         group = entry_id
         if self.learns:
-            alike = (c.entry_id for c in candidates if self._kept[c.entry_id].answer == asked.answer)
+            alike = (c.entry_id for c in candidates if self._truth(self._kept[c.entry_id], asked))
             group = self._judge.group_of(next(alike, entry_id))
         self._judge.enter(place, entry_id, group)
 

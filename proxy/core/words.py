@@ -32,7 +32,7 @@ _TIME_PHRASE = re.compile(
     r"\b(?:(?:this|last|next|past)\s+(?:few\s+|couple\s+of\s+)?(?:second|minute|hour|day|night|morning|afternoon|evening|week|weekend|month"
     r"|quarter|season|year|decade|monday|tuesday|wednesday|thursday|friday|saturday|sunday|january|february|march|april"
     r"|may|june|july|august|september|october|november|december)s?"
-    r"|what(?:'s|\u2019s|\s+is)?\s+(?:the\s+)?(?:time|date|day|year)\b(?!\s+(?:of|for|complexity))"
+    r"|what(?:'s|\u2019s|s|\s+is)\s+(?:the\s+)?(?:time|date|day|year)\b(?!\s+(?:of|for|complexity))"
     r"|(?:the|what)\s+time\s+is\s+it|what\s+(?:day|year|month|date)\s+is\s+it|as\s+of|right\s+away|stock\s+(?:quote|market)"
     r"|exchange\s+rate)\b"
 )
@@ -48,6 +48,19 @@ _MINE = re.compile(
 )
 _MINE_LEADS = frozenset(
     {"my", "our", "mein", "meine", "meinen", "meiner", "meinem", "meines", "mi", "mis", "mon", "ma", "mes"}
+)
+_HOW_TO = re.compile(
+    r"^\W*(?:(?:please|hi|hello|hey|so|ok|okay|um|uh|and|for my \w+)\W+)*"
+    r"(?:how\s+(?:do|does|can|could|would|should|might|to|long|much)\b|where\s+(?:do|can|could|should)\s+(?:i|we|one)\b"
+    r"|(?:can|could|may|should|must)\s+(?:i|we|one)\b|do\s+(?:i|we)\s+(?:need|have)\s+to\b|am\s+i\s+(?:able|allowed)\b"
+    r"|is\s+it\s+(?:possible|allowed|ok|okay)\b|is\s+there\s+(?:a|any)\s+way\b|what\s+(?:do|must|should)\s+i\s+do\b"
+    r"|what\s+(?:are\s+the\s+steps|is\s+the\s+(?:way|process|procedure))\b|what\s+happens\s+(?:if|when)\b"
+    r"|(?:can|could|would)\s+you\s+(?:please\s+)?(?:tell|explain|show)\s+(?:me\s+)?how\b)"
+)
+"""A question about how something is done: "my account" in it is anybody's. What asks for a state ("where is my order",
+"my balance is wrong") stays personal."""
+_STATE = re.compile(
+    r"\b(?:balance|how\s+much\s+(?:is|are|do\s+i|money)|how\s+long\s+(?:until|till|has|have)|check|see|find\s+out|track)\b"
 )
 _EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+")
 _PHONE = re.compile(
@@ -137,7 +150,7 @@ def read_prompt(text: str, today: date | None = None) -> Reading:
         ),
         personal=(
             ("@" in text and _EMAIL.search(text) is not None)
-            or (not words.isdisjoint(_MINE_LEADS) and _MINE.search(lowered) is not None)
+            or (not words.isdisjoint(_MINE_LEADS) and _asks_of_mine(lowered))
             or (has_digits and _names_number(text))
         ),
         injection=(
@@ -146,6 +159,13 @@ def read_prompt(text: str, today: date | None = None) -> Reading:
         ),
         odd=odd_characters(text),
     )
+
+
+def _asks_of_mine(lowered: str) -> bool:
+    """Whether the answer depends on whose account, order or booking it is."""
+    if _MINE.search(lowered) is None:
+        return False
+    return _HOW_TO.search(lowered) is None or _STATE.search(lowered) is not None
 
 
 def odd_characters(text: str) -> str | None:

@@ -12,6 +12,7 @@ import json
 import logging
 import struct
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -199,18 +200,40 @@ class Entries:
     async def touch(self, entry_id: int, expires_ms: int) -> None:
         """Give an entry another end of freshness, its checksum with it. Raises CacheFault."""
 
-        async def act(connection: AsyncConnection) -> None:
-            columns = [entry.c[name] for name in _COLUMNS]
-            rows = (await connection.execute(select(*columns).where(entry.c.id == entry_id))).all()
-            found = self._sound(rows)
-            if found is None:
-                return
-            values = {name: getattr(found.draft, name) for name in found.draft.__dataclass_fields__}
-            draft = Draft(**{**values, "expires_ms": expires_ms})
-            change = update(entry).where(entry.c.id == entry_id)
-            await connection.execute(change.values(expires_ms=expires_ms, checksum=checksum_of(draft)))
+        await self._change(entry_id, expires_ms=expires_ms)
 
-        await self._writer.run(act)
+    async def foreign(self, embedder: str, after_id: int, limit: int) -> list[tuple[int, str]]:
+        """(id, prompt) of entries with a vector of another embedder, in id order. Raises CacheFault."""
+        statement = (
+            select(entry.c.id, entry.c.prompt)
+            .where(entry.c.embedder != embedder, entry.c.id > after_id, entry.c.quarantined == 0)
+            .order_by(entry.c.id)
+            .limit(limit)
+        )
+        return [(row[0], row[1]) for row in await self._database.rows(statement)]
+
+    async def count_foreign(self, embedder: str) -> int:
+        """Entries with a vector of another embedder. Raises CacheFault."""
+        statement = select(func.count()).where(entry.c.embedder != embedder, entry.c.quarantined == 0)
+        ((count,),) = await self._database.rows(statement)
+        return int(count)
+
+    async def revector(self, entry_id: int, embedding: bytes, signature: bytes, embedder: str) -> Entry | None:
+        """The entry with the vector of another embedder, checksum included; None when it is gone. Raises CacheFault."""
+        return await self._change(entry_id, embedding=embedding, signature=signature, embedder=embedder)
+
+    async def _change(self, entry_id: int, **fields: Any) -> Entry | None:
+        async def act(connection: AsyncConnection) -> Entry | None:
+            columns = [entry.c[name] for name in _COLUMNS]
+            found = self._sound((await connection.execute(select(*columns).where(entry.c.id == entry_id))).all())
+            if found is None:
+                return None
+            draft = replace(found.draft, **fields)
+            checksum = checksum_of(draft)
+            await connection.execute(update(entry).where(entry.c.id == entry_id).values(**fields, checksum=checksum))
+            return Entry(entry_id, draft, checksum)
+
+        return await self._writer.run(act)
 
     def mark_used(self, entry_id: int, now_ms: int) -> None:
         """Remember that an entry answered; written by the next `housekeep`."""

@@ -79,6 +79,22 @@ class FakeOperations:
         self._note("feedback", request_id, entry_id, verdict)
         return {"entry_id": 9, "quarantined": verdict == "wrong"} if entry_id == 9 or request_id else None
 
+    async def comparisons(self, limit: int, cursor: int | None, *, near_misses: bool) -> Sequence[Mapping[str, Any]]:
+        self._note("comparisons", limit, cursor, near_misses)
+        return [{"id": 5, "prompt": CANARY}]
+
+    def policy(self) -> Mapping[str, Any]:
+        self._note("policy")
+        return {"rules": {}, "note": CANARY}
+
+    def reindex(self) -> Mapping[str, Any]:
+        self._note("reindex")
+        return {"running": True, "done": 0, "total": 3, "note": CANARY}
+
+    async def simulate(self, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+        self._note("simulate", dict(wanted))
+        return {"budgets": [], "note": CANARY}
+
     async def savings(self, group_by: Sequence[str], since_ms: int | None, until_ms: int | None) -> Table:
         self._note("savings", group_by, since_ms, until_ms)
         return Table(("day", "saved_nusd", "note"), [("2026-11-22", Decimal(1500), CANARY)])
@@ -201,6 +217,7 @@ async def test_every_route_answers_its_own_verb_with_the_token_and_405_to_others
     bodies: dict[str, Any] = {
         "invalidate": {"ids": [9]}, "flush": {"confirm": "flush"}, "delete": {"keys": ["9"]}, "flushall": {},
         "explain": {"messages": []}, "feedback": {"entry_id": 9, "verdict": "wrong"}, "run_query": {"name": "total"},
+        "reindex": {}, "simulate": {"max_error": 0.02},
     }  # fmt: skip
     body = bodies[route.name] if route.method == "POST" else None
     response = await client.request(route.method, path_of(route), headers=AUTH, json=body)
