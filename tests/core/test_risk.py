@@ -75,7 +75,7 @@ def test_the_loosest_proven_level_and_the_loosest_within_the_mean() -> None:
     levels = [0.0, 1.0, 2.0, 3.0]
     found = risk.thresholds_of(levels, counted([900, 700, 600, 500], [30, 6, 0, 0]), 0.01, 0.1)
     assert found == Thresholds(proven=2.0, provisional=1.0)
-    few = risk.thresholds_of(levels, counted([59, 40, 20, 10], [0, 0, 0, 0]), 0.5, 0.000001)
+    few = risk.thresholds_of(levels, counted([59, 40, 20, 10], [0, 0, 0, 0]), 0.01, 0.1)
     assert few == Thresholds(math.inf, math.inf)
     assert risk.thresholds_of(levels, counted([0, 0, 0, 0], [0, 0, 0, 0]), 0.5, 0.1) == Thresholds()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +41,6 @@ def described(
 ) -> dict[int, dict[str, float]]:
     """The twin: one row by name for each group, in plain Python."""
 
-
     def rarity(cells: list[int]) -> float:
         return sum(float(np.log((counts["seen"] + 2) / (counts["frequency"][c] + 1))) for c in cells)
 
@@ -59,7 +57,7 @@ def described(
         mine = np.array([g == group for g in groups])
         only_asked = [w & (WORD_CELLS - 1) for w in words_of(asked) if w not in words_of(signs[i])]
         only_kept = [w & (WORD_CELLS - 1) for w in words_of(signs[i]) if w not in words_of(asked)]
-                known = [c for c in only_asked + only_kept if counts["wrong"][c] + counts["right"][c] > 0]
+        known = [c for c in only_asked + only_kept if counts["wrong"][c] + counts["right"][c] > 0]
         records = [np.log((counts["wrong"][c] + 0.5) / (counts["right"][c] + 1)) for c in known]
         vetoes = int(veto_bits(asked, signs[i]))
         rows[group] = {
