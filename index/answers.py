@@ -17,15 +17,16 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from index.errors import Overloaded
+from index.errors import IndexRoomError
 from index.reading import Reading, read
 
 HEAD_WORDS: Final = 40
 """Words of each answer whose meaning is compared: an answer says what it says at its beginning, and embedding more
 would keep the embedder from lookups."""
-SETTLED: Final = 0.05  # answers this unlike in what they state are not embedded: no meaning could save them
-PAUSE_S: Final = 0.05
-PATIENCE: Final = 100  # pauses
+SETTLED: Final = 0.5  # answers this unlike in what they state are not embedded: no meaning could save them
+UNKNOWN_MEANING: Final = 0.6
+PAUSE_S: Final = 0.02
+PATIENCE: Final = 25  # pauses before a text is embedded beside lookups
 READ_CHARACTERS: Final = 4000
 _YES = frozenset(
     {"yes", "yeah", "yep", "correct", "right", "true", "certainly", "absolutely", "sure", "ja", "oui", "si"}
@@ -120,23 +121,30 @@ def head(text: str) -> str:
 class Comparer:
     """Compares answers with the embedder that also serves lookups, when it has nothing else to do.
 
-    `embed(text, tenant)` gives a unit vector, `waiting()` tells how many texts are in flight.
+    `embed(text, tenant)` gives a unit vector, `waiting()` tells how many texts are in flight. A comparison never fails:
+    if one that needs the model were given up on where others are not, labels would lean to what is easily compared.
     """
 
     def __init__(self, embed: Callable[[str, str], Awaitable[NDArray[np.float32]]], waiting: Callable[[], int]) -> None:
         self._embed = embed
         self._waiting = waiting
+        self.unembedded = 0  # comparisons that had to do without the model
 
     async def compare(self, a: str, b: str, tenant: str = "") -> float:
-        """Probability that `a` and `b` say the same. Raises what the embedder raises; Overloaded when it stays busy."""
+        """Probability that `a` and `b` say the same."""
         found = likeness(a, b)
         if found.equal or probability(found, 1.0) < SETTLED:
             return probability(found, 1.0)
-        return probability(found, float(np.dot(await self._meaning(a, tenant), await self._meaning(b, tenant))))
+        try:
+            meaning = float(np.dot(await self._meaning(a, tenant), await self._meaning(b, tenant)))
+        except IndexRoomError:
+            self.unembedded += 1
+            meaning = UNKNOWN_MEANING
+        return probability(found, meaning)
 
     async def _meaning(self, text: str, tenant: str) -> NDArray[np.float32]:
         for _ in range(PATIENCE):
             if not self._waiting():
-                return await self._embed(head(text), tenant)
+                break
             await asyncio.sleep(PAUSE_S)
-        raise Overloaded("the embedder had no time for comparing answers")
+        return await self._embed(head(text), tenant)

@@ -33,7 +33,7 @@ from proxy.telemetry import Telemetry
 log = logging.getLogger(__name__)
 
 AUDITS_AT_ONCE = 4
-COMPARISONS_AT_ONCE = 16
+COMPARISONS_AT_ONCE = 32  # after misses; an audit, which was paid for, is always compared
 OTHER_GROUPS = 2  # further groups a new answer is compared with, to join one
 REMEMBERED = 16_384  # semantic hits that feedback can still name
 LOADED = 10_000  # comparisons a start learns from
@@ -128,32 +128,32 @@ class Auditor:
         if again is None and not opinion.judged:
             self.judge.enter(opinion.place, entry.id, entry.id)
             return
-        if self._comparer is None or self._tasks.closed or self._comparing >= COMPARISONS_AT_ONCE:
+        if self._comparer is None or self._tasks.closed or (again is None and self._comparing >= COMPARISONS_AT_ONCE):
             self._telemetry.audit("skipped")
             self.judge.enter(opinion.place, entry.id, entry.id)
             return
-        self._comparing += 1
+        self._comparing += again is None
         _ = self._tasks.spawn(self._compare(opinion, again, query, entry, answer), "compare")
 
     async def _compare(self, opinion: Opinion, again: Again | None, query: Query, entry: Entry, answer: Answer) -> None:
         group = entry.id
+        found: Comparison | None = None
         try:
             judged = again.judged if again is not None else opinion.decision
             if judged is not None and judged.candidate.similarity >= LEARN_FROM:
                 p_same = await self._likeness(judged.candidate.entry_id, answer, query.tenant)
                 if p_same is not None:
                     request_id = entry.draft.request_id if again is None else again.request_id
-                    await self._learn(opinion, judged, again, p_same, request_id)
+                    found = await self._learn(opinion, judged, again, p_same, request_id)
                     group = judged.group_id if p_same >= SAME_FROM else entry.id
             if group == entry.id:
                 group = await self._find_group(opinion, judged, answer, query.tenant) or entry.id
-            if group != entry.id:
-                await self._comparisons.join_group(entry.id, group)
         except ports.CACHE_FAULTS as fault:
             self._telemetry.audit("failed")
             log.debug("answers were not compared: %s", type(fault).__name__)
         finally:
-            self._comparing -= 1
+            self._comparing -= again is None
+            self._comparisons.record(found, entry.id, group)
             self.judge.enter(opinion.place, entry.id, group)
 
     async def _find_group(self, opinion: Opinion, but: Judged | None, answer: Answer, tenant: str) -> int | None:
@@ -179,7 +179,7 @@ class Auditor:
 
     async def _learn(
         self, opinion: Opinion, judged: Judged, again: Again | None, p_same: float, request_id: str
-    ) -> None:
+    ) -> Comparison:
         found = comparison(
             opinion,
             judged,
@@ -197,7 +197,7 @@ class Auditor:
             self._telemetry.audit("same" if same else "different")
             if not same:
                 await self._refuse(opinion.place.fingerprint, judged.candidate.entry_id, request_id, "audit")
-        await self._comparisons.put(found)
+        return found
 
     # -- feedback ---------------------------------------------------------------------------------------------------
 
@@ -230,7 +230,7 @@ class Auditor:
                 ts_ms=int(self._clock() * 1000),
             )
             self.judge.apply(found)
-            await self._comparisons.put(found)
+            self._comparisons.record(found)
 
     async def _refuse(self, asked: bytes, entry_id: int, request_id: str, source: str) -> None:
         """A hard negative: in memory at once, then in SQL."""

@@ -119,7 +119,7 @@ class AnswerComparer(Protocol):
     """Whether two answers say the same. See `index.answers`."""
 
     async def compare(self, a: str, b: str, tenant: str = "") -> float:
-        """A probability. Raises what the embedder raises."""
+        """A probability; never raises."""
         ...
 
 
@@ -145,7 +145,9 @@ class SeenComparison(NamedTuple):
 class Comparisons(Protocol):
     """What the judge learned from, as rows. Every method raises CacheFault when the database cannot answer."""
 
-    async def put(self, found: Comparison) -> int: ...
+    def record(self, found: Comparison | None, entry_id: int = 0, group_id: int = 0) -> None:
+        """Keep a comparison, and that an entry's answer is the same as another's. Never blocks, never raises."""
+        ...
 
     async def newest(self, embedder: str, limit: int) -> Sequence[SeenComparison]:
         """The last `limit` comparisons made with this embedder, oldest first."""
@@ -171,10 +173,6 @@ class Comparisons(Protocol):
 
     async def refused_for(self, request_id: str | None, entry_id: int) -> Sequence[RefusedPair]:
         """Pairs refused on account of this request, or by feedback on this entry."""
-        ...
-
-    async def join_group(self, entry_id: int, group_id: int) -> None:
-        """Note that an entry's answer is the same as another one's."""
         ...
 
     def groups(self) -> AsyncIterator[tuple[int, int]]:

@@ -6,6 +6,8 @@ running process applies those that other replicas wrote since.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -14,12 +16,17 @@ from sqlalchemy import ColumnElement, bindparam, delete, func, insert, select, u
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from proxy.core.errors import CacheFault
 from proxy.core.model import Comparison
 from proxy.ports import RefusedPair, SeenComparison
 from proxy.store.engine import Database
 from proxy.store.schema import audit, entry, refused_pair
 from proxy.store.writer import Writer
 
+FLUSH_S = 0.25
+RETRY_S = 1.0
+BATCH = 512
+WAITING = 10_000
 KEPT = 200_000  # comparisons; older ones go
 PIECE = 1_000
 _FLAGS = ("served", "near_same")
@@ -32,24 +39,58 @@ class Comparisons:
         self._database = database
         self._writer = writer
         self._writer_id = uuid.uuid4().hex
-        self._put_work = self._put_many
+        self._waiting: list[tuple[Comparison | None, int, int]] = []
+        self._flushing: asyncio.Task[None] | None = None
         make = sqlite.insert if database.dialect == "sqlite" else postgresql.insert
         self._refuse = make(refused_pair).on_conflict_do_nothing()
 
-    async def put(self, found: Comparison) -> int:
-        """Keep a comparison; its row's id."""
-        row: int = await self._writer.submit(self._put_work, found)
-        return row
+    def record(self, found: Comparison | None, entry_id: int = 0, group_id: int = 0) -> None:
+        """Keep a comparison, and that an entry's answer is the same as another's; written with others within FLUSH_S.
 
-    async def _put_many(self, connection: AsyncConnection, found: Sequence[Comparison]) -> Sequence[int]:
-        ids: list[int] = []
-        for one in found:
-            values = {**one._asdict(), "ts": one.ts_ms, "writer": self._writer_id}
-            del values["ts_ms"]
-            for flag in _FLAGS:
-                values[flag] = int(values[flag])
-            ids.append((await connection.execute(insert(audit).values(values).returning(audit.c.id))).scalar_one())
-        return ids
+        Never blocks, never raises: while the database is away the newest WAITING are kept in memory.
+        """
+        self._waiting.append((found, entry_id, group_id))
+        if len(self._waiting) > WAITING:
+            del self._waiting[0]
+        if self._flushing is None or self._flushing.done():
+            self._flushing = asyncio.create_task(self._flush_soon(), name="store-comparisons")
+
+    async def _flush_soon(self) -> None:
+        await asyncio.sleep(FLUSH_S)
+        while self._waiting:
+            try:
+                await self.flush()
+            except CacheFault:
+                await asyncio.sleep(RETRY_S)
+
+    async def flush(self) -> None:
+        """Write what waits. Raises CacheFault, and then it still waits."""
+        batch = self._waiting[:BATCH]
+        if batch:
+            await self._writer.run(lambda connection: self._write(connection, batch))
+            del self._waiting[: len(batch)]
+
+    async def close(self) -> None:
+        """Write what waits, if the database takes it."""
+        with contextlib.suppress(CacheFault):
+            while self._waiting:
+                await self.flush()
+        if self._flushing is not None:
+            self._flushing.cancel()
+
+    async def _write(self, connection: AsyncConnection, batch: Sequence[tuple[Comparison | None, int, int]]) -> None:
+        rows = [self._row(found) for found, _, _ in batch if found is not None]
+        joined = [{"member": entry_id, "group": group_id} for _, entry_id, group_id in batch if entry_id != group_id]
+        if rows:
+            await connection.execute(insert(audit), rows)
+        if joined:
+            change = update(entry).where(entry.c.id == bindparam("member")).values(group_id=bindparam("group"))
+            await connection.execute(change, joined)
+
+    def _row(self, found: Comparison) -> dict[str, Any]:
+        values = {**found._asdict(), "ts": found.ts_ms, "writer": self._writer_id}
+        del values["ts_ms"]
+        return values | {flag: int(values[flag]) for flag in _FLAGS}
 
     async def newest(self, embedder: str, limit: int) -> list[SeenComparison]:
         """The last `limit` comparisons made with this embedder, oldest first."""
@@ -68,6 +109,7 @@ class Comparisons:
 
     async def judged(self, request_id: str | None, entry_id: int) -> list[SeenComparison]:
         """Comparisons that a verdict overrules: of this served request, or those of feedback on this entry."""
+        await self.flush()
         if request_id is not None:
             condition = (audit.c.request_id == request_id) & (audit.c.served == 1)
         else:
@@ -85,6 +127,7 @@ class Comparisons:
     async def recent(self, *, limit: int, before_id: int | None, near_misses: bool) -> list[dict[str, Any]]:
         """For people, newest first: near-misses (forwarded, and compared with what was nearly served), or audits of
         hits. Without arrays; with the stored question, where its entry still exists."""
+        await self.flush()
         kind = audit.c.served == (0 if near_misses else 1)
         shown = (
             "id", "ts", "source", "request_id", "tenant", "namespace", "entry_id", "group_id", "similarity", "log_odds",
@@ -135,14 +178,6 @@ class Comparisons:
         c = refused_pair.c
         statement = select(c.asked, c.kept, c.ts, c.request_id, c.entry_id, c.source).where(condition)
         return [RefusedPair(bytes(row[0]), bytes(row[1]), *row[2:]) for row in await self._database.rows(statement)]
-
-    async def join_group(self, entry_id: int, group_id: int) -> None:
-        """Note that an entry's answer is the same as another one's."""
-
-        async def act(connection: AsyncConnection) -> None:
-            await connection.execute(update(entry).where(entry.c.id == entry_id).values(group_id=group_id))
-
-        await self._writer.run(act)
 
     async def groups(self) -> AsyncIterator[tuple[int, int]]:
         """(entry id, group id) of every entry in a group that another one founded, in id order."""

@@ -80,6 +80,7 @@ class Store:
     async def close(self) -> None:
         """Flush the ledger, finish queued writes, close every connection, release the directory."""
         await self.ledger.close()
+        await self.comparisons.close()
         await self.writer.close()
         await self.database.close()
 

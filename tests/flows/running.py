@@ -189,6 +189,7 @@ class Ibid(Client):
     async def sql(self, statement: str) -> list[dict[str, Any]]:
         """Rows of the ledger, everything recorded so far included."""
         await self.app.store.ledger.flush()
+        await self.app.store.comparisons.flush()
         result = await self.app.store.queries.run_readonly(statement, row_limit=10_000)
         return [dict(zip(result.columns, row, strict=True)) for row in result.rows]
 

@@ -72,13 +72,26 @@ def test_probability_rises_with_meaning() -> None:
     assert values == sorted(values)
 
 
-async def test_a_busy_embedder_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_comparison_waits_for_a_busy_embedder_and_never_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "PAUSE_S", 0.0)
     meaning = Meaning(0.9)
-    meaning.waiting = 3
-    with pytest.raises(Overloaded):
-        await Comparer(meaning.embed, lambda: meaning.waiting).compare("It takes two hours.", "Two hours, I think.")
-    assert meaning.calls == []
+    looked = 0
+
+    def waiting() -> int:
+        nonlocal looked
+        looked += 1
+        return 1 if looked < 4 else 0
+
+    a, b = "Hold the button for two seconds.", "Two seconds is how long to hold the button."
+    found = await Comparer(meaning.embed, waiting).compare(a, b)
+    assert looked > 4
+
+    async def overloaded(text: str, tenant: str) -> np.ndarray:
+        raise Overloaded("full")
+
+    comparer = Comparer(overloaded, lambda: 0)
+    assert 0.0 < await comparer.compare(a, b) < found
+    assert comparer.unembedded == 1
 
 
 def test_only_the_beginning_is_embedded() -> None:

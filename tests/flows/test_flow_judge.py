@@ -1,0 +1,180 @@
+"""The budget for wrong answers, kept on real parts: the model, SQL, sockets, and an upstream that answers by class."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from proxy.evaluate import interval
+from tests.flows.questions import Question, stream
+from tests.flows.running import Ibid, Reply, running, until
+from tests.upstream import Chat, ScriptedUpstream, Seen
+
+BUDGET = 0.02
+LEARNING: Mapping[str, Mapping[str, Any]] = {"cache": {"max_error_rate": BUDGET, "audit_share": 0.05}}
+ASKED = "How do I repair a leaking garden hose?"
+REWORDED = "How can I repair a leaking garden hose?"
+
+
+def by_class(questions: list[Question]) -> ScriptedUpstream:
+    answers = {question.text: question.answer for question in questions}
+
+    def reply(seen: Seen) -> Chat:
+        return Chat(text=answers[seen.json["messages"][-1]["content"]])
+
+    return ScriptedUpstream(reply)
+
+
+async def ask_all(ibid: Ibid, questions: list[Question], at_once: int = 4) -> list[tuple[Question, Reply]]:
+    """In order, a few at a time; what came back."""
+    found: list[tuple[Question, Reply]] = []
+    for at in range(0, len(questions), at_once):
+        part = questions[at : at + at_once]
+        replies = await asyncio.gather(*(ibid.ask(question.text) for question in part))
+        found += zip(part, replies, strict=True)
+    await ibid.settled()
+    return found
+
+
+def semantic(found: list[tuple[Question, Reply]]) -> list[tuple[Question, Reply]]:
+    return [(question, reply) for question, reply in found if reply.tier == "semantic"]
+
+
+def wrong(found: list[tuple[Question, Reply]]) -> list[tuple[Question, Reply]]:
+    return [(question, reply) for question, reply in semantic(found) if reply.text != question.answer]
+
+
+async def evidence(ibid: Ibid) -> dict[str, Any]:
+    (level,) = [row for row in (await ibid.admin("GET", "/cache/policy"))["evidence"] if row["level"] == "scope"]
+    return dict(level)
+
+
+async def test_the_budget_holds_while_hits_grow_feedback_tightens_at_once_and_a_restart_keeps_what_was_learned(
+    data_dir, models
+):
+    questions = stream(2000)
+    async with by_class(questions) as up:
+        async with running(data_dir, up.url, LEARNING) as ibid:
+            first, second = await ask_all(ibid, questions[:1000]), await ask_all(ibid, questions[1000:])
+            hits, errors = len(semantic(first + second)), len(wrong(first + second))
+            assert interval(errors, hits)[0] <= BUDGET, (errors, hits)
+            assert len(semantic(second)) > len(semantic(first)) + 100
+            assert len(semantic(second)) > 250
+
+            calls = await ibid.sql("SELECT purpose, COUNT(*) AS calls FROM upstream_call GROUP BY purpose")
+            assert sum(row["calls"] for row in calls) == up.meter.calls
+            (audits,) = [row["calls"] for row in calls if row["purpose"] == "audit"]
+            assert 60 <= audits < hits / 2
+            assert await ibid.sql("SELECT COUNT(*) AS n FROM audit WHERE served = 1") == [{"n": audits}]
+            (booked,) = await ibid.sql("SELECT * FROM savings_by_strategy WHERE mechanism = 'cache.audit'")
+            assert (booked["steps"], booked["earned_usd"]) == (audits, 0)
+            assert booked["spent_usd"] > 0
+            assert await ibid.sql("SELECT * FROM request WHERE lane = 'audit' AND baseline_nusd <> 0") == []
+            total = (await ibid.admin("POST", "/savings/query", {"name": "total"}))["rows"][0]
+            assert total[0] == 2000
+
+            before = await evidence(ibid)
+            question, reply = next((q, r) for q, r in semantic(second) if r.text == q.answer)
+            await ibid.admin(
+                "POST", "/cache/feedback", {"request_id": reply.headers["x-request-id"], "verdict": "wrong"}
+            )
+            after = await evidence(ibid)
+            assert after["wrong"] == before["wrong"] + 1
+            for bound in ("proven_from", "provisional_from"):
+                assert before[bound] is None or after[bound] is None or after[bound] >= before[bound]
+            again = await ibid.ask(question.text, headers={"x-cache-mode": "read"})
+            assert again.cache == "MISS" or again.entry != reply.entry
+
+        async with running(data_dir, up.url, LEARNING) as ibid:
+            kept = await evidence(ibid)
+            assert kept["labelled"] == after["labelled"]
+            assert kept["wrong"] == after["wrong"]
+            again = await ibid.ask(question.text, headers={"x-cache-mode": "read"})
+            assert again.cache == "MISS" or again.entry != reply.entry
+            third = stream(2300)[2000:]
+            answers = {q.text: q.answer for q in third}
+            up.default = lambda seen: Chat(text=answers[seen.json["messages"][-1]["content"]])
+            found = await ask_all(ibid, third)
+            assert len(semantic(found)) > 60
+            assert interval(len(wrong(found)), len(semantic(found)))[0] <= BUDGET
+
+
+async def test_an_audit_is_off_the_clients_path_and_its_answer_is_stored(data_dir, up):
+    gate = asyncio.Event()
+    up.default = lambda seen: Chat(text="Wrap it in tape.", gates={0: gate} if up.meter.calls > 1 else {})
+    async with running(data_dir, up.url, {"cache": {"audit_share": 0.05}}) as ibid:
+        await ibid.fill(ASKED)
+        hit = await ibid.ask(REWORDED)
+        assert (hit.tier, hit.text) == ("semantic", "Wrap it in tape.")
+        await until(lambda: up.meter.calls == 2)
+        assert (await ibid.ask(REWORDED)).tier == "semantic"  # while the audit waits for the upstream
+        gate.set()
+        await ibid.settled()
+        assert (await ibid.ask(REWORDED)).tier == "exact"
+        row = (await ibid.admin("GET", "/cache/audit"))["comparisons"][0]
+        assert (row["request_id"], row["source"], row["prompt"]) == (hit.headers["x-request-id"], "audit", ASKED)
+        assert row["p_same"] > 0.9
+        assert (await evidence(ibid))["audited"] == 1
+        metrics = await ibid.admin("GET", "/metrics")
+        assert 'ibid_audits_total{found="same"} 1.0' in metrics
+
+
+async def test_an_audit_that_differs_closes_the_pair_and_the_region_at_once(data_dir, up):
+    up.default = lambda seen: Chat(text=f"Call {['Ann', 'Bob'][up.meter.calls % 2]}, number {up.meter.calls * 7}.")
+    async with running(data_dir, up.url, {"cache": {"audit_share": 0.05}}) as ibid:
+        await ibid.fill(ASKED)
+        assert (await ibid.ask(REWORDED)).tier == "semantic"
+        await ibid.settled()
+        third = await ibid.ask("How could I repair a leaking garden hose?")
+        assert (third.cache, third.reason) == ("MISS", "budget_spent")
+        (pair,) = await ibid.sql("SELECT source, entry_id FROM refused_pair")
+        assert pair["source"] == "audit"
+        explained = await ibid.admin("POST", "/cache/explain", {"model": "gpt-4o-mini", "messages": [
+            {"role": "user", "content": "Please, how can I repair a leaking garden hose?"}]})  # fmt: skip
+        assert explained["evidence"]["start_rate"] > 0.01
+        assert {candidate["reason"] for candidate in explained["candidates"]} <= {"budget_spent", "addition"}
+        assert set(explained["candidates"][0]["features"]) >= {"similarity", "margin", "numbers"}
+
+
+async def test_a_miss_with_a_candidate_is_a_free_label(ibid, up):
+    up.default = lambda seen: Chat(text="Wrap it in tape.")
+    await ibid.fill(ASKED)
+    near = await ibid.ask("What is a good way of repairing a garden hose that leaks?")
+    assert near.cache == "MISS"
+    await ibid.settled()
+    (row,) = (await ibid.admin("GET", "/cache/near-misses"))["comparisons"]
+    assert (row["source"], row["standing"], row["prompt"]) == ("forward", "", ASKED)
+    assert row["p_same"] > 0.9
+    assert up.meter.calls == 2
+    (entry,) = await ibid.sql("SELECT id, group_id FROM entry WHERE group_id IS NOT NULL")
+    assert entry["group_id"] == row["entry_id"] != entry["id"]
+
+
+async def test_another_backend_embeds_again_in_the_background_and_vectors_never_meet(data_dir, up):
+    async with running(data_dir, up.url) as ibid:
+        for prompt in (ASKED, "Where do penguins sleep in winter?", "Why is the sea salty and lakes are not?"):
+            await ibid.fill(prompt)
+        old = ibid.app.pipeline.embedder.identity
+    async with running(data_dir, up.url, {"embedding": {"backend": "onnx-int8"}}) as ibid:
+        assert ibid.app.pipeline.embedder.identity != old
+        await until(lambda: ibid.app.pipeline.index.size == 3, 20)
+        rows = await ibid.sql("SELECT DISTINCT embedder FROM entry")
+        assert rows == [{"embedder": ibid.app.pipeline.embedder.identity}]
+        assert (await ibid.ask(REWORDED)).tier == "semantic"
+        assert (await ibid.ask(ASKED)).tier == "exact"
+        done = (await ibid.admin("POST", "/cache/reindex"))["done"]
+        assert done == 3
+
+
+async def test_simulate_rehearses_what_was_stored_under_another_budget(data_dir, models):
+    questions = stream(160, seed=3)
+    async with by_class(questions) as up, running(data_dir, up.url, {"cache": {"audit_share": 0.05}}) as ibid:
+        await ask_all(ibid, questions)
+        await ibid.app.store.ledger.flush()
+        found = await ibid.admin("POST", "/cache/simulate", {"max_error": 0.05, "without": ["possessive"]})
+        (row,) = found["budgets"]
+        assert found["questions"] <= 160
+        assert (row["max_error"], found["without"]) == (0.05, ["possessive"])
+        assert row["hits"] > 0
+        assert row["saved_usd"] > 0
