@@ -8,11 +8,14 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import inspect
+from sqlalchemy import insert, inspect
 
+from proxy.core.errors import ConfigError
+from proxy.core.model import Draft
 from proxy.store import migrate
 from proxy.store.engine import open_database, transaction
-from proxy.store.schema import HEAD, VIEWS, metadata
+from proxy.store.entries import checksum_of
+from proxy.store.schema import HEAD, VIEWS, entry, metadata
 from proxy.store.store import migrate_store, open_store
 from tests.rows import digest, draft, hit, list_price
 
@@ -85,4 +88,29 @@ async def test_migrating_a_current_database_keeps_its_rows(url, tmp_path):
     store = await open_store(url, tmp_path / "data", price=list_price)
     assert (await store.entries.find(digest("a"))).draft == draft()
     assert (await store.queries.request("h"))["id"] == "h"
+    await store.close()
+
+
+async def test_a_database_of_the_first_revision_is_upgraded_with_its_rows(url, tmp_path):
+    database = open_database(url, tmp_path / "data")
+    async with database.writer.connect() as connection:
+        async with transaction(connection):
+            await connection.run_sync(lambda sync: migrate.upgrade(sync, "0001"))
+    await database.close()
+    with pytest.raises(ConfigError, match="ibid migrate"):
+        await open_store(url, tmp_path / "data", price=list_price)
+    database = open_database(url, tmp_path / "data")
+    names = ["id", *(field for field in Draft.__dataclass_fields__ if field not in ("usage", "tags"))]
+    values = {"id": 7, **{name: getattr(draft(), name) for name in names[1:]}}
+    usage = draft().usage
+    values |= {"in_tok": usage.input_tokens, "out_tok": usage.output_tokens}
+    values |= {"cache_read_tok": usage.cache_read_tokens, "cache_write_tok": usage.cache_write_tokens, "tags": "[]"}
+    values |= {"used_ms": 1, "size_bytes": 1, "quarantined": 0, "checksum": checksum_of(draft())}
+    async with database.writer.connect() as connection, transaction(connection):
+        await connection.execute(insert(entry), values)
+    await database.close()
+    done = await migrate_store(url, tmp_path / "data")
+    assert (done.before, done.after) == ("0001", HEAD)
+    store = await open_store(url, tmp_path / "data", price=list_price)
+    assert (await store.entries.find(digest("a"))).draft == draft()
     await store.close()

@@ -1,0 +1,132 @@
+"""What the judge learned from, as rows on both databases."""
+
+from __future__ import annotations
+
+import pytest
+
+from proxy.core.errors import CacheFault
+from proxy.core.model import Comparison
+from proxy.ports import RefusedPair
+from proxy.store import comparisons as room
+from proxy.store.comparisons import Comparisons
+from tests.rows import NOON_MS, digest, draft, hit
+
+
+def comparison(name: str = "q", **changes: object) -> Comparison:
+    fields: dict[str, object] = {
+        "ts_ms": NOON_MS, "source": "audit", "request_id": name, "tenant": "t" * 64, "namespace": "", "embedder": "e1",
+        "scope": digest("scope"), "fingerprint": digest(name), "entry_id": 1, "group_id": 1, "similarity": 0.97,
+        "log_odds": 3.5, "standing": "start", "served": True, "near_same": True, "p_same": 0.9, "weight": 2.0,
+        "features": b"\x00\x01", "words": b"\x02", "signature": b"\x03",
+    }  # fmt: skip
+    return Comparison(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+async def test_comparisons_come_back_as_they_were_oldest_first(store):
+    made = [comparison(f"q{i}") for i in range(5)]
+    for one in made:
+        store.comparisons.record(one)
+    await store.comparisons.flush()
+    found = await store.comparisons.newest("e1", 3)
+    assert [seen.comparison for seen in found] == made[2:]
+    assert all(seen.own for seen in found)
+    assert [seen.comparison for seen in await store.comparisons.after("e1", found[0].id)] == made[3:]
+    assert await store.comparisons.newest("another", 3) == []
+
+
+async def test_another_process_sees_that_it_did_not_write_them(store):
+    store.comparisons.record(comparison())
+    await store.comparisons.flush()
+    other = Comparisons(store.database, store.writer)
+    assert [seen.own for seen in await other.after("e1", 0)] == [False]
+
+
+async def test_a_group_is_noted_with_the_comparison_and_read_back(store):
+    first = (await store.entries.put(draft("a"))).entry
+    second = (await store.entries.put(draft("b"))).entry
+    store.comparisons.record(comparison(), second.id, first.id)
+    store.comparisons.record(None, first.id, first.id)
+    await store.comparisons.flush()
+    assert [pair async for pair in store.comparisons.groups()] == [(second.id, first.id)]
+    assert len(await store.comparisons.newest("e1", 9)) == 1
+    assert await store.entries.get(second.id) == second  # a group is not part of what is served
+
+
+async def test_a_verdict_finds_the_comparison_of_its_request_and_overrules_it(store):
+    store.comparisons.record(comparison("hit"))
+    store.comparisons.record(comparison("miss", served=False, source="forward"))
+    (seen,) = await store.comparisons.judged("hit", 1)
+    assert await store.comparisons.judged("miss", 1) == []
+    assert await store.comparisons.judged(None, 1) == []
+    await store.comparisons.correct(seen.id, 0.0, "feedback")
+    (again,) = await store.comparisons.judged(None, 1)
+    assert (again.comparison.p_same, again.comparison.source) == (0.0, "feedback")
+
+
+async def test_a_pair_is_refused_once_and_allowed_again(store):
+    pair = RefusedPair(digest("asked"), digest("kept"), NOON_MS, "r", 7, "feedback")
+    await store.comparisons.refuse(pair)
+    await store.comparisons.refuse(pair._replace(request_id="later"))
+    assert await store.comparisons.refused() == [pair]
+    assert await store.comparisons.refused(NOON_MS + 1) == []
+    assert await store.comparisons.refused_for("r", 0) == await store.comparisons.refused_for(None, 7) == [pair]
+    assert await store.comparisons.allow(pair.asked, pair.kept)
+    assert not await store.comparisons.allow(pair.asked, pair.kept)
+    assert await store.comparisons.refused() == []
+
+
+async def test_near_misses_and_audits_are_listed_newest_first_with_the_stored_question(store):
+    made = await store.entries.put(draft())
+    store.comparisons.record(comparison("near", entry_id=made.entry.id, served=False, source="forward", standing=""))
+    store.comparisons.record(comparison("audited", entry_id=made.entry.id))
+    store.comparisons.record(comparison("gone", entry_id=999))
+    near = await store.comparisons.recent(limit=10, before_id=None, near_misses=True)
+    audits = await store.comparisons.recent(limit=10, before_id=None, near_misses=False)
+    assert [(row["request_id"], row["prompt"]) for row in near] == [("near", "question a")]
+    assert [(row["request_id"], row["prompt"]) for row in audits] == [("gone", None), ("audited", "question a")]
+    older = await store.comparisons.recent(limit=10, before_id=audits[0]["id"], near_misses=False)
+    assert [row["request_id"] for row in older] == ["audited"]
+    assert not {"features", "words", "signature"} & set(audits[0])
+
+
+async def test_what_was_learned_from_purged_entries_goes_with_them(store):
+    store.comparisons.record(comparison("a", entry_id=1))
+    store.comparisons.record(comparison("b", entry_id=2))
+    await store.comparisons.flush()
+    await store.comparisons.forget([1, 3])
+    assert [seen.comparison.request_id for seen in await store.comparisons.newest("e1", 9)] == ["b"]
+
+
+async def test_only_the_newest_are_kept(store, monkeypatch):
+    monkeypatch.setattr(room, "KEPT", 2)
+    for i in range(5):
+        store.comparisons.record(comparison(f"q{i}"))
+    await store.comparisons.flush()
+    await store.comparisons.housekeep()
+    assert [seen.comparison.request_id for seen in await store.comparisons.newest("e1", 9)] == ["q3", "q4"]
+
+
+async def test_a_database_that_does_not_write_loses_no_comparison(sqlite_store, monkeypatch):
+    store = sqlite_store
+
+    async def down(act):
+        raise CacheFault("gone", code="store_down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.writer, "run", down)
+        store.comparisons.record(comparison())
+        with pytest.raises(CacheFault):
+            await store.comparisons.flush()
+    await store.comparisons.flush()
+    assert len(await store.comparisons.newest("e1", 9)) == 1
+
+
+async def test_an_audited_hit_is_judged_in_the_views_and_its_cost_is_booked(store):
+    store.ledger.record(hit("served", "cache.semantic", similarity=0.97))
+    await store.ledger.flush()
+    store.comparisons.record(comparison("served", p_same=0.0))
+    await store.comparisons.flush()
+    (row,) = (await store.queries.run_readonly("SELECT hits, judged, wrong, wrong_rate FROM wrong_hits")).rows
+    assert tuple(row) == (1, 1, 1.0, 1.0)
+    (band,) = (await store.queries.named("wrong_by_similarity")).rows
+    assert tuple(band)[1:] == (1, 1, 1.0)
