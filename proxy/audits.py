@@ -196,7 +196,7 @@ class Auditor:
             same = p_same >= WRONG_BELOW
             self._telemetry.audit("same" if same else "different")
             if not same:
-                await self._refuse(opinion.place.fingerprint, judged.candidate.entry_id, request_id, "audit")
+                await self._never_again(opinion.place.fingerprint, judged.candidate.entry_id, request_id, "audit")
         return found
 
     # -- feedback ---------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ class Auditor:
         hit = None if request_id is None else self._hits.get(request_id)
         if verdict == "wrong":
             if hit is not None and request_id is not None:
-                await self._refuse(hit.asked, hit.entry_id, request_id, "feedback")
+                await self._never_again(hit.asked, hit.entry_id, request_id, "feedback")
         else:
             for pair in await self._comparisons.refused_for(request_id, entry_id):
                 self.judge.allow(pair.asked, pair.kept)
@@ -232,7 +232,7 @@ class Auditor:
             self.judge.apply(found)
             self._comparisons.record(found)
 
-    async def _refuse(self, asked: bytes, entry_id: int, request_id: str, source: str) -> None:
+    async def _never_again(self, asked: bytes, entry_id: int, request_id: str, source: str) -> None:
         """A hard negative: in memory at once, then in SQL."""
         row = self._hot.get(entry_id)
         entry = row.entry if row is not None else await self._entries.get(entry_id)
