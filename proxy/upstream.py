@@ -221,7 +221,7 @@ class OpenResponse:
         upstream_idle_timeout (504)."""
         self.waiting_since = self._owner.loop.time()
         try:
-            piece = await self._content.readany()
+            piece = await _read_all_there_is(self._content)
         except aiohttp.SocketTimeoutError as error:
             self.abort()
             message = "The upstream stopped in the middle of its answer."
@@ -263,6 +263,23 @@ class OpenResponse:
         """Give the connection back when the body has ended; otherwise close it."""
         self._owner.forget(self)
         self._response.release()
+
+
+async def _read_all_there_is(content: StreamReader) -> bytes:
+    """`content.readany()`, with the pieces joined before they are taken: taking them one by one, aiohttp looks after
+    each, however many HTTP chunks arrived at once, whether its transport has to be resumed."""
+    if (error := content.exception()) is not None:
+        raise error
+    if content.at_eof():
+        return b""
+    while not content._buffer and not content._eof:
+        await content._wait("readany")
+    pieces = content._buffer
+    if len(pieces) > 1 and not content._buffer_offset:
+        whole = b"".join(pieces)
+        pieces.clear()
+        pieces.append(whole)
+    return content._read_nowait(-1)
 
 
 def _broken(was_reset: bool) -> UpstreamError:
