@@ -15,6 +15,7 @@ import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from proxy.core.answer import to_json
@@ -201,16 +202,15 @@ class Recorder:
 
     def _read_run(self, body: bytes, at: int) -> int:
         """Take in the run of events from `at` that say the same as the last one but for their text; where it ends."""
-        lead, tail = b"data: " + self._prefix, self._suffix
+        lead, tail = b"data: " + self._prefix, self._suffix + b"\n\n"
         if not body.startswith(lead, at):
             return at
-        start, end = len(lead), len(tail)
-        texts = []
-        for block in body[at:].split(b"\n\n")[:-1]:
-            if len(block) < start + end or not (block.startswith(lead) and block.endswith(tail)):
-                break
-            texts.append(block[start:-end])
-        around = start + end + 2
+        start = len(lead)
+        blocks = body[at:].split(tail)[:-1]
+        texts = [block[start:] for block in blocks]
+        if not body.startswith((tail + lead).join(texts), at + start):  # one of them begins otherwise
+            texts = [block[start:] for block in takewhile(lambda block: block.startswith(lead), blocks)]
+        around = start + len(tail)
         try:
             if _SPECIAL.search(b"".join(texts)) is None:
                 parts = [text.decode() for text in texts]
