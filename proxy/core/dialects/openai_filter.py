@@ -14,6 +14,8 @@ _FINISH = re.compile(rb'"finish_reason"\s*:\s*"')
 
 LAST = 4  # events at the end of a stream that say other things: finish, usage, [DONE]
 _MARKS = (b"[DONE]", b'"error"')
+_ODD = (b'"error"', b'"choices":[]')
+_GOES_ON = b'"finish_reason":null'
 _SPELLINGS = (  # a member, how it is usually spelled where nothing is to be done, and where something is
     (b'"finish_reason"', (b'"finish_reason":null', b'"finish_reason": null'),
      (b'"finish_reason":"', b'"finish_reason": "')),
@@ -32,11 +34,14 @@ def _deltas_until(chunk: bytes) -> int:
         if cut <= 0:
             return 0
     cut += 2
-    usual = chunk.count(b'"finish_reason":null', 0, cut)
-    if usual != chunk.count(b"\n\n", 0, cut) or chunk.find(b"\r", 0, cut) >= 0:
+    lines = chunk.count(b"\n", 0, cut)
+    if chunk.find(b"\r", 0, cut) >= 0 or any([chunk.find(mark, 0, cut) >= 0 for mark in _ODD]):
         return 0
-    odd = any(chunk.find(mark, 0, cut) >= 0 for mark in (*_MARKS, b'"choices":[]'))
-    return 0 if odd else cut
+    first = chunk.find(b"\n\n") + 2
+    end = chunk[max(chunk.rfind(_GOES_ON, 0, first), 0) : first]  # how the first event ends
+    if end.startswith(_GOES_ON) and 2 * chunk.count(end, 0, cut) == lines:  # so do all: one line each, none is [DONE]
+        return cut
+    return cut if 2 * chunk.count(_GOES_ON, 0, cut) == lines and chunk.find(b"[DONE]", 0, cut) < 0 else 0
 
 
 def _plain_until(chunk: bytes) -> int:
