@@ -65,6 +65,7 @@ class Caller:
         is_json: bool,
         is_retry: bool,
     ) -> None:
+        self.controls: Controls | None = None  # read with the first body that leaves them to the headers
         self.tenant = tenant
         self.headers = headers
         self.scope_headers = scope_headers
@@ -174,7 +175,12 @@ class ClientHandler:
         """The question in a chat body. Raises BadRequest."""
         body = jsontext.parse(raw, self._limits.json_depth)
         facts = openai_chat.read(body)
-        controls: Controls = controls_of(caller.headers, body.get(openai_chat.CACHE_TWIN))
+        twin = body.get(openai_chat.CACHE_TWIN)
+        controls = caller.controls if twin is None else None
+        if controls is None:
+            controls = controls_of(caller.headers, twin)
+            if twin is None:
+                caller.controls = controls
         upstream = self._upstream.route(target.path, {})
         eligibility = policy.classify(facts, controls, self._rules)
         scope = digest = b""

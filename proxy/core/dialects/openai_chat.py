@@ -77,7 +77,10 @@ KNOWN_FIELDS = frozenset(_TYPES) | {
 }
 _JSON_NAMES = {float: "number", int: "integer", bool: "boolean", str: "string", list: "array", dict: "object"}
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+_ASKING = frozenset({"system", "developer", "user"})
+_CALLS = ("tool_calls", "function_call")
 _NULLABLE_ROLES = frozenset({"assistant", "tool", "function"})
+_SPEAKING = _ROLES - _NULLABLE_ROLES
 _MESSAGE_FIELDS = frozenset(
     {"role", "content", "name", "tool_calls", "tool_call_id", "function_call", "refusal", "audio", "annotations"}
 )
@@ -97,7 +100,8 @@ def read(body: Mapping[str, Any]) -> Facts:
         if not isinstance(value, types) or (type(value) is bool and types is not _BOOLEAN):
             raise _invalid_type(name, " or ".join(_JSON_NAMES[t] for t in types if not (t is int and float in types)))
     prompt, context = _split(messages)
-    users = sum(message["role"] == "user" for message in messages)
+    roles = [message["role"] for message in messages]
+    users = roles.count("user")
     parts = [part for message in messages if isinstance(message.get("content"), list) for part in message["content"]]
     kinds = {part["type"] for part in parts}
     stream_options = body.get("stream_options") or {}
@@ -114,20 +118,18 @@ def read(body: Mapping[str, Any]) -> Facts:
         n=_choices(body),
         seed=body.get("seed"),
         has_tools=bool(body.get("tools") or body.get("functions")),
-        tool_results=any(
-            m["role"] in ("tool", "function") or m.get("tool_calls") or m.get("function_call") for m in messages
-        ),
+        tool_results="tool" in roles or "function" in roles or any([m.get(c) for m in messages for c in _CALLS]),
         web_search=body.get("web_search_options") is not None,
         has_images="image_url" in kinds,
-        has_audio="input_audio" in kinds or any(message.get("audio") for message in messages),
+        has_audio="input_audio" in kinds or any([message.get("audio") for message in messages]),
         has_files="file" in kinds,
-        remote_urls=any(_is_remote(part) for part in parts),
+        remote_urls=any([_is_remote(part) for part in parts]),
         audio_output="audio" in modalities or body.get("audio") is not None,
         logprobs=body.get("logprobs") is True or bool(body.get("top_logprobs")),
         store=body.get("store") is True,
         response_format=_format(body.get("response_format")),
         end_user=_end_user(body),
-        first_turn=users == 1 and all(m["role"] in ("system", "developer", "user") for m in messages),
+        first_turn=users == 1 and _ASKING.issuperset(roles),
         user_turns=users,
     )
 
@@ -178,7 +180,7 @@ def _messages(messages: object) -> list[dict[str, Any]]:
         if isinstance(content, list):
             for j, part in enumerate(content):
                 _check_part(part, f"messages[{i}].content[{j}]")
-        elif not isinstance(content, str) and (content is not None or (role in _ROLES - _NULLABLE_ROLES)):
+        elif not isinstance(content, str) and (content is not None or role in _SPEAKING):
             raise _invalid_type(f"messages[{i}].content", "string or array")
     return messages
 
