@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each body, and setting 26 frozen fields takes thrice as long
 class Facts:
-    """One request as policy and identity see it.
+    """One request as policy and identity see it. Nobody changes it.
 
     `prompt` is the text of the last message when that is plain user text, else None; `context` is every other message
     (all of them when `prompt` is None) followed, when the last message has other fields than role and content, by
