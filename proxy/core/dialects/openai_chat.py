@@ -12,7 +12,7 @@ from typing import Any
 
 from proxy.core.errors import BadRequest, IbidError
 from proxy.core.facts import Facts
-from proxy.core.jsontext import drop_member, members, set_member
+from proxy.core.jsontext import add_member, drop_member, members, set_member
 
 MESSAGE_LIMIT = 2048
 CHOICE_LIMIT = 128
@@ -84,6 +84,7 @@ _SPEAKING = _ROLES - _NULLABLE_ROLES
 _MESSAGE_FIELDS = frozenset(
     {"role", "content", "name", "tool_calls", "tool_call_id", "function_call", "refusal", "audio", "annotations"}
 )
+_ASK_FOR_USAGE = b'{"include_usage":true}'
 _PARTS = frozenset({"text", "refusal", "image_url", "input_audio", "file"})
 
 
@@ -143,13 +144,15 @@ def forward_body(raw: bytes, parsed: Mapping[str, Any]) -> bytes:
         raw = drop_member(raw, CACHE_TWIN)
     if parsed.get("stream") is not True:
         return raw
-    options = parsed.get("stream_options")
+    if "stream_options" not in parsed:
+        return add_member(raw, "stream_options", _ASK_FOR_USAGE)
+    options = parsed["stream_options"]
     if isinstance(options, dict):
         if options.get("include_usage") is True:
             return raw
         _, start, end = members(raw)["stream_options"]
         return set_member(raw, "stream_options", set_member(raw[start:end], "include_usage", b"true"))
-    return set_member(raw, "stream_options", b'{"include_usage":true}')
+    return set_member(raw, "stream_options", _ASK_FOR_USAGE)
 
 
 def error_body(error: IbidError) -> bytes:
