@@ -135,6 +135,7 @@ class Recorder:
     __slots__ = (
         "_choice",
         "_chunks",
+        "_contents",
         "_decoder",
         "_done",
         "_extra",
@@ -163,7 +164,8 @@ class Recorder:
         self._size = 0
         self._length = 0
         self._model: object = None
-        self._pieces: list[str] = []
+        self._contents: list[str] = []
+        self._pieces: list[int] = []  # lengths
         self._texts: dict[str, list[str]] = {}
         self._fields: dict[str, Any] = {}
         self._choice: dict[str, Any] = {}
@@ -192,8 +194,12 @@ class Recorder:
             if self._prefix and (after := self._read_run(body, at)) > at:
                 at = after
                 continue
-            end = body.find(b"\n\n", at) + 2
-            end = len(body) if end == 1 else end
+            end = body.find(b"\n\n", at)
+            if 0 <= end <= at + LINE_LIMIT_BYTES and body.startswith(b"data: ", at) and body.find(b"\n", at, end) < 0:
+                self._read(body[at + 6 : end])  # one line of data, as nearly always
+                at = end + 2
+                continue
+            end = len(body) if end < 0 else end + 2
             self.feed(body[at:end])
             self._parse()
             at = end
@@ -212,9 +218,13 @@ class Recorder:
             texts = [block[start:] for block in takewhile(lambda block: block.startswith(lead), blocks)]
         around = start + len(tail)
         try:
-            if _SPECIAL.search(b"".join(texts)) is None:
+            joined = b"".join(texts)
+            if _SPECIAL.search(joined) is None:
+                at += len(joined) + around * len(texts)
+                if joined.isascii():  # as many characters as bytes
+                    self._take(joined.decode(), [len(text) for text in texts if text])
+                    return at
                 parts = [text.decode() for text in texts]
-                at += sum(map(len, texts)) + around * len(texts)
             else:
                 parts = []
                 for text in texts:
@@ -225,9 +235,14 @@ class Recorder:
         except ValueError:
             self._refuse("garbage")
             return at
-        self._pieces += filter(None, parts)
-        self._length += sum(map(len, parts))
+        self._take("".join(parts), [len(part) for part in parts if part])
         return at
+
+    def _take(self, text: str, lengths: list[int]) -> None:
+        """More text, and the lengths of the pieces it came in."""
+        self._contents.append(text)
+        self._pieces += lengths
+        self._length += len(text)
 
     def finish(self) -> Answer | str:
         """The Answer, or the reason why it is not storable. Call once, and only when the body ended cleanly."""
@@ -241,7 +256,7 @@ class Recorder:
         if self.refusal_reason is not None:
             return self.refusal_reason
         texts = {name: "".join(parts) for name, parts in self._texts.items()}
-        content = {"content": "".join(self._pieces)}
+        content = {"content": "".join(self._contents)}
         answer = _storable(
             message={"role": "assistant", **self._fields, **content, **texts},
             finish_reason=self._finish,
@@ -250,7 +265,7 @@ class Recorder:
             choice=self._choice,
             extra=self._extra,
             loads=self._loads,
-            pieces=tuple(map(len, self._pieces)),
+            pieces=tuple(self._pieces),
         )
         if isinstance(answer, str):
             self._refuse(answer)
@@ -259,7 +274,7 @@ class Recorder:
     def _refuse(self, reason: str) -> None:
         if self.refusal_reason is None:
             self.refusal_reason = reason
-        for kept in (self._pieces, self._texts, self._fields, self._choice, self._extra):
+        for kept in (self._contents, self._pieces, self._texts, self._fields, self._choice, self._extra):
             kept.clear()
 
     def _parse(self) -> None:
@@ -278,14 +293,13 @@ class Recorder:
     def _read_all(self, datas: list[bytes]) -> None:
         prefix, suffix = self._prefix, self._suffix
         start, end = len(prefix), len(suffix)
-        fullmatch, append = _STRING.fullmatch, self._pieces.append
+        fullmatch = _STRING.fullmatch
         for data in datas:
             if prefix and data.startswith(prefix) and data.endswith(suffix) and len(data) > start + end:
                 raw = data[start:-end]
                 if fullmatch(raw):
                     text = self._loads(b'"%b"' % raw) if b"\\" in raw else raw.decode()
-                    append(text)
-                    self._length += len(text)
+                    self._take(text, [len(text)] if text else [])
                     continue
             self._read(data)
             if self.refusal_reason is not None:
@@ -337,8 +351,7 @@ class Recorder:
                     if value and self._finish is not None:
                         return self._refuse("garbage")
                     if value:
-                        self._pieces.append(value)
-                        self._length += len(value)
+                        self._take(value, [len(value)])
                 elif name != "content" or value is not None:
                     self._merge(name, value, size)
         elif delta is not None:
