@@ -49,6 +49,7 @@ _WRITER_PRAGMAS = (
     "PRAGMA foreign_keys=ON",
     "PRAGMA secure_delete=ON",
     "PRAGMA cache_size=-16384",
+    "PRAGMA wal_autocheckpoint=4000",  # 16 MiB: an index page is copied back once for what 4 MiB copied four times
 )
 _READER_PRAGMAS = ("PRAGMA query_only=ON", "PRAGMA foreign_keys=ON", "PRAGMA cache_size=-4096")
 

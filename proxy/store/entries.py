@@ -42,6 +42,11 @@ _COLUMNS = (
 )  # fmt: skip
 
 
+class _Put(NamedTuple):
+    row: dict[str, Any]
+    may_replace: bool  # False when its fingerprint was never stored
+
+
 class VectorBlock(NamedTuple):
     """Rows of one embedder in id order, for rebuilding an index. All arrays are C-contiguous."""
 
@@ -156,13 +161,17 @@ class Entries:
             raise CacheFault(f"entry cannot be kept: {type(error).__name__}", code="store_refused") from error
         if "\x00" in draft.prompt or any("\x00" in value for value in (draft.model, draft.namespace, *draft.tags)):
             raise CacheFault("entry cannot be kept: NUL in its text", code="store_refused")
-        if self._known is not None:  # before the commit: a put that is cancelled while waiting may still commit
-            self._known.add(int.from_bytes(draft.fingerprint[:8], "big"))
-        entry_id, replaced = await self._writer.submit(self._put_work, row)
+        may_replace = True
+        if self._known is not None:
+            known, before = int.from_bytes(draft.fingerprint[:8], "big"), len(self._known)
+            self._known.add(known)  # before the commit: a put that is cancelled while waiting may still commit
+            may_replace = len(self._known) == before
+        entry_id, replaced = await self._writer.submit(self._put_work, _Put(row, may_replace))
         return Stored(Entry(entry_id, draft, row["checksum"]), replaced)
 
-    async def _put_many(self, connection: AsyncConnection, rows: Sequence[dict[str, Any]]) -> Sequence[Any]:
+    async def _put_many(self, connection: AsyncConnection, puts: Sequence[_Put]) -> Sequence[Any]:
         """Insert in rounds of distinct fingerprints, in fingerprint order so that replicas never deadlock."""
+        rows = [put.row for put in puts]
         results: list[Any] = [None] * len(rows)
         left = sorted(range(len(rows)), key=lambda index: (rows[index]["fingerprint"], index))
         while left:
@@ -172,17 +181,19 @@ class Entries:
             for index in left:
                 (later if rows[index]["fingerprint"] in seen else now).append(index)
                 seen.add(rows[index]["fingerprint"])
-            await self._put_round(connection, rows, now, results)
+            await self._put_round(connection, puts, now, results)
             left = later
         return results
 
     async def _put_round(
-        self, connection: AsyncConnection, rows: Sequence[dict[str, Any]], chosen: list[int], results: list[Any]
+        self, connection: AsyncConnection, puts: Sequence[_Put], chosen: list[int], results: list[Any]
     ) -> None:
-        gone = delete(entry).where(entry.c.fingerprint.in_([rows[index]["fingerprint"] for index in chosen]))
+        rows = [put.row for put in puts]
         replaced: dict[bytes, int] = {}
-        for fingerprint, entry_id in await connection.execute(gone.returning(entry.c.fingerprint, entry.c.id)):
-            replaced[fingerprint] = entry_id
+        if known := [rows[index]["fingerprint"] for index in chosen if puts[index].may_replace]:
+            gone = delete(entry).where(entry.c.fingerprint.in_(known)).returning(entry.c.fingerprint, entry.c.id)
+            for fingerprint, entry_id in await connection.execute(gone):
+                replaced[fingerprint] = entry_id
         made = insert(entry).returning(entry.c.fingerprint, entry.c.id)
         ids: dict[bytes, int] = {}
         for fingerprint, entry_id in await connection.execute(made, [rows[index] for index in chosen]):
