@@ -266,8 +266,8 @@ class OpenResponse:
 
 
 async def _read_all_there_is(content: StreamReader) -> bytes:
-    """`content.readany()`, with the pieces joined before they are taken: taking them one by one, aiohttp looks after
-    each, however many HTTP chunks arrived at once, whether its transport has to be resumed."""
+    """`content.readany()`, with the pieces taken at once: taking them one by one, aiohttp looks after each, however
+    many HTTP chunks arrived together, whether parser and transport have to be resumed."""
     if (error := content.exception()) is not None:
         raise error
     if content.at_eof():
@@ -275,11 +275,15 @@ async def _read_all_there_is(content: StreamReader) -> bytes:
     while not content._buffer and not content._eof:
         await content._wait("readany")
     pieces = content._buffer
-    if len(pieces) > 1 and not content._buffer_offset:
-        whole = b"".join(pieces)
-        pieces.clear()
-        pieces.append(whole)
-    return content._read_nowait(-1)
+    if not pieces or content._buffer_offset or content._protocol._reading_paused:
+        return content._read_nowait(-1)
+    whole = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    pieces.clear()
+    content._size = 0
+    content._cursor += len(whole)
+    if content._http_chunk_splits:
+        content._http_chunk_splits.clear()
+    return whole
 
 
 def _broken(was_reset: bool) -> UpstreamError:
@@ -360,7 +364,7 @@ class Upstreams:
         url = address.url_of(path_qs)
         breaker = address.breaker
         is_probe = breaker.admit()
-        task = asyncio.current_task()
+        task = asyncio.current_task(self.loop)
         assert task is not None
         waiting = _Waiting(task, self.loop.time())
         self._opening.add(waiting)
