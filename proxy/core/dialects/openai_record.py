@@ -11,7 +11,6 @@ already taken in. Measured on a slow core: orjson 2.0 us a chunk of 230 bytes, t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -52,8 +51,9 @@ def read_usage(raw: object) -> Usage | None:
         details.get("cached_tokens") or 0,
         details.get("cache_write_tokens") or 0,
     )
-    if not all(type(count) is int and count >= 0 for count in counts):
-        return None
+    for count in counts:
+        if type(count) is not int or count < 0:
+            return None
     return Usage(*counts)
 
 
@@ -456,10 +456,12 @@ def find_usage(body: bytes) -> Usage | None:
     while (at := body.rfind(b'"usage"', 0, at)) >= 0:
         start = body.find(b"{", at, at + 12)
         if start >= 0:
-            with contextlib.suppress(ValueError, RecursionError):
+            try:
                 raw, _end = _DECODER.raw_decode(body[start : start + 4096].decode("utf-8", "replace"))
-                if (usage := read_usage(raw)) is not None:
-                    return usage
+            except (ValueError, RecursionError):
+                continue
+            if (usage := read_usage(raw)) is not None:
+                return usage
     return None
 
 
