@@ -199,8 +199,8 @@ async def semantic_hits(bench: Bench, embed_alone: Callable[[], float]) -> None:
         return post("/v1/chat/completions", chat(reworded(serial % 100, serial // 100 + 1)))
 
     async def floor() -> Result:
-        rate = await asyncio.to_thread(embed_alone)
-        return Result(count=int(rate * 1000), seconds=1000.0)
+        embed_ms = await asyncio.to_thread(embed_alone)
+        return Result(count=int(1e6 / embed_ms), seconds=1000.0)
 
     await bench.compare("semantic hit on fresh wording / embedding alone", 0.80, floor, lambda: bench.hits(fresh, 16))
     seen = [post("/v1/chat/completions", chat(reworded(i, 1000))) for i in range(100)]
@@ -242,7 +242,7 @@ async def misses(bench: Bench, embed_alone: Callable[[], float]) -> None:
     over = []
     floors, ours = [], []
     for _ in range(bench.rounds):
-        embed_ms = 1000 / await asyncio.to_thread(embed_alone)
+        embed_ms = await asyncio.to_thread(embed_alone)
         floors.append((await bench.load(bench.ports.proxy, fresh, 1, pause_s=REST_S)).quantile(0.5) + embed_ms)
         ours.append((await bench.load(bench.ports.ibid, fresh, 1, pause_s=REST_S)).quantile(0.5))
         over.append(ours[-1] - floors[-1])
@@ -293,11 +293,11 @@ def longest_stall_ms(admin_port: int) -> float:
         return float(json.loads(answer.read())["loop_stall_ms_max"])
 
 
-def embed_alone(data_dir: Path, seconds: float, kind: str) -> float:
-    """Texts per second of the chosen backend alone, on the server's core; `kind` as in `tests.bench.embedding`."""
+def embed_alone(data_dir: Path, seconds: float, kind: str, rest_s: float) -> float:
+    """Milliseconds a text of the chosen backend alone, on the server's core; see `tests.bench.embedding`."""
     code = "from tests.bench.embedding import main; main()"
     output = subprocess.run(
-        [sys.executable, "-c", code, str(data_dir), str(seconds), str(SERVER_CPU), kind],
+        [sys.executable, "-c", code, str(data_dir), str(seconds), str(SERVER_CPU), kind, str(rest_s)],
         check=True,
         capture_output=True,
         text=True,
@@ -335,9 +335,9 @@ async def main() -> None:
         if "exact" in wanted:
             await exact_hits(bench)
         if "semantic" in wanted:
-            await semantic_hits(bench, lambda: embed_alone(data_dir, options.seconds, "reworded"))
+            await semantic_hits(bench, lambda: embed_alone(data_dir, options.seconds, "reworded", 0.0))
         if "miss" in wanted:
-            await misses(bench, lambda: embed_alone(data_dir, options.seconds, "fresh"))
+            await misses(bench, lambda: embed_alone(data_dir, options.seconds, "fresh", REST_S))
         if "mixed" in wanted:
             await mixed(bench)
         stalls = [await asyncio.to_thread(longest_stall_ms, ports.admin)]
