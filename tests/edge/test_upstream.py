@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import socket
 import struct
@@ -461,6 +462,62 @@ async def test_request_that_was_not_written_is_sent_again(play: Play, monkeypatc
     monkeypatch.setattr(session.connector, "connect", connect_to_closing)
     assert (await case.ask())[1] == b"{}"
     assert len(case.mock.heads) == 2
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_only_what_may_be_repeated_is_asked_again_when_its_connection_ended(play: Play, method: str) -> None:
+    asked = 0
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            writer.close()
+        else:
+            writer.write(OK)
+
+    case = await play(script)
+    body = None if method == "GET" else b"{}"
+    assert await read(await case.open(body, method=method)) == b"{}"
+    if method == "GET":
+        assert await read(await case.open(body, method=method)) == b"{}"
+    else:
+        with pytest.raises(UpstreamError) as caught:
+            await case.open(body, method=method)
+        assert caught.value.code == "upstream_reset"
+    assert asked == (3 if method == "GET" else 2)
+
+
+async def test_connection_is_not_kept_when_the_answer_came_before_the_body_was_taken() -> None:
+    ended = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(2):  # of the second body nothing is read before the answer
+            await reader.readuntil(b"\r\n\r\n{")
+            writer.write(OK)
+        await asyncio.sleep(0.1)
+        with contextlib.suppress(ConnectionError):
+            while await reader.read(1 << 16):
+                pass
+        ended.set()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, limit=4096)
+    upstreams = Upstreams(everything_at(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"))
+    await upstreams.start()
+    try:
+        async with asyncio.timeout(5.0):
+            first = await upstreams.open("upstream", "POST", "/v1/chat/completions", (), b"{")
+            assert first._connection is not None
+            assert first._connection.transport is not None
+            sock = first._connection.transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that the system does not take all of it
+            await read(first)
+            await read(await upstreams.open("upstream", "POST", "/v1/chat/completions", (), b"{" + b" " * (1 << 19)))
+            await ended.wait()
+    finally:
+        await upstreams.close()
+        server.close()
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
