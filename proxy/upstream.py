@@ -20,9 +20,9 @@ from aiohttp.client import IDEMPOTENT_METHODS
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.http_parser import RawResponseMessage
 from aiohttp.http_writer import _serialize_headers
 from aiohttp.streams import StreamReader
-from multidict import CIMultiDictProxy
 from yarl import URL
 
 from proxy.breaker import Breaker
@@ -193,13 +193,13 @@ class OpenResponse:
         self,
         owner: Upstreams,
         status: int,
-        received: CIMultiDictProxy[str],
+        head: RawResponseMessage | aiohttp.ClientResponse,
         content: StreamReader,
         connection: Connection | None,  # None: the body is here already
         response: aiohttp.ClientResponse | Connection,  # what ends it
     ) -> None:
         self._owner = owner
-        self._received = received
+        self._received = received = head.headers
         self._content = content
         self._connection = connection
         self._protocol: ResponseHandler | None = connection.protocol if connection is not None else None
@@ -456,7 +456,7 @@ class Upstreams:
             message, content = await protocol.read()
             while 100 <= message.code < 200 and message.code != 101:
                 message, content = await protocol.read()
-            return OpenResponse(self, message.code, message.headers, content, connection, connection)
+            return OpenResponse(self, message.code, message, content, connection, connection)
         except BaseException:
             connection.close()
             raise
@@ -472,7 +472,7 @@ class Upstreams:
                 if (described := _OF_A_STREAM.get(name.lower())) is not None:
                     headers.append((described, value.decode("ascii", "replace")))
         response = await self._session.request(method, url, headers=headers, data=body, allow_redirects=False)
-        return OpenResponse(self, response.status, response.headers, response.content, response.connection, response)
+        return OpenResponse(self, response.status, response, response.content, response.connection, response)
 
     def forget(self, response: OpenResponse) -> None:
         self._reading.discard(response)
