@@ -103,12 +103,18 @@ async def test_the_budget_holds_while_hits_grow_feedback_tightens_at_once_and_a_
 
 async def test_an_audit_is_off_the_clients_path_and_its_answer_is_stored(data_dir, up):
     gate = asyncio.Event()
-    up.default = lambda seen: Chat(text="Wrap it in tape.", gates={0: gate} if up.meter.calls > 1 else {})
+
+    async def reply(seen: Seen) -> Chat:
+        if len(up.requests) > 1:
+            await gate.wait()
+        return Chat(text="Wrap it in tape.")
+
+    up.default = reply
     async with running(data_dir, up.url, {"cache": {"audit_share": 0.05}}) as ibid:
         await ibid.fill(ASKED)
         hit = await ibid.ask(REWORDED)
         assert (hit.tier, hit.text) == ("semantic", "Wrap it in tape.")
-        await until(lambda: up.meter.calls == 2)
+        await until(lambda: len(up.requests) == 2)
         assert (await ibid.ask(REWORDED)).tier == "semantic"  # while the audit waits for the upstream
         gate.set()
         await ibid.settled()
