@@ -26,7 +26,7 @@ from proxy.core.policy import ALWAYS, GUARDS, HARD
 from proxy.core.risk import Account, Standing, Thresholds
 
 THICK: Final = 100
-REVIEW_EVERY: Final = 25  # labels
+REVIEW_EVERY: Final = 40  # labels
 LEARN_FROM: Final = 0.60  # similarity; what is less alike teaches nothing
 SAME_FROM: Final = 0.80  # probability from which an entry joins the group of the one it was compared with
 WRONG_BELOW: Final = 0.50  # probability of being the same under which a decision counts as wrong
