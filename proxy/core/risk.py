@@ -47,10 +47,10 @@ AUDIT_ALL = 60  # would-be hits that are all audited; after n labels the share i
 PROVEN_AUDITS = 300  # audited hits before a proven one is audited at the configured share only
 CREDIT_WRONG = 4.0
 REPAID_WRONG = 6.0
-"""Wrong answers a scope may be in arrears: with none, a wrong mark among the first ten hits would close it for good. The
-credit is paid back as the budget grows, by the factor e for each 6 wrong answers that the hits so far allow. Kept for
-good, it would show: 2 wrong ones over are a third of the budget of 600 hits at 1 % (banking77 in 20 orders, November
-2026: 1.25 % wrong with a lasting credit of 2, 0.9 % with this one, and a third more hits).
+"""Wrong answers a scope may be in arrears: with none, a wrong mark among the first ten hits would close it for good.
+The credit is paid back as the budget grows, by the factor e for each 6 wrong answers that the hits so far allow. Kept
+for good it would show: 2 wrong ones over are a third of the budget of 600 hits at 1 % (banking77 in 20 orders,
+November 2026: 1.25 % wrong with a lasting credit of 2, 0.9 % with this one, and a third more hits).
 """
 SHRINK_LABELS = 20.0  # decisions at the budget's own rate that the account's estimate starts from
 START_LABELS, START_WRONG = 25.0, 0.2
