@@ -125,6 +125,8 @@ class Promotions:
         try:
             built = self._built(number, slots)
         except FAULTS as fault:
+            if self._closing.is_set():
+                return  # the owner answers nothing more
             self.faults += 1
             _log.warning("promotion failed", extra={"fault": type(fault).__name__})
         took = time.monotonic() - started

@@ -24,9 +24,14 @@ from pathlib import Path
 import numpy as np
 
 from index import kernels
+from index.features import compile_features
+from index.learner import LEVELS, Learner
 from index.partition import perturbed
 from index.tokens import WIDTH, signature
 from index.vectors import VectorOwner
+from proxy.core.model import Candidate, Rules
+from proxy.judge import Judge, Place
+from proxy.pipeline import CANDIDATES
 
 DIMENSION = 384
 FAR = 1 << 60
@@ -126,6 +131,13 @@ async def search(owner: VectorOwner, n: int, seed: int) -> None:
         started = time.perf_counter()
         await owner.search(BIG, query, sign, 0, 8)
         hop.append(time.perf_counter() - started)
+    judge, place, judged = Judge(Rules(), Learner, LEVELS), Place(BIG, "", "", b""), []
+    for query in queries[:500]:
+        started = time.perf_counter()
+        near = await owner.search(BIG, query, sign, 0, CANDIDATES)
+        judge.consider(place, sign, [Candidate(*one) for one in near], 0.01)
+        judged.append(time.perf_counter() - started)
+    print(f"  search, filter and judge k={CANDIDATES}, with the hop: {spread(judged)}")
     print(f"  search k=8: CPU {spread(cpu)}; wall {spread(wall)}; with the hop {spread(hop)}")
     print(f"  floor: CPU {spread(floor)}; ratio of medians {np.median(cpu) / np.median(floor):.1f}")
     states = list((await owner.states()).values())
@@ -152,6 +164,7 @@ async def upkeep(owner: VectorOwner, n: int) -> None:
 async def run(n: int, small: int = 20_000) -> None:
     print(f"{n} entries in one scope, {small} scopes of 5")
     kernels.compile_kernels(DIMENSION)
+    compile_features()
     warm = VectorOwner("bench", DIMENSION, promote_above=1500)
     warm.start()
     await fill(warm, 0, [BIG] * 4000, 3)
