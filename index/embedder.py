@@ -22,6 +22,7 @@ from index.errors import EmbedderFault, ModelFault, TextTooLong
 from index.model import ModelFiles
 
 Vector = NDArray[np.float32]
+TokenStates = NDArray[np.float16]
 
 ORT_FAULTS: tuple[type[Exception], ...] = (
     ort_state.EPFail,
@@ -46,6 +47,7 @@ class Backend(Protocol):
     dimension: int
     window: int  # tokens, special tokens included
     batch_limit: int  # texts of equal length that may share a call; 1 means strictly alone
+    states: tuple[int, ...]  # layers whose token states `encode_states` gives; none where it cannot
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of the whole text, never cut. Raises TextTooLong beyond the window."""
@@ -53,6 +55,12 @@ class Backend(Protocol):
 
     def encode_tokens(self, rows: Sequence[list[int]]) -> Vector:
         """(len(rows), dimension) float32, unit rows. All rows have one length. Raises EmbedderFault."""
+        ...
+
+    def encode_states(self, rows: Sequence[list[int]]) -> tuple[Vector, TokenStates]:
+        """What `encode_tokens` gives, and the states of the same run without those of the first and last token:
+        (len(rows), tokens - 2, len(self.states), dimension) float16, unit rows. Raises EmbedderFault.
+        """
         ...
 
     def encode(self, text: str) -> Vector:
@@ -92,6 +100,8 @@ class OnnxBackend:
         self.dimension = artefact.dimension
         self.window = artefact.window
         self.batch_limit = 1 if artefact.backend == INT8 else 8
+        self.states = artefact.states
+        self._every_output = ["embedding", *(f"states_{layer}" for layer in artefact.states)]
         self.identity = identity_of(artefact.source, artefact.backend, artefact.window)
 
     def tokens(self, text: str) -> list[int]:
@@ -101,6 +111,21 @@ class OnnxBackend:
         return ids
 
     def encode_tokens(self, rows: Sequence[list[int]]) -> Vector:
+        vectors: Vector = self._run(["embedding"], rows)[0]
+        return vectors
+
+    def encode_states(self, rows: Sequence[list[int]]) -> tuple[Vector, TokenStates]:
+        if not self.states:
+            raise EmbedderFault("the model gives no token states")
+        vectors, *layers = self._run(self._every_output, rows)
+        states = np.empty((*layers[0][:, 1:-1].shape[:2], len(layers), self.dimension), dtype=np.float16)
+        for i, layer in enumerate(layers):
+            inner = layer[:, 1:-1]
+            lengths = np.sqrt(np.einsum("ntd,ntd->nt", inner, inner))
+            np.divide(inner, lengths[:, :, None], out=states[:, :, i], casting="same_kind")
+        return vectors, states
+
+    def _run(self, outputs: list[str], rows: Sequence[list[int]]) -> list[NDArray[np.float32]]:
         if len(rows) > self.batch_limit:
             raise EmbedderFault(f"{len(rows)} texts in one call, limit {self.batch_limit}")
         ids = np.asarray(rows, dtype=np.int64)
@@ -110,10 +135,10 @@ class OnnxBackend:
         if "token_type_ids" in self._inputs:
             feeds["token_type_ids"] = np.zeros_like(ids)
         try:
-            vectors: Vector = self._session.run(None, feeds)[0]
+            found: list[NDArray[np.float32]] = self._session.run(outputs, feeds)
         except ORT_FAULTS as error:
             raise EmbedderFault(f"onnxruntime raised {type(error).__name__}") from error
-        return vectors
+        return found
 
     def encode(self, text: str) -> Vector:
         vector: Vector = self.encode_tokens([self.tokens(text)])[0]
@@ -124,6 +149,7 @@ class TorchBackend:
     """sentence-transformers itself. Loading it brings torch into the process: about 400 MB and seconds of import."""
 
     batch_limit = 1
+    states: tuple[int, ...] = ()
 
     def __init__(self, files: ModelFiles, threads: int = 1) -> None:
         try:
@@ -159,6 +185,9 @@ class TorchBackend:
                 raise EmbedderFault(f"torch raised {type(error).__name__}") from error
         array: Vector = vectors.numpy()
         return array
+
+    def encode_states(self, rows: Sequence[list[int]]) -> tuple[Vector, TokenStates]:
+        raise EmbedderFault("torch serves without token states")
 
     def encode(self, text: str) -> Vector:
         vector: Vector = self.encode_tokens([self.tokens(text)])[0]

@@ -178,6 +178,17 @@ async def test_a_signature_is_that_of_the_token_room(subject: Subject) -> None:
     assert np.array_equal(signature, tokens.signature("not 7 dogs"))
 
 
+def test_states_come_of_the_run_that_gives_the_vector() -> None:
+    backend = onnx_backend(ONNX)
+    rows = [backend.tokens(text) for text in ("how do birds fly", "how do fish swim")]
+    vectors, states = backend.encode_states(rows)
+    assert np.array_equal(vectors, backend.encode_tokens(rows))
+    assert states.shape == (2, len(rows[0]) - 2, len(backend.states), backend.dimension)
+    assert np.abs(np.linalg.norm(states.astype(np.float32), axis=3) - 1).max() <= 2e-3
+    alone = backend.encode_states(rows[:1])[1][0]
+    assert np.abs(alone.astype(np.float32) - states[0]).max() <= 2e-3
+
+
 REFERENCE = """
 import json, sys
 import numpy as np
