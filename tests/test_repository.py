@@ -237,5 +237,7 @@ def test_the_wheel_holds_the_packages_the_migrations_and_nothing_else(tmp_path: 
         if not name.startswith(("tests", "deploy"))
     }
     expected |= {"proxy/py.typed", "index/py.typed", "proxy/_migrations/script.py.mako"}
+    guard = (str(path.relative_to(ROOT)) for path in files if path.is_relative_to(ROOT / "index" / "guard"))
+    expected |= {name for name in guard if "/data/" in name or name.endswith(".safetensors")}
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith("/licenses/LICENSE") for name in names)
