@@ -31,10 +31,22 @@ class Embedder(Protocol):
     dimension: int
     window: int  # tokens
 
+    @property
+    def can_verify(self) -> bool:
+        """Whether `verify` has a guard to ask."""
+        ...
+
     async def embed(self, text: str, tenant: str = "") -> Vector:
         """Unit float32 (dimension,). What one tenant had embedded is not quicker for another.
 
         Raises Overloaded at once when full, TextTooLong, EmbedderFault.
+        """
+        ...
+
+    async def verify(self, asked: str, kept: Sequence[str], tenant: str = "") -> Sequence[float]:
+        """A guard's logit for each of 1 to 3 stored texts: it refuses those not above 0, and never recommends.
+
+        +inf where it has no opinion. Raises Overloaded at once when full, EmbedderFault also without a guard.
         """
         ...
 

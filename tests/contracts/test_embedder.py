@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from index import tokens
-from index.batcher import EmbedderOwner
+from index.batcher import EmbedderOwner, guard_for
 from index.convert import INT8, OFFLINE, ONNX, artefact_directory, open_artefact
 from index.embedder import OnnxBackend
-from index.errors import Overloaded, TextTooLong
+from index.errors import EmbedderFault, Overloaded, TextTooLong
+from index.guard.head import MAX_TOKENS, NO_OPINION
 from index.model import locate
 from tests.fakes import FakeEmbedder
 from tests.models import converted_data_dir
@@ -65,7 +67,7 @@ class Gated:
     def __init__(self, backend: OnnxBackend) -> None:
         self._backend = backend
         self.identity, self.dimension, self.window = backend.identity, backend.dimension, backend.window
-        self.batch_limit = backend.batch_limit
+        self.batch_limit, self.states = backend.batch_limit, backend.states
         self.tokens, self.encode = backend.tokens, backend.encode
         self.gate = threading.Event()
         self.gate.set()
@@ -73,6 +75,10 @@ class Gated:
     def encode_tokens(self, rows: Sequence[list[int]]) -> Any:
         self.gate.wait(PATIENCE_S)
         return self._backend.encode_tokens(rows)
+
+    def encode_states(self, rows: Sequence[list[int]]) -> Any:
+        self.gate.wait(PATIENCE_S)
+        return self._backend.encode_states(rows)
 
 
 @cache
@@ -92,7 +98,12 @@ class Subject:
         else:
             self._gated = Gated(onnx_backend(name))
             self.embedder = EmbedderOwner(
-                self._gated, queue=queue, lru=0, encode_deadline_s=PATIENCE_S, queue_deadline_s=PATIENCE_S
+                self._gated,
+                queue=queue,
+                lru=0,
+                encode_deadline_s=PATIENCE_S,
+                queue_deadline_s=PATIENCE_S,
+                guard=guard_for(self._gated),
             )
 
     def hold(self) -> None:
@@ -108,15 +119,28 @@ class Subject:
             self._fake.held.set()
 
 
-@pytest.fixture(params=["fake", ONNX, INT8])
-async def subject(request: pytest.FixtureRequest) -> AsyncIterator[Subject]:
-    made = Subject(request.param, queue=4)
+@asynccontextmanager
+async def running(name: str) -> AsyncIterator[Subject]:
+    made = Subject(name, queue=4)
     if isinstance(made.embedder, EmbedderOwner):
         await made.embedder.start()
     yield made
     made.release()
     if isinstance(made.embedder, EmbedderOwner):
         await made.embedder.close()
+
+
+@pytest.fixture(params=["fake", ONNX, INT8])
+async def subject(request: pytest.FixtureRequest) -> AsyncIterator[Subject]:
+    async with running(request.param) as made:
+        yield made
+
+
+@pytest.fixture(params=["fake", ONNX, INT8])
+async def verifier(request: pytest.FixtureRequest) -> AsyncIterator[Subject]:
+    """Those with a guard."""
+    async with running(request.param) as made:
+        yield made
 
 
 async def test_a_vector_is_float32_of_its_dimension_and_of_unit_length(subject: Subject) -> None:
@@ -176,6 +200,58 @@ async def test_a_signature_is_that_of_the_token_room(subject: Subject) -> None:
     assert signature.shape == (tokens.WIDTH,)
     assert signature.dtype == np.uint64
     assert np.array_equal(signature, tokens.signature("not 7 dogs"))
+
+
+BASE = "how do i book a table for 4 people in the restaurant"
+
+
+async def test_a_guard_lets_a_rewording_pass_and_refuses_what_differs(verifier: Subject) -> None:
+    assert verifier.embedder.can_verify
+    kept = (
+        "how can i book a table for 4 people in the restaurant",
+        "how do i book a table for 9 people in the restaurant",
+        "what is the best month for planting roses",
+    )
+    reworded, number, unlike = await verifier.embedder.verify(BASE, kept)
+    assert reworded > 0 > max(number, unlike)
+
+
+async def test_a_text_passes_against_itself_and_which_was_asked_does_not_matter(verifier: Subject) -> None:
+    other = "how do i not book a table for 4 people in the restaurant"
+    assert (await verifier.embedder.verify(BASE, [BASE]))[0] > 0
+    (there,) = await verifier.embedder.verify(BASE, [other])
+    (back,) = await verifier.embedder.verify(other, [BASE])
+    assert there == pytest.approx(back, abs=1e-3)
+    assert there < 0
+
+
+async def test_on_a_long_or_empty_text_a_guard_has_no_opinion(verifier: Subject) -> None:
+    for strange in ("word " * (MAX_TOKENS + 1), "word " * 10_000, ""):
+        assert await verifier.embedder.verify(BASE, [strange]) == [NO_OPINION]
+        assert await verifier.embedder.verify(strange, [BASE]) == [NO_OPINION]
+
+
+async def test_a_full_embedder_refuses_to_verify_at_once(verifier: Subject) -> None:
+    verifier.hold()
+    asking = [asyncio.create_task(verifier.embedder.verify(BASE, [f"question number {n}"])) for n in range(4)]
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded):
+        await verifier.embedder.verify(BASE, ["one more question"])
+    verifier.release()
+    assert [len(logits) for logits in await asyncio.gather(*asking)] == [1] * 4
+
+
+@pytest.mark.parametrize("count", [0, 4])
+async def test_one_to_three_texts_are_verified(verifier: Subject, count: int) -> None:
+    with pytest.raises(ValueError, match=str(count)):
+        await verifier.embedder.verify(BASE, [BASE] * count)
+
+
+async def test_without_a_guard_an_embedder_says_so() -> None:
+    made = EmbedderOwner(onnx_backend(ONNX), queue=4, lru=0)
+    assert not made.can_verify
+    with pytest.raises(EmbedderFault):
+        await made.verify(BASE, [BASE])
 
 
 def test_states_come_of_the_run_that_gives_the_vector() -> None:

@@ -15,6 +15,7 @@ import pytest
 from index import batcher
 from index.batcher import EmbedderOwner
 from index.errors import EmbedderFault, ModelFault, Overloaded, TextTooLong
+from index.guard.head import MAX_TOKENS, NO_OPINION, Guard
 
 PATIENCE_S = 10.0
 
@@ -22,9 +23,10 @@ PATIENCE_S = 10.0
 class Scripted:
     """A backend whose token is a word; `gate` holds calls, `spoil` changes what they return."""
 
-    identity = "scripted:test:16"
+    identity = "scripted:test:60"
     dimension = 8
-    window = 16
+    window = 60
+    states = (0, 1)
 
     def __init__(self, batch_limit: int = 8) -> None:
         self.batch_limit = batch_limit
@@ -57,6 +59,13 @@ class Scripted:
             vector[sum(row) % self.dimension] = 1.0
         return self.spoil(vectors) if self.spoil else vectors
 
+    def encode_states(self, rows: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        vectors = self.encode_tokens(rows)
+        states = np.zeros((len(rows), len(rows[0]) - 2, 2, self.dimension), np.float16)
+        for state, row in zip(states, rows, strict=True):
+            state[:, :, 0] = np.array(row[1:-1])[:, None] % 997
+        return vectors, states
+
     def encode(self, text: str) -> np.ndarray:
         return self.encode_tokens([self.tokens(text)])[0]
 
@@ -69,6 +78,22 @@ class Scripted:
 
     def saw(self, text: str) -> int:
         return self.encoded.count(tuple(sum(word.encode()) for word in text.split()))
+
+
+class Comparing(Guard):
+    """A guard to which texts are the same whose states are; `spoil` is raised by every judgement."""
+
+    spoil: BaseException | None = None
+
+    def __init__(self) -> None:
+        super().__init__("", (0, 1), {})
+
+    def judge(self, asked: np.ndarray | None, kept: Sequence[np.ndarray | None]) -> list[float]:
+        if type(self).spoil is not None:
+            raise type(self).spoil
+        if asked is None:
+            return [NO_OPINION] * len(kept)
+        return [NO_OPINION if one is None else 1.0 if np.array_equal(asked, one) else -1.0 for one in kept]
 
 
 @asynccontextmanager
@@ -399,7 +424,7 @@ async def test_a_text_beyond_the_window_is_refused_without_the_model() -> None:
     backend = Scripted()
     async with running(backend) as owner:
         with pytest.raises(TextTooLong):
-            await owner.embed("w " * 17)
+            await owner.embed("w " * 61)
         with pytest.raises(TextTooLong):
             await owner.embed("w" * 100_000)
         assert backend.calls == []
@@ -431,3 +456,186 @@ async def test_a_model_that_does_not_convert_is_served_by_torch_with_a_warning(
 async def test_an_unknown_backend_is_refused(tmp_path: Any) -> None:
     with pytest.raises(ModelFault, match="tensorrt"):
         await batcher.open_embedder(tmp_path, backend="tensorrt")
+
+
+# Verifying.
+
+ASKED = "<s> how tall is the tower </s>"  # the first and last token of a text have no states
+ALIKE = "<q> how tall is the tower </q>"
+OTHER = "<s> how wide is the tower </s>"
+
+
+async def test_each_stored_text_is_judged_against_the_asked_one_on_the_owners_thread() -> None:
+    backend = Scripted()
+    async with running(backend, guard=Comparing()) as owner:
+        assert owner.can_verify
+        assert await owner.verify(ASKED, [ALIKE, OTHER, ASKED]) == [1.0, -1.0, 1.0]
+        assert await owner.verify(OTHER, [ALIKE]) == [-1.0]
+        assert backend.threads == {"ibid-embedder"}
+        assert (owner.verified, owner.queue_length, owner.faults) == (4, 0, 0)
+
+
+async def test_without_a_guard_nothing_is_verified_and_no_states_are_made() -> None:
+    backend = Scripted()
+    async with running(backend) as owner:
+        assert not owner.can_verify
+        with pytest.raises(EmbedderFault):
+            await owner.verify(ASKED, [ALIKE])
+        await owner.embed(ASKED)
+        assert owner._states.held_bytes == 0
+
+
+@pytest.mark.parametrize("count", [0, 4])
+async def test_one_to_three_texts_are_verified(count: int) -> None:
+    async with running(Scripted(), guard=Comparing()) as owner:
+        with pytest.raises(ValueError, match=str(count)):
+            await owner.verify(ASKED, [ALIKE] * count)
+
+
+async def test_a_text_that_was_embedded_or_verified_is_not_encoded_again() -> None:
+    backend = Scripted()
+    async with running(backend, guard=Comparing()) as owner:
+        await owner.embed(ASKED)
+        await owner.verify(ASKED, [ALIKE, OTHER])
+        await owner.verify(ASKED, [OTHER])
+        assert [backend.saw(text) for text in (ASKED, ALIKE, OTHER)] == [1, 1, 1]
+        assert owner.states_made == 2
+
+
+async def test_states_are_kept_up_to_their_bytes_and_the_least_recently_used_leave() -> None:
+    backend = Scripted()
+    one = 5 * 2 * 8 * 2  # tokens, layers, dimension, bytes
+    async with running(backend, guard=Comparing(), states_bytes=2 * one) as owner:
+        await owner.verify(ASKED, [ALIKE])
+        await owner.verify(ASKED, [OTHER])
+        await owner.verify(ASKED, [ALIKE])
+        assert [backend.saw(text) for text in (ASKED, ALIKE, OTHER)] == [1, 2, 1]
+        assert owner._states.held_bytes == 2 * one
+    async with running(backend, guard=Comparing(), states_bytes=0) as owner:
+        assert await owner.verify(ASKED, [ASKED]) == [1.0]
+        assert owner._states.held_bytes == 0
+
+
+async def test_what_one_tenant_asked_is_encoded_again_for_another() -> None:
+    backend = Scripted()
+    async with running(backend, guard=Comparing()) as owner:
+        await owner.verify(ASKED, [ALIKE], "one")
+        await owner.verify(ASKED, [ALIKE], "other")
+        assert [backend.saw(text) for text in (ASKED, ALIKE)] == [2, 2]
+
+
+@pytest.mark.parametrize("strange", ["w " * (MAX_TOKENS + 3), "w " * 70, "w" * 100_000, "", "<s> </s>"])
+async def test_on_a_text_that_is_too_long_or_empty_there_is_no_opinion_and_the_model_is_not_asked(strange: str) -> None:
+    backend = Scripted()
+    async with running(backend, guard=Comparing()) as owner:
+        assert await owner.verify(ASKED, [strange, OTHER]) == [NO_OPINION, -1.0]
+        assert await owner.verify(strange, [ASKED]) == [NO_OPINION]
+        assert len(backend.encoded) == 2
+        await owner.verify(ASKED, ["w " * (MAX_TOKENS + 2)])
+        assert owner.faults == 0
+
+
+async def test_the_same_verification_in_flight_is_done_once() -> None:
+    backend = Scripted()
+    async with running(backend, guard=Comparing()) as owner:
+        backend.hold()
+        asking = [asyncio.create_task(owner.verify(ASKED, [ALIKE, OTHER])) for _ in range(20)]
+        await backend.reached()
+        assert owner.queue_length == 1
+        backend.gate.set()
+        results = await asyncio.gather(*asking)
+        assert results == [[1.0, -1.0]] * 20
+        results[0].clear()
+        assert results[1] == [1.0, -1.0]
+        assert (owner.verified, owner.joined) == (2, 19)
+
+
+async def test_a_verification_waits_its_turn_among_the_texts() -> None:
+    backend = Scripted(batch_limit=1)
+    async with running(backend, guard=Comparing(), queue=3) as owner:
+        backend.hold()
+        first = asyncio.create_task(owner.embed("<s> first </s>"))
+        await backend.reached()
+        order: list[str] = []
+        verifying = asyncio.create_task(owner.verify(ASKED, [ALIKE]))
+        verifying.add_done_callback(lambda task: order.append("verified"))
+        await settle()
+        last = asyncio.create_task(owner.embed("<s> last </s>"))
+        last.add_done_callback(lambda task: order.append("embedded"))
+        await settle()
+        with pytest.raises(Overloaded):
+            await owner.verify(ASKED, [OTHER])
+        backend.gate.set()
+        await asyncio.gather(first, verifying, last)
+        assert order == ["verified", "embedded"]
+
+
+async def test_a_verification_nobody_waits_for_is_not_done() -> None:
+    backend = Scripted(batch_limit=1)
+    async with running(backend, guard=Comparing()) as owner:
+        backend.hold()
+        first = asyncio.create_task(owner.embed("<s> first </s>"))
+        await backend.reached()
+        leaver = asyncio.create_task(owner.verify(ASKED, [ALIKE]))
+        await settle()
+        leaver.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaver
+        assert owner.queue_length == 1
+        backend.gate.set()
+        await first
+        assert backend.saw(ASKED) == 0
+
+
+async def test_a_verification_that_waits_too_long_is_overload_and_one_that_hangs_a_fault() -> None:
+    backend = Scripted(batch_limit=1)
+    async with running(backend, guard=Comparing(), queue_deadline_s=0.02) as owner:
+        backend.hold()
+        first = asyncio.create_task(owner.embed("<s> first </s>"))
+        await backend.reached()
+        with pytest.raises(Overloaded):
+            await owner.verify(ASKED, [ALIKE])
+        backend.gate.set()
+        await first
+    async with running(backend, guard=Comparing(), encode_deadline_s=0.05) as owner:
+        backend.hold()
+        with pytest.raises(EmbedderFault):
+            await owner.verify(ASKED, [ALIKE])
+        assert not owner.is_ready
+
+
+async def test_a_guard_that_fails_is_a_fault_and_the_thread_lives_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = Scripted()
+    async with running(backend, guard=Comparing()) as owner:
+        for trouble in (ValueError("shapes"), EmbedderFault("the model")):
+            monkeypatch.setattr(Comparing, "spoil", trouble)
+            with pytest.raises(EmbedderFault):
+                await owner.verify(ASKED, [ALIKE])
+        monkeypatch.setattr(Comparing, "spoil", None)
+        assert await owner.verify(ASKED, [ALIKE]) == [1.0]
+        assert owner.faults == 2
+
+
+async def test_a_bad_vector_of_a_verified_text_is_a_fault_and_its_states_are_not_kept() -> None:
+    backend = Scripted()
+    async with running(backend, guard=Comparing()) as owner:
+        backend.spoil = lambda vectors: vectors * np.float32("nan")
+        with pytest.raises(EmbedderFault):
+            await owner.verify(ASKED, [ALIKE])
+        backend.spoil = None
+        assert await owner.verify(ASKED, [ALIKE]) == [1.0]
+
+
+async def test_closing_fails_a_verification_in_flight() -> None:
+    backend = Scripted()
+    async with running(backend, guard=Comparing()) as owner:
+        backend.hold()
+        verifying = asyncio.create_task(owner.verify(ASKED, [ALIKE]))
+        await backend.reached()
+        closing = asyncio.create_task(owner.close())
+        with pytest.raises(EmbedderFault):
+            await verifying
+        backend.gate.set()
+        await closing
+        with pytest.raises(EmbedderFault):
+            await owner.verify(ASKED, [ALIKE])
