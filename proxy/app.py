@@ -170,9 +170,13 @@ async def open_semantic(
             threads=wanted.threads,
             queue=wanted.queue,
             lru=wanted.lru,
+            states_bytes=wanted.states_bytes,
+            guarded=settings.rules.pair_guard,
             encode_deadline_s=wanted.deadline_ms / 1000,
         )
         stack.push_async_callback(embedder.close)
+        if settings.rules.pair_guard and not embedder.can_verify:
+            log.warning("no pair guard for this model: only evidence serves", extra={"cause": embedder.identity})
         index = await open_index(settings, embedder, store)
         stack.push_async_callback(asyncio.to_thread, index.close)
     except (IndexRoomError, CacheFault) as fault:

@@ -14,14 +14,14 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from index.batcher import load_backend
+from index.batcher import guard_for, load_backend
 from index.errors import ModelFault
 from index.learner import LEVELS, Learner
 from index.vectors import VectorOwner
 from proxy.core import policy
 from proxy.core.errors import ConfigError
 from proxy.core.model import Candidate, Rules
-from proxy.judge import Judge, Place
+from proxy.judge import Judge, Place, objection
 from proxy.labelled import SCOPE, Asked, Pair, Readings
 from proxy.labelled import read as read_labelled
 from proxy.printing import as_table
@@ -42,10 +42,11 @@ async def open_texts(data_dir: Path, model: str, backend: str, threads: int) -> 
     """The model alone, as it serves. Raises ConfigError."""
     try:
         loaded = await load_backend(data_dir, model=model, backend=backend, threads=threads)
+        guard = guard_for(loaded)
     except ModelFault as fault:
         raise ConfigError(f"the embedding model cannot be used: {fault}") from fault
     compile_matching(loaded.dimension)
-    return Texts(loaded)
+    return Texts(loaded, guard)
 
 
 def evaluate(
@@ -234,8 +235,11 @@ def _judge_pair(texts: Texts, pair: Pair, rules: Rules) -> tuple[float, float, b
     place = Place(SCOPE, "", "tenant", b"")
     opinion = judge.consider(place, other, [Candidate(0, similarity, vetoes, one)], rules.max_error_rate)
     eligible = pair.is_first_turn and is_eligible(pair.b, True, rules) and is_eligible(pair.a, True, rules)
-    served = eligible and opinion.chosen is not None
-    return similarity, opinion.judged[0].log_odds, served, eligible and not vetoes & FORBIDDING
+    if texts.can_verify:
+        opinion.logits[0] = texts.logit(pair.b, pair.a)
+    passes = not objection(opinion, opinion.judged[0], rules, can_verify=texts.can_verify)
+    served = eligible and passes and opinion.chosen is not None
+    return similarity, opinion.judged[0].log_odds, served, eligible and passes and not vetoes & FORBIDDING
 
 
 def _share(served: NDArray[np.bool_], kinds: Sequence[str], kind: str) -> list[int]:

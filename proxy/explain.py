@@ -99,13 +99,31 @@ class Explainer:
         max_error = policy.error_bound(self._pipeline.rules, query.controls)
         candidates = [Candidate(*proposed) for proposed in found]
         opinion = self._pipeline.judge.consider(place, signature, candidates, max_error)
+        kept: dict[int, str] = {}
         for judged in opinion.judged:
             entry = await self._store.entries.get(judged.candidate.entry_id)
             if entry is None:
                 opinion.refused[judged.candidate.entry_id] = "gone"
             elif self._pipeline.judge.is_refused(query.fingerprint, entry.draft.fingerprint):
                 opinion.refused[judged.candidate.entry_id] = "refused_before"
+            else:
+                kept[judged.candidate.entry_id] = entry.draft.prompt
+        try:
+            await self._ask_guard(opinion, query.prompt, kept)
+        except ports.CACHE_FAULTS as fault:
+            return None, getattr(fault, "reason", "store_down")
         return opinion, ""
+
+    async def _ask_guard(self, opinion: Opinion, asked: str, kept: Mapping[int, str]) -> None:
+        """As the gate does; and what is left of its questions goes to those that are not served anyway."""
+        while (chosen := opinion.chosen) is not None:
+            entry_id = chosen.candidate.entry_id
+            if not (against := await self._pipeline.ask_guard(chosen, opinion, asked, kept[entry_id])):
+                break
+            opinion.refused[entry_id] = against
+        for judged in opinion.judged:
+            if judged.candidate.entry_id in kept and opinion.may_ask:
+                await self._pipeline.ask_guard(judged, opinion, asked, kept[judged.candidate.entry_id])
 
     async def _key_diff(self, query: Query) -> list[dict[str, Any]]:
         """Entries of the same tenant with the same prompt that this request's scope keeps apart, and what differs."""
@@ -143,7 +161,13 @@ def _shown(judged: Judged, opinion: Opinion, names: Sequence[str]) -> dict[str, 
         "log_odds": round(judged.log_odds, 4),
         "features": {name: round(float(value), 4) for name, value in zip(names, judged.row, strict=True)},
         "vetoes": [name for name, vetoed in guards.items() if vetoed],
+        "pair_guard": _guard_said(opinion.logits.get(candidate.entry_id)),
         "standing": None if judged.standing is None else judged.standing.value,
         "serves": refused is None and judged is opinion.chosen,
         "reason": refused or judged.reason,
     }
+
+
+def _guard_said(logit: float | None) -> dict[str, Any] | None:
+    """None where the pair guard was not asked. Where it has no opinion its logit is null, and it does not refuse."""
+    return None if logit is None else {"refuses": logit <= 0, "logit": finite(logit)}

@@ -32,6 +32,8 @@ SAME_FROM: Final = 0.80  # probability from which an entry joins the group of th
 WRONG_BELOW: Final = 0.50  # probability of being the same under which a decision counts as wrong
 SCOPES, NAMESPACES, TENANTS = 256, 64, 64
 GROUPS: Final = 200_000
+GUARD_ASKS: Final = 3  # candidates of a lookup that the pair guard is asked about: each costs time
+PAIR_GUARD: Final = "pair_guard"
 
 
 class Place(NamedTuple):
@@ -79,6 +81,7 @@ class Opinion:
     has_room: bool
     judged: list[Judged]
     refused: dict[int, str] = field(default_factory=dict)  # entries the gate or the pair guard turned down, and why
+    logits: dict[int, float] = field(default_factory=dict)  # entries the pair guard was asked about, and what it said
 
     @property
     def chosen(self) -> Judged | None:
@@ -97,6 +100,16 @@ class Opinion:
         would_be = next((judged for judged in left if judged.standing is not None), None)
         allowed = next((judged for judged in left if not judged.candidate.vetoes & ALWAYS), None)
         return would_be or allowed or next(iter(left), None)
+
+    @property
+    def guarded(self) -> Judged | None:
+        """The first that would have been served, had the pair guard not refused it."""
+        return next((j for j in self.judged if self.refused.get(j.candidate.entry_id) == PAIR_GUARD), None)
+
+    @property
+    def may_ask(self) -> bool:
+        """Whether the pair guard may be asked about one more; what it was not asked about is refused."""
+        return len(self.logits) < GUARD_ASKS
 
     def _left(self) -> Iterable[Judged]:
         return (judged for judged in self.judged if judged.candidate.entry_id not in self.refused)
@@ -425,11 +438,27 @@ def verdict_of(opinion: Opinion, near_floor: float) -> NearMiss | Miss:
     """What to tell when nothing of an opinion is served: the candidate it was about, and what stood against it."""
     if not opinion.judged:
         return Miss("no_candidate")
-    judged = opinion.decision or opinion.judged[0]
+    judged = opinion.guarded or opinion.decision or opinion.judged[0]
     if judged.candidate.similarity < near_floor:
         return Miss("nothing_alike")
     reason = opinion.refused.get(judged.candidate.entry_id, judged.reason)
     return NearMiss(judged.candidate.entry_id, judged.candidate.similarity, judged.probability, reason)
+
+
+def objection(opinion: Opinion, judged: Judged, rules: Rules, *, can_verify: bool) -> str | None:
+    """Why the pair guard is against serving this, "" when it is not; None: it has to be asked, and its logit noted in
+    `opinion.logits`. It never speaks for anything.
+
+    A model without a guard serves on evidence alone: the likeness of the start region was measured beside one.
+    """
+    if not rules.pair_guard:
+        return ""
+    if not can_verify:
+        return "no_guard" if judged.standing is Standing.START else ""
+    logit = opinion.logits.get(judged.candidate.entry_id)
+    if logit is None:
+        return None if opinion.may_ask else "pair_guard"
+    return "" if logit > 0 else "pair_guard"
 
 
 def probability_of(log_odds: float) -> float:

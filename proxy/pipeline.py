@@ -40,7 +40,7 @@ from proxy.core.model import (
     Verdict,
 )
 from proxy.hot import Alias, Form, HotRow, HotRows
-from proxy.judge import Judged, Opinion, Place, verdict_of
+from proxy.judge import Judged, Opinion, Place, objection, verdict_of
 from proxy.relay import Head, Relay, Replay
 from proxy.tasks import Tasks
 from proxy.telemetry import Telemetry
@@ -199,7 +199,7 @@ class Pipeline:
         lookup.opinion = opinion
         self.judge.see(place, signature)
         while (chosen := opinion.chosen) is not None:
-            row = await self._pass_gate(chosen, opinion, query, client, vector)
+            row = await self._pass_gate(chosen, opinion, query, client, lookup)
             if isinstance(row, HotRow):
                 lookup.row = row
                 lookup.verdict = Hit(row.entry, Tier.SEMANTIC, chosen.candidate.similarity, chosen.probability)
@@ -209,17 +209,18 @@ class Pipeline:
             lookup.verdict = verdict_of(opinion, self.rules.near_floor)
             if isinstance(lookup.verdict, NearMiss):
                 self._telemetry.veto(lookup.verdict.reason)
-        lookup.steps_ms["judge"] = (time.perf_counter() - searched) * 1e3
+        lookup.steps_ms["judge"] = (time.perf_counter() - searched) * 1e3 - lookup.steps_ms.get("guard", 0.0)
 
     async def _pass_gate(
-        self, chosen: Judged, opinion: Opinion, query: Query, client: Client, vector: ports.Vector
+        self, chosen: Judged, opinion: Opinion, query: Query, client: Client, lookup: Lookup
     ) -> HotRow | str:
-        """The row, if SQL still has it, its own scope, times, embedder, vector and token classes agree, and nobody said
-        that it is wrong for this question; else why not."""
+        """The row, if SQL still has it, its own scope, times, embedder, vector and token classes agree, nobody said
+        that it is wrong for this question, and the pair guard lets it pass; else why not."""
         assert self.embedder is not None
         assert self.index is not None
+        assert lookup.vector is not None
         entry_id = chosen.candidate.entry_id
-        row, purges = self.hot.get(entry_id), self._purges
+        row, purges, epoch = self.hot.get(entry_id), self._purges, self.judge.epoch
         entry = row.entry if row is not None else await self._store.get(entry_id)
         if entry is None:
             self.index.remove([entry_id])
@@ -234,12 +235,29 @@ class Pipeline:
             return "changed"
         if not _is_fresh(entry, query, client):
             return "expired"
-        similarity, vetoes = self.index.compare(vector, opinion.signature, draft.embedding, draft.signature)
+        similarity, vetoes = self.index.compare(lookup.vector, opinion.signature, draft.embedding, draft.signature)
         if not abs(similarity - chosen.candidate.similarity) <= ROUNDING or vetoes != chosen.candidate.vetoes:
             return "changed"
         if self.judge.is_refused(query.fingerprint, draft.fingerprint):
             return "refused_before"
+        asked = time.perf_counter()
+        against = await self.ask_guard(chosen, opinion, query.prompt, draft.prompt)
+        lookup.steps_ms["guard"] = lookup.steps_ms.get("guard", 0.0) + (time.perf_counter() - asked) * 1e3
+        if against:
+            return against
+        if (purges, epoch) != (self._purges, self.judge.epoch):  # while the guard was asked; its answer is remembered
+            return await self._pass_gate(chosen, opinion, query, client, lookup)
         return row if row is not None else self._warm(entry, purges)
+
+    async def ask_guard(self, judged: Judged, opinion: Opinion, asked: str, kept: str) -> str:
+        """What the pair guard has against serving `kept`'s answer for `asked`, or ""."""
+        assert self.embedder is not None
+        against = objection(opinion, judged, self.rules, can_verify=self.embedder.can_verify)
+        if against is None:
+            (logit,) = await self.embedder.verify(asked, [kept], opinion.place.tenant)
+            opinion.logits[judged.candidate.entry_id] = logit
+            against = objection(opinion, judged, self.rules, can_verify=True)
+        return against or ""
 
     def _count_alike(self, query: Query, client: Client, lookup: Lookup) -> None:
         """A semantic hit is about to be served: count it, remember the wording, and perhaps ask again upstream."""

@@ -16,9 +16,10 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from index.embedder import Backend
+from index.embedder import Backend, TokenStates
 from index.errors import TextTooLong
 from index.features import compile_features
+from index.guard.head import Guard
 from index.kernels import compile_kernels
 from index.learner import LEVELS, Learner
 from index.tokens import signature as signature_of
@@ -26,7 +27,7 @@ from index.vectors import VectorOwner
 from proxy.core import policy
 from proxy.core.facts import Facts
 from proxy.core.model import Candidate, Controls, Level, Rules
-from proxy.judge import LEARN_FROM, Judge, Judged, Opinion, Place, comparison
+from proxy.judge import LEARN_FROM, Judge, Judged, Opinion, Place, comparison, objection
 from proxy.labelled import Asked, Readings
 from proxy.pipeline import CANDIDATES
 from proxy.printing import Bar
@@ -73,14 +74,17 @@ def by_answer(kept: Asked, asked: Asked) -> bool:
 
 
 class Texts:
-    """Vectors and signatures of texts, each computed once."""
+    """Vectors and signatures of texts, and what the pair guard says of two, each computed once."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, guard: Guard | None = None) -> None:
         self.identity = backend.identity
         self.dimension = backend.dimension
-        self._backend = backend
+        self.backend = backend
         self._vectors: dict[str, NDArray[np.float32] | None] = {}
         self._signatures: dict[str, NDArray[np.uint64]] = {}
+        self._guard = guard
+        self._states: dict[str, TokenStates | None] = {}
+        self._logits: dict[tuple[str, str], float] = {}
         if backend.batch_limit > 1:
             backend.batch_limit = BATCH
 
@@ -91,16 +95,16 @@ class Texts:
         by_length: dict[int, list[tuple[str, list[int]]]] = {}
         for text in new:
             try:
-                ids = self._backend.tokens(text)
+                ids = self.backend.tokens(text)
             except TextTooLong:
                 self._vectors[text] = None
                 continue
             by_length.setdefault(len(ids), []).append((text, ids))
         bar = Bar(what, sum(map(len, by_length.values())))
         for waiting in by_length.values():
-            for at in range(0, len(waiting), self._backend.batch_limit):
-                part = waiting[at : at + self._backend.batch_limit]
-                vectors = self._backend.encode_tokens([ids for _, ids in part])
+            for at in range(0, len(waiting), self.backend.batch_limit):
+                part = waiting[at : at + self.backend.batch_limit]
+                vectors = self.backend.encode_tokens([ids for _, ids in part])
                 for (text, _), vector in zip(part, vectors, strict=True):
                     self._vectors[text] = vector.copy()
                 bar.advance(len(part))
@@ -116,6 +120,28 @@ class Texts:
         if known is None:
             known = self._signatures[text] = signature_of(text)
         return known
+
+    @property
+    def can_verify(self) -> bool:
+        return self._guard is not None
+
+    def logit(self, asked: str, kept: str) -> float:
+        """The pair guard's; see `index.guard.head`."""
+        assert self._guard is not None
+        known = self._logits.get((asked, kept))
+        if known is None:
+            (known,) = self._guard.judge(self.states(asked), [self.states(kept)])
+            self._logits[asked, kept] = known
+        return known
+
+    def states(self, text: str) -> TokenStates | None:
+        """Token states as the guard takes them; None for a text longer than the window."""
+        if text not in self._states:
+            try:
+                self._states[text] = self.backend.encode_states([self.backend.tokens(text)])[1][0]
+            except TextTooLong:
+                self._states[text] = None
+        return self._states[text]
 
 
 def compile_matching(dimension: int) -> None:
@@ -142,10 +168,9 @@ class Rehearsal:
         seed: int = 0,
         truth: Truth = by_answer,
         readings: Readings | None = None,
-        refuses: Callable[[str, str], bool] | None = None,
         ignored: int = 0,
     ) -> None:
-        """`refuses` is the pair guard: (asked, kept) → whether it refuses. `ignored` are vetoes to leave out."""
+        """`ignored` are vetoes to leave out."""
         self.counts = Counts()
         self.lookup_s: list[float] = []
         self._texts = texts
@@ -154,7 +179,6 @@ class Rehearsal:
         self._false_alarm, self._overlooked = LABELS[labels]
         self._rng = random.Random(seed)
         self._readings = readings or {}
-        self._refuses = refuses
         self._truth = truth
         self._allowed = ~ignored
         self._judge = Judge(rules, Learner, LEVELS, sensitivity=1.0 - self._overlooked if labels == "answers" else 1.0)
@@ -184,16 +208,14 @@ class Rehearsal:
         opinion = self._judge.consider(place, signature, candidates, self._max_error)
         chosen = opinion.chosen
         self.lookup_s.append(time.perf_counter() - started)
-        while chosen is not None and self._refuses is not None:
-            if not self._refuses(asked.text, self._kept[chosen.candidate.entry_id].text):
-                break
-            opinion.refused[chosen.candidate.entry_id] = "pair_guard"
+        while chosen is not None and (against := self._objection(opinion, chosen, asked.text)):
+            opinion.refused[chosen.candidate.entry_id] = against
             chosen = opinion.chosen
         self._judge.see(place, signature)
         audited, weight = True, 1.0
         if chosen is not None:
             audited, weight = self._serve(opinion, chosen, asked)
-        elif (about := opinion.decision) is not None:
+        elif (about := opinion.guarded or opinion.decision) is not None:
             _count(counts.reasons, opinion.refused.get(about.candidate.entry_id, about.reason))
         elif opinion.judged:
             _count(counts.reasons, next(iter(opinion.refused.values())))
@@ -202,6 +224,14 @@ class Rehearsal:
         if chosen is None or audited:
             self._store(place, asked, vector, signature, candidates)
         return Outcome(chosen is not None, chosen is not None and audited)
+
+    def _objection(self, opinion: Opinion, judged: Judged, asked: str) -> str:
+        against = objection(opinion, judged, self._rules, can_verify=self._texts.can_verify)
+        if against is None:
+            entry_id = judged.candidate.entry_id
+            opinion.logits[entry_id] = self._texts.logit(asked, self._kept[entry_id].text)
+            against = objection(opinion, judged, self._rules, can_verify=True)
+        return against or ""
 
     def _serve(self, opinion: Opinion, chosen: Judged, asked: Asked) -> tuple[bool, float]:
         """Count a hit; whether it is audited, and so its label comes, and how many hits it then stands for."""

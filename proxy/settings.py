@@ -94,6 +94,9 @@ class Embedding:
     threads: int = option(1, "threads of one model call; more only with idle cores", least=1)
     queue: int = option(256, "texts waiting; when full the lookup is bypassed at once", least=1)
     lru: int = option(4096, "vectors kept, so wording seen before is not embedded again; 1.5 KiB each", least=0)
+    states_bytes: int = option(
+        32 * MIB, "memory for token states, so the pair guard encodes few texts anew; about 2.3 KB a word", least=0
+    )
     deadline_ms: int = option(150, "longest wait for a vector; then the request is forwarded", least=1)
     require_semantic: bool = option(False, "refuse to start without a working model, instead of exact hits only")
 
@@ -181,6 +184,7 @@ RULES_WHY: Mapping[str, str] = {
     "min_words": "shorter prompts say too little to compare",
     "near_floor": "similarity from which a miss is listed as a near-miss",
     "start_similarity": "similarity that serves before a scope has evidence, if no guard objects",
+    "pair_guard": "ask the pair guard about every semantic hit; false serves more, and more of it wrong",
     "audit_share": "share of proven hits asked again upstream, off the client's path",
     "alpha": "chance that the bound on the error rate is ever too low",
     "answer_limit_bytes": "longer answers are not stored",

@@ -15,6 +15,7 @@ from proxy.config import Settings
 from proxy.core import policy
 from proxy.core.errors import BadRequest
 from proxy.evaluate import interval, open_texts
+from proxy.judge import PAIR_GUARD
 from proxy.labelled import Asked
 from proxy.rehearsal import Rehearsal
 from proxy.store.reading import open_reading
@@ -31,9 +32,11 @@ async def simulate(
     limit: int = 20_000,
 ) -> dict[str, Any]:
     """One row a budget. Raises ConfigError, BadRequest for a guard there is not, CacheFault."""
-    unknown = [guard for guard in without if guard not in policy.GUARDS]
+    known = (*policy.GUARDS, PAIR_GUARD)
+    unknown = [guard for guard in without if guard not in known]
     if unknown:
-        raise BadRequest(f"no guard {unknown[0]!r}: one of {', '.join(policy.GUARDS)}", code="invalid_value")
+        raise BadRequest(f"no guard {unknown[0]!r}: one of {', '.join(known)}", code="invalid_value")
+    ignored = policy.mask(*(guard for guard in without if guard != PAIR_GUARD))
     database = open_reading(settings.store.database_url or None, settings.data_dir)
     try:
         traffic = await read_traffic(database, namespace=namespace, limit=limit)
@@ -44,8 +47,9 @@ async def simulate(
     texts.prepare((question.prompt for question in traffic.questions), "embedding")
     rows = []
     for max_error in max_errors:
-        rules = replace(settings.rules, max_error_rate=max_error)
-        run = Rehearsal(texts, rules, max_error, truth=_Truth(traffic), ignored=policy.mask(*without))
+        guarded = settings.rules.pair_guard and PAIR_GUARD not in without
+        rules = replace(settings.rules, max_error_rate=max_error, pair_guard=guarded)
+        run = Rehearsal(texts, rules, max_error, truth=_Truth(traffic), ignored=ignored)
         saved_nusd = audits_nusd = 0
         for question in traffic.questions:
             outcome = run.ask(Asked(question.prompt, str(question.entry_id), True, question.scope))

@@ -26,7 +26,7 @@ from proxy.logs import LineFormat, LogWriter
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LABEL_LIMIT = 500
 BOUNDS_MS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 120_000)
-STEPS = ("plan", "exact", "embed", "search", "judge", "forward", "store")
+STEPS = ("plan", "exact", "embed", "search", "judge", "guard", "forward", "store")
 
 _TIERS: Mapping[str | None, str] = {
     None: "",

@@ -127,6 +127,30 @@ def test_exact_repeats_and_later_turns_are_counted_apart(texts: Texts) -> None:
     assert run.counts.reasons["exact_only"] == 1
 
 
+INTO, OUT_OF = "How do I get into the attic of a house?", "How do I get out of the attic of a house?"
+
+
+def test_the_pair_guard_refuses_here_as_it_does_when_serving(texts: Texts) -> None:
+    texts.prepare([INTO, OUT_OF])
+    for guarded in (True, False):
+        run = Rehearsal(texts, Rules(start_similarity=0.85, pair_guard=guarded), 0.01)
+        run.ask(Asked(INTO, "a"))
+        assert run.ask(Asked(OUT_OF, "b")).hit is not guarded
+        assert run.counts.reasons.get("pair_guard", 0) == guarded
+        pair = Pair(INTO, OUT_OF, False, "scope")
+        found = evaluate.judged_pairs(texts, [pair], Rules(start_similarity=0.85, pair_guard=guarded))
+        assert found["cold"]["hits"] == (not guarded)
+
+
+def test_a_model_without_a_guard_is_rehearsed_as_it_serves(texts: Texts) -> None:
+    bare = Texts(texts.backend)
+    bare.prepare([INTO, "How can I get into the attic of a house?"])
+    run = Rehearsal(bare, Rules(), 0.01)
+    run.ask(Asked(INTO, "a"))
+    assert not run.ask(Asked("How can I get into the attic of a house?", "a")).hit
+    assert run.counts.reasons == {"no_guard": 1}
+
+
 def test_a_reading_corrects_a_label_and_the_pair_is_named(texts: Texts) -> None:
     a, b = "How do I reset the router of my office?", "How can I reset the router of my office?"
     texts.prepare([a, b])

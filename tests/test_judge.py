@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
@@ -15,7 +16,7 @@ from index.learner import LEVELS, Learner
 from proxy.core import policy
 from proxy.core.model import Candidate, Comparison, Miss, NearMiss, Rules
 from proxy.core.risk import Standing
-from proxy.judge import THICK, Judge, Opinion, Place, comparison, verdict_of
+from proxy.judge import GUARD_ASKS, PAIR_GUARD, THICK, Judge, Opinion, Place, comparison, objection, verdict_of
 
 HOME = Place(b"s" * 32, "", "t", b"q" * 32)
 ASKED = tokens.signature("How do I reset the router of my office")
@@ -201,3 +202,57 @@ def test_what_comparing_overlooks_is_taken_off_the_budget() -> None:
     strict = Judge(Rules(), Learner, LEVELS, sensitivity=0.5)
     assert consider(judge_of(), candidate(1, 0.97)).chosen is not None
     assert consider(strict, candidate(1, 0.97)).chosen is None
+
+
+# The pair guard: it refuses, and never speaks for anything.
+
+
+def test_the_pair_guard_refuses_what_is_not_above_zero_and_the_next_candidate_is_tried() -> None:
+    opinion = consider(judge_of(), candidate(1, 0.99), candidate(2, 0.97))
+    first = opinion.chosen
+    assert first is not None
+    assert objection(opinion, first, Rules(), can_verify=True) is None  # ask
+    opinion.logits[1] = 0.0
+    assert objection(opinion, first, Rules(), can_verify=True) == PAIR_GUARD
+    opinion.refused[1] = PAIR_GUARD
+    second = opinion.chosen
+    assert second is not None
+    assert second.candidate.entry_id == 2
+    opinion.logits[2] = math.inf  # no opinion
+    assert objection(opinion, second, Rules(), can_verify=True) == ""
+
+
+def test_a_refusal_of_the_pair_guard_is_what_is_told_and_no_evidence() -> None:
+    opinion = consider(judge_of(), candidate(1, 0.99), candidate(2, 0.85))
+    opinion.refused[1] = PAIR_GUARD
+    told = verdict_of(opinion, 0.8)
+    assert isinstance(told, NearMiss)
+    assert (told.entry_id, told.reason) == (1, PAIR_GUARD)
+    assert opinion.decision is not None
+    assert opinion.decision.candidate.entry_id == 2
+
+
+def test_what_the_pair_guard_was_not_asked_about_any_more_is_refused() -> None:
+    opinion = consider(judge_of(), *(candidate(i, 0.99 - i / 1000) for i in range(GUARD_ASKS + 1)))
+    for judged in opinion.judged[:GUARD_ASKS]:
+        assert objection(opinion, judged, Rules(), can_verify=True) is None
+        opinion.logits[judged.candidate.entry_id] = -1.0
+    assert objection(opinion, opinion.judged[GUARD_ASKS], Rules(), can_verify=True) == PAIR_GUARD
+
+
+def test_without_a_guard_likeness_alone_serves_nothing_and_the_operator_may_waive_it() -> None:
+    opinion = consider(judge_of(), candidate(1, 0.99))
+    (judged,) = opinion.judged
+    assert judged.standing is Standing.START
+    assert objection(opinion, judged, Rules(), can_verify=False) == "no_guard"
+    assert objection(opinion, judged, Rules(pair_guard=False), can_verify=False) == ""
+    judged.standing = Standing.PROVEN
+    assert objection(opinion, judged, Rules(), can_verify=False) == ""
+
+
+@given(logit=st.floats(allow_nan=False), similarity=st.floats(0.0, 1.0))
+def test_no_logit_makes_anything_served_that_the_judge_would_not_serve(logit: float, similarity: float) -> None:
+    opinion = consider(judge_of(), candidate(1, similarity))
+    before = opinion.chosen
+    opinion.logits[1] = logit
+    assert opinion.chosen is before

@@ -72,6 +72,9 @@ def reasons_in_code() -> set[str]:
     for node in nodes_of(ROOT / "proxy/judge.py"):
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "reason" for t in node.targets):
             found |= words([node.value])
+    for node in nodes_of(ROOT / "proxy/judge.py"):
+        if isinstance(node, ast.FunctionDef) and node.name == "objection":
+            found |= words(part.value for part in ast.walk(node) if isinstance(part, ast.Return))
     for node in nodes_of(ROOT / "proxy/pipeline.py", ROOT / "proxy/explain.py"):
         if isinstance(node, ast.AsyncFunctionDef) and node.name == "_pass_gate":
             found |= words(part.value for part in ast.walk(node) if isinstance(part, ast.Return))
@@ -186,8 +189,8 @@ def test_every_link_leads_to_a_file() -> None:
 
 
 def test_every_make_target_told_of_exists() -> None:
-    targets = set(re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text()))
-    assert set(re.findall(r"(?:`|^)make ([a-z]+)", README, re.MULTILINE)) <= targets
+    targets = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text()))
+    assert set(re.findall(r"(?:`|^)make ([a-z-]+)", README, re.MULTILINE)) <= targets
 
 
 def test_the_benchmark_tables_have_their_places() -> None:

@@ -307,6 +307,7 @@ class Rules:
     near_floor: float = 0.80
     start_similarity: float = 0.95
     audit_share: float = 0.05
+    pair_guard: bool = True
     alpha: float = 0.1
     answer_limit_bytes: int = 1024 * 1024
     prompt_limit_bytes: int = 256 * 1024

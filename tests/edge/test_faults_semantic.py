@@ -73,12 +73,15 @@ def same_for_all(vectors: np.ndarray) -> np.ndarray:
     return vectors
 
 
+UNGUARDED = "[cache]\naudit_share = 0\npair_guard = false"  # a scripted model has none
+
+
 @contextlib.asynccontextmanager
 async def semantic(folder: Path, up: ScriptedUpstream, model: ScriptedModel, toml: str = "") -> AsyncIterator[Running]:
     """A whole ibid whose model is scripted; its owner, thread, deadlines, index and gate are the real ones."""
 
     async def open_scripted(_data_dir: Path, **wanted: Any) -> EmbedderOwner:
-        for name in ("model", "backend", "threads"):
+        for name in ("model", "backend", "threads", "guarded"):
             del wanted[name]
         owner = EmbedderOwner(model, **wanted)
         await owner.start()
@@ -87,7 +90,7 @@ async def semantic(folder: Path, up: ScriptedUpstream, model: ScriptedModel, tom
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(composition, "open_embedder", open_scripted)
         toml = toml if "[cache]" in toml else toml + "\n[cache]\n"
-        async with serving(folder, up, toml.replace("[cache]", "[cache]\naudit_share = 0")) as running:
+        async with serving(folder, up, toml.replace("[cache]", UNGUARDED)) as running:
             try:
                 yield running
             finally:

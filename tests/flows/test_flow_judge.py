@@ -144,6 +144,62 @@ async def test_an_audit_that_differs_closes_the_pair_and_the_region_at_once(data
         assert set(explained["candidates"][0]["features"]) >= {"similarity", "margin", "numbers"}
 
 
+INTO, OUT_OF = "How do I get into the attic of a house?", "How do I get out of the attic of a house?"
+LENIENT: Mapping[str, Any] = {"start_similarity": 0.85}  # the two are .89 alike, and no word guard sees a difference
+
+
+async def test_a_look_alike_is_refused_by_the_pair_guard_and_explain_shows_why(data_dir, up):
+    async with running(data_dir, up.url, {"cache": LENIENT}) as ibid:
+        first = await ibid.fill(INTO)
+        body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": OUT_OF}]}
+        explained = await ibid.admin("POST", "/cache/explain", body)
+        assert (explained["verdict"], explained["reason"]) == ("near-miss", "pair_guard")
+        (candidate,) = explained["candidates"]
+        assert (candidate["reason"], candidate["standing"], candidate["vetoes"]) == ("pair_guard", "start", [])
+        assert candidate["pair_guard"]["refuses"]
+        assert candidate["pair_guard"]["logit"] < 0
+        refused = await ibid.ask(OUT_OF)
+        assert (refused.cache, refused.reason) == ("MISS", "pair_guard")
+        metrics = await ibid.admin("GET", "/metrics")
+        assert 'ibid_guard_veto_total{guard="pair_guard"} 1.0' in metrics
+        body["messages"] = [{"role": "user", "content": "How can I get into the attic of a house?"}]
+        (candidate, *_) = (await ibid.admin("POST", "/cache/explain", body))["candidates"]
+        assert candidate["pair_guard"]["refuses"] is False
+        assert (await ibid.ask(body["messages"][0]["content"])).text == first.text
+
+
+async def test_what_is_purged_while_the_pair_guard_is_asked_is_not_served(data_dir, up):
+    async with running(data_dir, up.url) as ibid:
+        await ibid.fill(ASKED)
+        embedder = ibid.app.pipeline.embedder
+        verify = embedder.verify
+
+        async def verify_late(*texts: Any) -> Any:
+            await ibid.admin("POST", "/cache/flush", {"confirm": "flush"})
+            return await verify(*texts)
+
+        embedder.verify = verify_late
+        late = await ibid.ask(REWORDED)
+        assert (late.cache, late.reason) == ("MISS", "gone")
+
+
+async def test_without_the_pair_guard_the_same_look_alike_is_served(data_dir, up):
+    async with running(data_dir, up.url, {"cache": {**LENIENT, "pair_guard": False}}) as ibid:
+        first = await ibid.fill(INTO)
+        assert not ibid.app.pipeline.embedder.can_verify
+        served = await ibid.ask(OUT_OF)
+        assert (served.tier, served.text) == ("semantic", first.text)
+
+
+async def test_a_damaged_pair_guard_means_exact_hits_only(data_dir, up, monkeypatch):
+    monkeypatch.setattr("index.guard.head.SHA256", "0" * 64)
+    async with running(data_dir, up.url) as ibid:
+        assert (await ibid.ask(ASKED)).reason == "embedder_down"
+        await ibid.settled()
+        assert (await ibid.ask(ASKED)).tier == "exact"
+        assert (await ibid.ask(REWORDED)).reason == "embedder_down"
+
+
 async def test_a_miss_with_a_candidate_is_a_free_label(ibid, up):
     up.default = lambda seen: Chat(text="Wrap it in tape.")
     await ibid.fill(ASKED)
@@ -175,13 +231,15 @@ async def test_another_backend_embeds_again_in_the_background_and_vectors_never_
 
 
 async def test_simulate_rehearses_what_was_stored_under_another_budget(data_dir, models):
-    questions = stream(160, seed=3)
+    questions = stream(300, seed=3)
     async with by_class(questions) as up, running(data_dir, up.url, {"cache": {"audit_share": 0.05}}) as ibid:
         await ask_all(ibid, questions)
         await ibid.app.store.ledger.flush()
         found = await ibid.admin("POST", "/cache/simulate", {"max_error": 0.05, "without": ["possessive"]})
         (row,) = found["budgets"]
-        assert found["questions"] <= 160
+        assert found["questions"] <= 300
         assert (row["max_error"], found["without"]) == (0.05, ["possessive"])
         assert row["hits"] > 0
         assert row["saved_usd"] > 0
+        found = await ibid.admin("POST", "/cache/simulate", {"max_error": 0.05, "without": ["pair_guard"]})
+        assert found["budgets"][0]["hits"] > row["hits"]
