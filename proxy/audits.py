@@ -3,7 +3,8 @@
 - A miss that had a candidate: the new answer is compared with the one that would have been served. Free, because the
   answer was fetched anyway.
 - An audit: a hit that was served is asked again upstream, and the answers are compared. It costs a call, which is
-  booked as a negative saving.
+  booked as a negative saving. Audits wait for one another. When too many wait, a hit without proof that is due for one
+  is not served but forwarded: the same call, and a budget kept by audits that never come would not be kept.
 - Feedback: somebody who knows.
 
 Every comparison becomes a row first and is learned from then; the rows bring the judge back after a restart, and tell
@@ -13,11 +14,13 @@ no label and costs nothing else.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 import orjson
@@ -25,6 +28,7 @@ import orjson
 from proxy import ports
 from proxy.core.answer import decode_answer
 from proxy.core.model import Answer, Comparison, Entry, Query
+from proxy.core.risk import Standing
 from proxy.hot import HotRows
 from proxy.judge import LEARN_FROM, SAME_FROM, WRONG_BELOW, Judge, Judged, Opinion, Place, comparison, signature_from
 from proxy.tasks import Tasks
@@ -33,6 +37,7 @@ from proxy.telemetry import Telemetry
 log = logging.getLogger(__name__)
 
 AUDITS_AT_ONCE = 4
+AUDITS_WAITING = 16
 COMPARISONS_AT_ONCE = 32  # after misses; an audit, which was paid for, is always compared
 OTHER_GROUPS = 2  # further groups a new answer is compared with, to join one
 REMEMBERED = 16_384  # semantic hits that feedback can still name
@@ -84,7 +89,8 @@ class Auditor:
         self._telemetry = telemetry
         self._clock = clock
         self._chance = chance
-        self._auditing = 0
+        self._slots = asyncio.Semaphore(AUDITS_AT_ONCE)
+        self._audits = 0  # waiting or under way
         self._comparing = 0
         self._hits: OrderedDict[str, _Hit] = OrderedDict()
         self._last_row = 0
@@ -96,28 +102,38 @@ class Auditor:
         """A hit on a wording judged before: feedback may name it."""
         self._note(request_id, _Hit(asked, entry_id, None, None))
 
+    def permits(self, opinion: Opinion, judged: Judged) -> bool:
+        """Draw whether serving this calls for an audit; False when one is due, has no room, and nothing is proven."""
+        share = self.judge.audit_share(opinion, judged)
+        due = self._comparer is not None and self._chance() < share
+        opinion.stands_for = 1.0 / share if due else None
+        return not due or judged.standing is Standing.PROVEN or self._audits < AUDITS_AT_ONCE + AUDITS_WAITING
+
     def served(self, opinion: Opinion, judged: Judged, request_id: str) -> Again | None:
         """Count a semantic hit; what to ask again upstream, or None when this one is not audited."""
         self._note(request_id, _Hit(opinion.place.fingerprint, judged.candidate.entry_id, opinion, judged))
         self.judge.serve(opinion.place)
-        share = self.judge.audit_share(opinion, judged)
-        if self._comparer is None or self._tasks.closed or self._chance() >= share:
+        if opinion.stands_for is None or self._tasks.closed:
             return None
-        if self._auditing >= AUDITS_AT_ONCE:
+        if self._audits >= AUDITS_AT_ONCE + AUDITS_WAITING:
             self._telemetry.audit("skipped")
             return None
-        return Again(opinion, judged, request_id, 1.0 / share)
+        return Again(opinion, judged, request_id, opinion.stands_for)
 
     def _note(self, request_id: str, hit: _Hit) -> None:
         self._hits[request_id] = hit
         if len(self._hits) > REMEMBERED:
             self._hits.popitem(last=False)
 
-    def begin(self) -> None:
-        self._auditing += 1
-
-    def end(self) -> None:
-        self._auditing -= 1
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        """Waits until an audit may be made."""
+        self._audits += 1
+        try:
+            async with self._slots:
+                yield
+        finally:
+            self._audits -= 1
 
     # -- what came of it --------------------------------------------------------------------------------------------
 
@@ -184,7 +200,7 @@ class Auditor:
             opinion,
             judged,
             p_same=p_same,
-            weight=1.0 if again is None else again.weight,
+            weight=(opinion.stands_for or 1.0) if again is None else again.weight,
             served=again is not None,
             source="forward" if again is None else "audit",
             request_id=request_id,
@@ -284,7 +300,7 @@ class Auditor:
         return {
             "levels": self.judge.status(),
             "refused_pairs": self.judge.refused_pairs,
-            "auditing": self._auditing,
+            "auditing": self._audits,
             "comparing": self._comparing,
         }
 

@@ -82,12 +82,14 @@ class Opinion:
     judged: list[Judged]
     refused: dict[int, str] = field(default_factory=dict)  # entries the gate or the pair guard turned down, and why
     logits: dict[int, float] = field(default_factory=dict)  # entries the pair guard was asked about, and what it said
+    held: str = ""  # why nothing without proof is served this time
+    stands_for: float | None = None  # would-be hits like this one that its label speaks for; None: no audit is due
 
     @property
     def chosen(self) -> Judged | None:
         """The first that may be served."""
         for judged in self._left():
-            if judged.standing is Standing.PROVEN or (judged.standing is not None and self.has_room):
+            if judged.standing is Standing.PROVEN or (judged.standing and self.has_room and not self.held):
                 return judged
         return None
 
@@ -441,7 +443,7 @@ def verdict_of(opinion: Opinion, near_floor: float) -> NearMiss | Miss:
     judged = opinion.guarded or opinion.decision or opinion.judged[0]
     if judged.candidate.similarity < near_floor:
         return Miss("nothing_alike")
-    reason = opinion.refused.get(judged.candidate.entry_id, judged.reason)
+    reason = opinion.refused.get(judged.candidate.entry_id, (judged.standing and opinion.held) or judged.reason)
     return NearMiss(judged.candidate.entry_id, judged.candidate.similarity, judged.probability, reason)
 
 

@@ -200,11 +200,14 @@ class Pipeline:
         self.judge.see(place, signature)
         while (chosen := opinion.chosen) is not None:
             row = await self._pass_gate(chosen, opinion, query, client, lookup)
-            if isinstance(row, HotRow):
+            if isinstance(row, HotRow) and not self.auditor.permits(opinion, chosen):
+                opinion.held = "audits_behind"
+            elif isinstance(row, HotRow):
                 lookup.row = row
                 lookup.verdict = Hit(row.entry, Tier.SEMANTIC, chosen.candidate.similarity, chosen.probability)
                 break
-            opinion.refused[chosen.candidate.entry_id] = row
+            else:
+                opinion.refused[chosen.candidate.entry_id] = row
         else:
             lookup.verdict = verdict_of(opinion, self.rules.near_floor)
             if isinstance(lookup.verdict, NearMiss):
@@ -350,21 +353,19 @@ class Pipeline:
 
     async def _ask_again(self, query: Query, client: Client, lookup: Lookup, again: Again) -> None:
         """Forward a question that was served, for the judge alone."""
-        own = client._replace(
-            request_id=f"{client.request_id}-audit",
-            ts_ms=int(self._clock() * 1000),
-            started_s=time.perf_counter(),
-        )
-        fetch = Fetch(query, own, lookup, time.perf_counter(), again=again)
-        seat = self._take_off(fetch, shared=False).join()
-        self.auditor.begin()
-        try:
-            await seat.whole()
-        except UpstreamError as error:
-            log.debug("an audit failed: %s", error.code)
-        finally:
-            self.auditor.end()
-            seat.leave()
+        async with self.auditor.slot():
+            if self._tasks.closed:
+                return
+            started = time.perf_counter()
+            request_id = f"{client.request_id}-audit"
+            own = client._replace(request_id=request_id, ts_ms=int(self._clock() * 1000), started_s=started)
+            seat = self._take_off(Fetch(query, own, lookup, started, again=again), shared=False).join()
+            try:
+                await seat.whole()
+            except UpstreamError as error:
+                log.debug("an audit failed: %s", error.code)
+            finally:
+                seat.leave()
 
     async def _join(self, flight: Flight[Fetch], query: Query, client: Client) -> Replay | Relay:
         """Share a forward in flight: its bytes when both stream alike, its answer once it is whole when not."""

@@ -53,8 +53,8 @@ async def simulate(
         saved_nusd = audits_nusd = 0
         for question in traffic.questions:
             outcome = run.ask(Asked(question.prompt, str(question.entry_id), True, question.scope))
-            saved_nusd += question.baseline_nusd * outcome.hit
-            audits_nusd += question.baseline_nusd * outcome.audited
+            saved_nusd += question.price_nusd * outcome.hit
+            audits_nusd += question.price_nusd * outcome.audited
         rows.append(_row(max_error, run, saved_nusd, audits_nusd))
     return {
         "questions": len(traffic.questions),

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, case, func, select
 
 from proxy.store.engine import Database
 from proxy.store.schema import audit, entry, request
 
 
 class Question(NamedTuple):
-    """A stored question. `group_id` names those found to have its answer; `baseline_nusd` what answering it cost."""
+    """A stored question. `group_id` names those found to have its answer; `price_nusd` is what answering it costs."""
 
     entry_id: int
     scope: bytes
     prompt: str
     group_id: int
-    baseline_nusd: int
+    price_nusd: int
 
 
 class Traffic(NamedTuple):
@@ -37,10 +37,12 @@ async def read_traffic(database: Database, *, namespace: str | None, limit: int)
     conditions: list[ColumnElement[bool]] = [entry.c.embedder.is_not(None)]
     if namespace is not None:
         conditions.append(entry.c.namespace == namespace)
+    # an audit has no baseline, for nobody asked; what it paid is what the question would have cost
+    price_nusd = case((request.c.lane == "audit", request.c.actual_nusd), else_=request.c.baseline_nusd)
     rows = await database.rows(
         select(
             entry.c.id, entry.c.scope, entry.c.prompt, func.coalesce(entry.c.group_id, entry.c.id),
-            func.coalesce(request.c.baseline_nusd, 0), entry.c.fingerprint,
+            func.coalesce(price_nusd, 0), entry.c.fingerprint,
         )
         .select_from(entry.outerjoin(request, request.c.id == entry.c.request_id))
         .where(*conditions)

@@ -127,6 +127,33 @@ async def test_an_audit_is_off_the_clients_path_and_its_answer_is_stored(data_di
         assert 'ibid_audits_total{found="same"} 1.0' in metrics
 
 
+async def test_a_hit_whose_audit_has_no_room_is_forwarded_instead_and_labelled(data_dir, up, monkeypatch):
+    monkeypatch.setattr("proxy.audits.AUDITS_AT_ONCE", 1)
+    monkeypatch.setattr("proxy.audits.AUDITS_WAITING", 0)
+    gate = asyncio.Event()
+
+    async def reply(seen: Seen) -> Chat:
+        if len(up.requests) == 2:
+            await gate.wait()
+        return Chat(text="Wrap it in tape.")
+
+    up.default = reply
+    async with running(data_dir, up.url, {"cache": {"audit_share": 0.05}}) as ibid:
+        await ibid.fill(ASKED)
+        assert (await ibid.ask(REWORDED)).tier == "semantic"
+        await until(lambda: len(up.requests) == 2)
+        forwarded = await ibid.ask("How could I repair a leaking garden hose?")
+        assert (forwarded.cache, forwarded.reason) == ("MISS", "audits_behind")
+        assert (await ibid.ask(REWORDED)).tier == "semantic"  # a wording whose audit is under way
+        gate.set()
+        await ibid.settled()
+        (label,) = (await ibid.admin("GET", "/cache/near-misses"))["comparisons"]
+        assert (label["request_id"], label["standing"]) == (forwarded.headers["x-request-id"], "start")
+        assert label["p_same"] > 0.9
+        assert (await evidence(ibid))["audited"] == 1
+        assert (await ibid.ask("How can I repair my leaking garden hose?")).tier == "semantic"
+
+
 async def test_an_audit_that_differs_closes_the_pair_and_the_region_at_once(data_dir, up):
     up.default = lambda seen: Chat(text=f"Call {['Ann', 'Bob'][up.meter.calls % 2]}, number {up.meter.calls * 7}.")
     async with running(data_dir, up.url, {"cache": {"audit_share": 0.05}}) as ibid:
