@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import re
 import subprocess
@@ -205,6 +206,8 @@ def main() -> int:
     parser.add_argument("--listen", help="client listener (127.0.0.1:4141, with --once any free port)")
     parser.add_argument("--admin", help="admin listener (127.0.0.1:4142, with --once any free port)")
     chosen = parser.parse_args()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # it keeps running: a pipe's reader would wait for ever
     free = "127.0.0.1:0" if chosen.once else ""
     listen, admin = chosen.listen or free or "127.0.0.1:4141", chosen.admin or free or "127.0.0.1:4142"
     with contextlib.ExitStack() as stack:
