@@ -102,12 +102,16 @@ class Auditor:
         """A hit on a wording judged before: feedback may name it."""
         self._note(request_id, _Hit(asked, entry_id, None, None))
 
-    def permits(self, opinion: Opinion, judged: Judged) -> bool:
-        """Draw whether serving this calls for an audit; False when one is due, has no room, and nothing is proven."""
+    def hold(self, opinion: Opinion, judged: Judged) -> str:
+        """Draw whether serving this calls for an audit. Why it must not be served now, or "".
+
+        It must not when an audit is due and has no room, and nothing is proven.
+        """
         share = self.judge.audit_share(opinion, judged)
         due = self._comparer is not None and self._chance() < share
         opinion.stands_for = 1.0 / share if due else None
-        return not due or judged.standing is Standing.PROVEN or self._audits < AUDITS_AT_ONCE + AUDITS_WAITING
+        has_room = self._audits < AUDITS_AT_ONCE + AUDITS_WAITING
+        return "audits_behind" if due and not has_room and judged.standing is not Standing.PROVEN else ""
 
     def served(self, opinion: Opinion, judged: Judged, request_id: str) -> Again | None:
         """Count a semantic hit; what to ask again upstream, or None when this one is not audited."""

@@ -200,8 +200,8 @@ class Pipeline:
         self.judge.see(place, signature)
         while (chosen := opinion.chosen) is not None:
             row = await self._pass_gate(chosen, opinion, query, client, lookup)
-            if isinstance(row, HotRow) and not self.auditor.permits(opinion, chosen):
-                opinion.held = "audits_behind"
+            if isinstance(row, HotRow) and (held := self.auditor.hold(opinion, chosen)):
+                opinion.held = held
             elif isinstance(row, HotRow):
                 lookup.row = row
                 lookup.verdict = Hit(row.entry, Tier.SEMANTIC, chosen.candidate.similarity, chosen.probability)

@@ -75,6 +75,9 @@ def reasons_in_code() -> set[str]:
     for node in nodes_of(ROOT / "proxy/judge.py"):
         if isinstance(node, ast.FunctionDef) and node.name == "objection":
             found |= words(part.value for part in ast.walk(node) if isinstance(part, ast.Return))
+    for node in nodes_of(ROOT / "proxy/audits.py"):
+        if isinstance(node, ast.FunctionDef) and node.name == "hold":
+            found |= words(part.value for part in ast.walk(node) if isinstance(part, ast.Return))
     for node in nodes_of(ROOT / "proxy/pipeline.py", ROOT / "proxy/explain.py"):
         if isinstance(node, ast.AsyncFunctionDef) and node.name == "_pass_gate":
             found |= words(part.value for part in ast.walk(node) if isinstance(part, ast.Return))
