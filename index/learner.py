@@ -4,7 +4,8 @@ Every miss that had a candidate gives a free label: the new answer was fetched a
 that would have been served. From these labels a learner keeps a logistic regression (online, Gaussian posterior,
 starting from PRIOR), a record of words and of answer groups, and the labelled decisions themselves, so that the error
 at any bound can be counted. Four weight vectors are trained, each without a quarter of the decisions, and a decision is
-counted under the one that has not seen it (cross-fitting); what serves is their mean.
+counted under the one that has not seen it (cross-fitting); what serves is their mean. A decision that would not be
+served whatever its log-odds (the pair guard refuses it) trains the weights and counts as no evidence.
 
 A label is a probability, not a mark: comparing two answers errs, and `wrong` says how likely they differ. A decision
 that was served is labelled only when it is audited, with probability q, and then stands for 1 / q of its kind.
@@ -93,7 +94,7 @@ class Learner:
         prior = np.array([PRIOR.get(name, 0.0) for name in FEATURES])
         precision = np.array([STUBBORN.get(name, PRECISION) for name in FEATURES])
         precision[0] = 0.3
-        self.labelled = 0  # decisions, ever
+        self.labelled = 0  # decisions that are evidence, ever
         self.names: Sequence[str] = FEATURES
         self._weights = np.tile(prior, (FOLDS, 1))
         self._spreads = np.tile(np.diag(1.0 / precision), (FOLDS, 1, 1))
@@ -156,9 +157,10 @@ class Learner:
         self, row: NDArray[np.float64], words: NDArray[np.int64], group_id: int, wrong: float, weight: float = 1.0
     ) -> None:
         """A label of one decision: how likely the group's answer was the wrong one (0...1), and for how many decisions
-        like it the label stands."""
+        like it the label stands; with 0 it is no evidence."""
         fold = self.labelled % FOLDS
-        self._keep(row, wrong, weight, fold)
+        if weight > 0.0:
+            self._keep(row, wrong, weight, fold)
         group = self._group(group_id)
         group[1] += 1.0 - wrong
         group[2] += wrong

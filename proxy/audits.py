@@ -15,12 +15,12 @@ no label and costs nothing else.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 import orjson
@@ -29,7 +29,7 @@ from proxy import ports
 from proxy.core.answer import decode_answer
 from proxy.core.model import Answer, Comparison, Entry, Query
 from proxy.core.risk import Standing
-from proxy.hot import HotRows
+from proxy.hot import HotRow, HotRows
 from proxy.judge import LEARN_FROM, SAME_FROM, WRONG_BELOW, Judge, Judged, Opinion, Place, comparison, signature_from
 from proxy.tasks import Tasks
 from proxy.telemetry import Telemetry
@@ -42,6 +42,10 @@ COMPARISONS_AT_ONCE = 32  # after misses; an audit, which was paid for, is alway
 OTHER_GROUPS = 2  # further groups a new answer is compared with, to join one
 REMEMBERED = 16_384  # semantic hits that feedback can still name
 LOADED = 10_000  # comparisons a start learns from
+
+
+Verify = Callable[[str, Sequence[str], str], Awaitable[list[float]]]
+"""(text asked, stored texts, tenant) → the pair guard's logits. Raises as `ports.Embedder.verify`."""
 
 
 class Again(NamedTuple):
@@ -72,6 +76,7 @@ class Auditor:
         entries: ports.EntryStore,
         comparisons: ports.Comparisons,
         comparer: ports.AnswerComparer | None,
+        verify: Verify | None,
         embedder: str,
         hot: HotRows,
         tasks: Tasks,
@@ -83,6 +88,7 @@ class Auditor:
         self._entries = entries
         self._comparisons = comparisons
         self._comparer = comparer
+        self._verify = verify
         self._embedder = embedder
         self._hot = hot
         self._tasks = tasks
@@ -129,7 +135,7 @@ class Auditor:
         if len(self._hits) > REMEMBERED:
             self._hits.popitem(last=False)
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
         """Waits until an audit may be made."""
         self._audits += 1
@@ -161,10 +167,15 @@ class Auditor:
         try:
             judged = again.judged if again is not None else opinion.decision
             if judged is not None and judged.candidate.similarity >= LEARN_FROM:
-                p_same = await self._likeness(judged.candidate.entry_id, answer, query.tenant)
-                if p_same is not None:
-                    request_id = entry.draft.request_id if again is None else again.request_id
-                    found = await self._learn(opinion, judged, again, p_same, request_id)
+                kept = await self._kept(judged.candidate.entry_id)
+                if kept is not None:
+                    p_same = await self._likeness(answer, kept, query.tenant)
+                    if again is None:
+                        weight = await self._weight(opinion, judged, query, kept)
+                        found = self._learn(opinion, judged, p_same, weight, entry.draft.request_id, served=False)
+                    else:
+                        found = self._learn(opinion, judged, p_same, again.weight, again.request_id, served=True)
+                        await self._close_audit(opinion, judged, again, p_same)
                     group = judged.group_id if p_same >= SAME_FROM else entry.id
             if group == entry.id:
                 group = await self._find_group(opinion, judged, answer, query.tenant) or entry.id
@@ -180,44 +191,54 @@ class Auditor:
         """The group of a further candidate that was given the same answer."""
         others = [j for j in opinion.judged if j is not but and j.candidate.similarity >= LEARN_FROM]
         for judged in others[:OTHER_GROUPS]:
-            p_same = await self._likeness(judged.candidate.entry_id, answer, tenant)
-            if p_same is not None and p_same >= SAME_FROM:
+            kept = await self._kept(judged.candidate.entry_id)
+            if kept is not None and await self._likeness(answer, kept, tenant) >= SAME_FROM:
                 return judged.group_id
         return None
 
-    async def _likeness(self, entry_id: int, answer: Answer, tenant: str) -> float | None:
-        """Probability that a stored answer says the same; None when the entry is gone."""
-        assert self._comparer is not None
+    async def _kept(self, entry_id: int) -> HotRow | None:
+        """What a candidate is; None when it is gone."""
         row = self._hot.get(entry_id)
-        if row is not None:
-            kept = row.answer
-        elif (found := await self._entries.get(entry_id)) is not None:
-            kept = decode_answer(found.draft.answer, orjson.loads)
-        else:
-            return None
-        return await self._comparer.compare(_text(answer), _text(kept), tenant)
+        if row is None and (entry := await self._entries.get(entry_id)) is not None:
+            row = HotRow(entry, decode_answer(entry.draft.answer, orjson.loads))
+        return row
 
-    async def _learn(
-        self, opinion: Opinion, judged: Judged, again: Again | None, p_same: float, request_id: str
+    async def _likeness(self, answer: Answer, kept: HotRow, tenant: str) -> float:
+        """Probability that two answers say the same."""
+        assert self._comparer is not None
+        return await self._comparer.compare(_text(answer), _text(kept.answer), tenant)
+
+    async def _weight(self, opinion: Opinion, judged: Judged, query: Query, kept: HotRow) -> float:
+        """For how many decisions a forwarded one stands: 0 when the pair guard would have refused it."""
+        if self._verify is not None and judged.candidate.entry_id not in opinion.logits:
+            with contextlib.suppress(*ports.CACHE_FAULTS):  # not asked: like any other, which is strict
+                (logit,) = await self._verify(query.prompt, [kept.entry.draft.prompt], query.tenant)
+                if logit <= 0.0:
+                    return 0.0
+        return opinion.stands_for or 1.0
+
+    def _learn(
+        self, opinion: Opinion, judged: Judged, p_same: float, weight: float, request_id: str, *, served: bool
     ) -> Comparison:
         found = comparison(
             opinion,
             judged,
             p_same=p_same,
-            weight=(opinion.stands_for or 1.0) if again is None else again.weight,
-            served=again is not None,
-            source="forward" if again is None else "audit",
+            weight=weight,
+            served=served,
+            source="audit" if served else "forward",
             request_id=request_id,
             embedder=self._embedder,
             ts_ms=int(self._clock() * 1000),
         )
         self.judge.apply(found)
-        if again is not None:
-            same = p_same >= WRONG_BELOW
-            self._telemetry.audit("same" if same else "different")
-            if not same:
-                await self._never_again(opinion.place.fingerprint, judged.candidate.entry_id, request_id, "audit")
         return found
+
+    async def _close_audit(self, opinion: Opinion, judged: Judged, again: Again, p_same: float) -> None:
+        same = p_same >= WRONG_BELOW
+        self._telemetry.audit("same" if same else "different")
+        if not same:
+            await self._never_again(opinion.place.fingerprint, judged.candidate.entry_id, again.request_id, "audit")
 
     # -- feedback ---------------------------------------------------------------------------------------------------
 

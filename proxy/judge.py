@@ -252,20 +252,24 @@ class Judge:
         row = np.frombuffer(found.features, np.float32).astype(np.float64)
         words = np.frombuffer(found.words, np.int16).astype(np.int64)
         is_wrong = found.p_same < WRONG_BELOW
+        is_evidence = found.weight > 0.0
         for level in self._all(place):
             level.learner.learn(row, words, found.group_id, float(is_wrong), found.weight)
-            level.account.label(
-                float(is_wrong),
-                found.weight,
-                served=found.served,
-                would_be=bool(found.standing),
-                near_same=found.near_same,
-            )
-            level.review(self.rules.alpha, self._steps, wrong=is_wrong)
-        self.epoch += is_wrong
+            if is_evidence:
+                level.account.label(
+                    float(is_wrong),
+                    found.weight,
+                    served=found.served,
+                    would_be=bool(found.standing),
+                    near_same=found.near_same,
+                )
+                level.review(self.rules.alpha, self._steps, wrong=is_wrong)
+        self.epoch += is_evidence and is_wrong
 
     def correct(self, found: Comparison, p_same: float) -> None:
         """Someone who knows says otherwise than this comparison, which was applied before."""
+        if found.weight <= 0.0:
+            return
         place = Place(found.scope, found.namespace, found.tenant, found.fingerprint)
         for level in self._all(place):
             level.account.correct(

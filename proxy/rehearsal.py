@@ -258,9 +258,13 @@ class Rehearsal:
         judged = opinion.decision
         if judged is None or judged.candidate.similarity < LEARN_FROM:
             return
-        same = self._says_same(self._kept[judged.candidate.entry_id], asked)
+        kept = self._kept[judged.candidate.entry_id]
+        same = self._says_same(kept, asked)
         if same is None:
             return
+        guarded = self._rules.pair_guard and self._texts.can_verify
+        if not served and guarded and self._texts.logit(asked.text, kept.text) <= 0.0:
+            weight = 0.0
         label = comparison(
             opinion, judged, p_same=float(same), weight=weight, served=served, source="audit" if served else "forward",
             request_id="", embedder="", ts_ms=0,

@@ -130,6 +130,24 @@ def test_evidence_widens_what_is_served_and_proves_it() -> None:
     assert judge.evidence(HOME, 0.01)["level"] == "scope"
 
 
+def test_what_the_pair_guard_would_refuse_trains_the_judge_and_is_no_evidence() -> None:
+    judge = judge_of()
+    taught(judge, HOME, 300, wrong_below=0.85)
+    before, opinion = judge.status(), consider(judge, candidate(1, 0.97))
+    assert opinion.decision is not None
+    wrong = comparison(
+        opinion, opinion.decision, p_same=0.0, weight=0.0, served=False, source="forward", request_id="r",
+        embedder="e", ts_ms=0,
+    )  # fmt: skip
+    epoch = judge.epoch
+    judge.apply(wrong)
+    assert judge.status() == before
+    assert judge.epoch == epoch
+    assert consider(judge, candidate(1, 0.97)).judged[0].log_odds < opinion.judged[0].log_odds
+    judge.correct(wrong, 1.0)
+    assert judge.status() == before
+
+
 def test_a_thin_scope_is_judged_by_the_levels_above_it() -> None:
     judge = judge_of()
     taught(judge, HOME, THICK + 500, wrong_below=0.85)

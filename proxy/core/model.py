@@ -165,7 +165,7 @@ class Comparison(NamedTuple):
     served: bool
     near_same: bool
     p_same: float  # that one answer serves both questions
-    weight: float  # decisions like it that this one stands for
+    weight: float  # decisions like it that this one stands for; 0 when the pair guard would not have let it be served
     features: bytes
     words: bytes
     signature: bytes

@@ -129,7 +129,7 @@ def thresholds_of(levels: Sequence[float], counts: Counted, max_error: float, al
     for level, n, wrong, weighted, weighted_wrong in rows:
         if n == 0:
             break
-        if n >= MIN_LABELS and math.isinf(provisional) and (weighted_wrong + 0.5) / (weighted + 1.0) <= tolerable:
+        if n >= MIN_LABELS and math.isinf(provisional) and (weighted_wrong + 1.0) / (weighted + 2.0) <= tolerable:
             provisional = level
         if certifies(n, wrong, max_error, alpha):
             return Thresholds(level, min(provisional, level))

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
+
 from proxy.evaluate import interval
 from tests.flows.questions import Question, stream
 from tests.flows.running import Ibid, Reply, running, until
@@ -187,12 +189,25 @@ async def test_a_look_alike_is_refused_by_the_pair_guard_and_explain_shows_why(d
         assert candidate["pair_guard"]["logit"] < 0
         refused = await ibid.ask(OUT_OF)
         assert (refused.cache, refused.reason) == ("MISS", "pair_guard")
+        await ibid.settled()
         metrics = await ibid.admin("GET", "/metrics")
         assert 'ibid_guard_veto_total{guard="pair_guard"} 1.0' in metrics
         body["messages"] = [{"role": "user", "content": "How can I get into the attic of a house?"}]
         (candidate, *_) = (await ibid.admin("POST", "/cache/explain", body))["candidates"]
         assert candidate["pair_guard"]["refuses"] is False
         assert (await ibid.ask(body["messages"][0]["content"])).text == first.text
+
+
+@pytest.mark.parametrize(("guard", "weight"), [(True, 0.0), (False, 1.0)])
+async def test_a_near_miss_that_the_pair_guard_would_refuse_is_compared_and_no_evidence(data_dir, up, guard, weight):
+    async with running(data_dir, up.url, {"cache": {"pair_guard": guard}}) as ibid:
+        await ibid.fill(INTO)
+        near = await ibid.ask(OUT_OF)
+        assert near.reason == "below_bound"
+        await ibid.settled()
+        await ibid.admin("GET", "/cache/near-misses")
+        assert await ibid.sql("SELECT source, weight FROM audit") == [{"source": "forward", "weight": weight}]
+        assert (await evidence(ibid))["labelled"] == weight
 
 
 async def test_what_is_purged_while_the_pair_guard_is_asked_is_not_served(data_dir, up):
