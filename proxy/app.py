@@ -34,7 +34,9 @@ from index.learner import LEVELS, Learner
 from index.vectors import VectorOwner
 from proxy import admin, listener, logs
 from proxy.admin_auth import LOOPBACK_NAMES, Gate, load_token
+from proxy.arbiter import Arbiter
 from proxy.audits import Auditor
+from proxy.books import Books
 from proxy.config import Settings, UpstreamSettings
 from proxy.core.errors import CacheFault, ConfigError
 from proxy.explain import Explainer
@@ -283,11 +285,14 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks) -> tuple[Pipeline, 
     """The pipeline over its edges, and the handler in front of it."""
     hot = HotRows(settings.cache.hot_bytes)
     embedder = edges.embedder
+    books = Books(edges.store.ledger, edges.prices, edges.telemetry)
+    model = settings.cache.judge_model
     auditor = Auditor(
         judge=Judge(settings.rules, Learner, LEVELS),
         entries=edges.store.entries,
         comparisons=edges.store.comparisons,
         comparer=None if embedder is None else Comparer(embedder.embed, lambda: embedder.queue_length),
+        arbiter=Arbiter(model=model, upstream=edges.upstreams, books=books) if model else None,
         verify=embedder.verify if embedder is not None and embedder.can_verify and settings.rules.pair_guard else None,
         embedder="" if embedder is None else embedder.identity,
         hot=hot,
@@ -297,8 +302,7 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks) -> tuple[Pipeline, 
     pipeline = Pipeline(
         rules=settings.rules,
         store=edges.store.entries,
-        ledger=edges.store.ledger,
-        prices=edges.prices,
+        books=books,
         upstream=edges.upstreams,
         telemetry=edges.telemetry,
         tasks=tasks,

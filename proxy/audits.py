@@ -7,6 +7,8 @@
   is not served but forwarded: the same call, and a budget kept by audits that never come would not be kept.
 - Feedback: somebody who knows.
 
+Answers are compared by `index.answers`, and where the operator names one by a language model (`proxy.arbiter`).
+
 Every comparison becomes a row first and is learned from then; the rows bring the judge back after a restart, and tell
 other replicas. What cannot be compared (an answer that may not be stored, a part that is down, too much at once) gives
 no label and costs nothing else.
@@ -41,11 +43,15 @@ AUDITS_WAITING = 16
 COMPARISONS_AT_ONCE = 32  # after misses; an audit, which was paid for, is always compared
 OTHER_GROUPS = 2  # further groups a new answer is compared with, to join one
 REMEMBERED = 16_384  # semantic hits that feedback can still name
+EQUAL = 0.999  # equal but for case, space and punctuation: no model is asked
 LOADED = 10_000  # comparisons a start learns from
 
 
 Verify = Callable[[str, Sequence[str], str], Awaitable[list[float]]]
 """(text asked, stored texts, tenant) → the pair guard's logits. Raises as `ports.Embedder.verify`."""
+
+
+Headers = Sequence[tuple[bytes, bytes]]
 
 
 class Again(NamedTuple):
@@ -76,6 +82,7 @@ class Auditor:
         entries: ports.EntryStore,
         comparisons: ports.Comparisons,
         comparer: ports.AnswerComparer | None,
+        arbiter: ports.Arbiter | None,
         verify: Verify | None,
         embedder: str,
         hot: HotRows,
@@ -88,6 +95,7 @@ class Auditor:
         self._entries = entries
         self._comparisons = comparisons
         self._comparer = comparer
+        self._arbiter = arbiter
         self._verify = verify
         self._embedder = embedder
         self._hot = hot
@@ -147,8 +155,16 @@ class Auditor:
 
     # -- what came of it --------------------------------------------------------------------------------------------
 
-    def stored(self, opinion: Opinion | None, again: Again | None, query: Query, entry: Entry, answer: Answer) -> None:
-        """An answer was fetched and stored: compare it with what was, or would have been, served."""
+    def stored(
+        self,
+        opinion: Opinion | None,
+        again: Again | None,
+        query: Query,
+        headers: Headers,
+        entry: Entry,
+        answer: Answer,
+    ) -> None:
+        """An answer was fetched (with `headers`) and stored: compare it with what was, or would have been, served."""
         if opinion is None:
             return
         if again is None and not opinion.judged:
@@ -159,9 +175,17 @@ class Auditor:
             self.judge.enter(opinion.place, entry.id, entry.id)
             return
         self._comparing += again is None
-        _ = self._tasks.spawn(self._compare(opinion, again, query, entry, answer), "compare")
+        _ = self._tasks.spawn(self._compare(opinion, again, query, headers, entry, answer), "compare")
 
-    async def _compare(self, opinion: Opinion, again: Again | None, query: Query, entry: Entry, answer: Answer) -> None:
+    async def _compare(
+        self,
+        opinion: Opinion,
+        again: Again | None,
+        query: Query,
+        headers: Headers,
+        entry: Entry,
+        answer: Answer,
+    ) -> None:
         group = entry.id
         found: Comparison | None = None
         try:
@@ -169,7 +193,7 @@ class Auditor:
             if judged is not None and judged.candidate.similarity >= LEARN_FROM:
                 kept = await self._kept(judged.candidate.entry_id)
                 if kept is not None:
-                    p_same = await self._likeness(answer, kept, query.tenant)
+                    p_same = await self._verdict(answer, kept, query, headers, entry.draft.request_id)
                     if again is None:
                         weight = await self._weight(opinion, judged, query, kept)
                         found = self._learn(opinion, judged, p_same, weight, entry.draft.request_id, served=False)
@@ -207,6 +231,21 @@ class Auditor:
         """Probability that two answers say the same."""
         assert self._comparer is not None
         return await self._comparer.compare(_text(answer), _text(kept.answer), tenant)
+
+    async def _verdict(self, answer: Answer, kept: HotRow, query: Query, headers: Headers, request_id: str) -> float:
+        """Probability that two answers say the same, of the language model where there is one and it is needed."""
+        p_same = await self._likeness(answer, kept, query.tenant)
+        if self._arbiter is None or p_same >= EQUAL:
+            return p_same
+        asked = await self._arbiter.compare(
+            query,
+            headers,
+            request_id,
+            answer=_text(answer),
+            kept_prompt=kept.entry.draft.prompt,
+            kept_answer=_text(kept.answer),
+        )
+        return p_same if asked is None else asked
 
     async def _weight(self, opinion: Opinion, judged: Judged, query: Query, kept: HotRow) -> float:
         """For how many decisions a forwarded one stands: 0 when the pair guard would have refused it."""

@@ -186,26 +186,35 @@ class Books:
     def audited(self, fetch: Fetch) -> None:
         """Book an audit: nobody was answered, so all it cost is a negative saving."""
         assert fetch.call is not None
+        self._unasked(fetch.query, fetch.client.request_id, fetch.call, "audit", ok=fetch.answer is not None)
+
+    def judged(self, query: Query, call: Call, *, ok: bool) -> None:
+        """Book a question to the model that compares answers, as an audit is."""
+        self._unasked(query, call.id, call, "judge", ok=ok)
+
+    def _unasked(self, query: Query, request_id: str, call: Call, reason: str, *, ok: bool) -> None:
         outcome = _outcome(
-            fetch.query,
-            request_id=fetch.client.request_id,
-            ts_ms=fetch.client.ts_ms,
-            outcome="ok" if fetch.answer is not None else "error",
-            status=fetch.call.status,
+            query,
+            request_id=request_id,
+            ts_ms=call.ts_ms,
+            outcome="ok" if ok else "error",
+            status=call.status,
             cache_status="AUDIT",
-            reason="audit",
+            reason=reason,
             mechanism=None,
-            model_served=fetch.call.model,
+            model_served=call.model,
             similarity=None,
             entry_id=None,
             usage=None,
-            calls=(fetch.call,),
-            ttft_ms=fetch.call.ttft_ms,
-            total_ms=fetch.call.total_ms,
+            calls=(call,),
+            ttft_ms=call.ttft_ms,
+            total_ms=call.total_ms,
         )
         self._ledger.record(outcome)
-        cost_nusd = self.price(fetch.query, fetch.call.usage, fetch.client.ts_ms)
-        self._telemetry.lookup(outcome, scope=fetch.query.scope, cost_nusd=cost_nusd)
+        usage = call.usage
+        price = None if usage is None else self._prices.price(call.upstream, call.model, usage, call.tier, call.ts_ms)
+        cost_nusd = 0 if price is None else price.nusd
+        self._telemetry.lookup(outcome, scope=query.scope, cost_nusd=cost_nusd)
 
 
 def draft_of(fetch: Fetch, answer: Answer, embedder: str, rules: Rules, now_ms: int) -> Draft:

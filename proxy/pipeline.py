@@ -61,8 +61,7 @@ class Pipeline:
         *,
         rules: Rules,
         store: ports.EntryStore,
-        ledger: ports.Ledger,
-        prices: ports.PriceBook,
+        books: Books,
         upstream: ports.Upstream,
         telemetry: Telemetry,
         tasks: Tasks,
@@ -84,7 +83,7 @@ class Pipeline:
         self.semantic_fault = semantic_fault  # why there is no embedder or index; "" when there are
         self.flights: dict[bytes, Flight[Fetch]] = {}
         self._store = store
-        self._books = Books(ledger, prices, telemetry)
+        self._books = books
         self._upstream = upstream
         self._telemetry = telemetry
         self._tasks = tasks
@@ -358,7 +357,9 @@ class Pipeline:
                 return
             started = time.perf_counter()
             request_id = f"{client.request_id}-audit"
-            own = client._replace(request_id=request_id, ts_ms=int(self._clock() * 1000), started_s=started)
+            headers = [line for line in client.headers if line[0].lower() != b"idempotency-key"]  # it named the other
+            ts_ms = int(self._clock() * 1000)
+            own = client._replace(request_id=request_id, ts_ms=ts_ms, started_s=started, headers=headers)
             seat = self._take_off(Fetch(query, own, lookup, started, again=again), shared=False).join()
             try:
                 await seat.whole()
@@ -527,7 +528,7 @@ class Pipeline:
             self.hot.put(entry, answer)
             if self.index is not None and lookup.vector is not None and lookup.signature is not None:
                 self.index.add(entry.id, query.scope, lookup.vector, lookup.signature, draft.expires_ms)
-            self.auditor.stored(lookup.opinion, fetch.again, query, entry, answer)
+            self.auditor.stored(lookup.opinion, fetch.again, query, fetch.client.headers, entry, answer)
         except ports.CACHE_FAULTS as fault:
             self._telemetry.fault(_reason_of(fault))
         finally:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from index.errors import IndexRoomError
 from proxy.core.errors import CacheFault
-from proxy.core.model import Comparison, Draft, Entry, Outcome, Usage
+from proxy.core.model import Comparison, Draft, Entry, Outcome, Query, Usage
 from proxy.core.risk import Counted
 
 Vector = NDArray[np.float32]
@@ -132,6 +132,26 @@ class AnswerComparer(Protocol):
 
     async def compare(self, a: str, b: str, tenant: str = "") -> float:
         """A probability; never raises."""
+        ...
+
+
+class Arbiter(Protocol):
+    """A language model that says whether two answers say the same. See `proxy.arbiter`."""
+
+    async def compare(
+        self,
+        query: Query,
+        headers: Sequence[tuple[bytes, bytes]],
+        request_id: str,
+        *,
+        answer: str,
+        kept_prompt: str,
+        kept_answer: str,
+    ) -> float | None:
+        """Probability that `kept_answer`, once given to `kept_prompt`, answers the query as `answer` does.
+
+        None when it gave no verdict; never raises for what an upstream does.
+        """
         ...
 
 

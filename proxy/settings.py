@@ -81,6 +81,7 @@ class Cache:
 
     hot_bytes: int = option(64 * MIB, "memory for rows served without asking SQL; least recently used leave", least=0)
     usage_on_hit: Literal["original", "zero"] = option("original", "usage a hit reports: as stored, or 0")
+    judge_model: str | None = option(None, "chat model of the same upstream that compares answers; unset: none")
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,7 @@ EXTRA_CALLS = {
     "prefetch": "spec.prefetch",
     "shadow": "hybrid.shadow",
     "audit": "cache.audit",
+    "judge": "cache.audit",
     "embedding": "cache.embed",
 }
 """Purpose of a call that is not the client's own answer → the mechanism its cost is booked under."""

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from proxy.arbiter import DIFFERENT
 from proxy.evaluate import interval
 from tests.flows.questions import Question, stream
 from tests.flows.running import Ibid, Reply, running, until
-from tests.upstream import Chat, ScriptedUpstream, Seen
+from tests.upstream import Chat, Json, ScriptedUpstream, Seen
 
 BUDGET = 0.02
 LEARNING: Mapping[str, Mapping[str, Any]] = {"cache": {"max_error_rate": BUDGET, "audit_share": 0.05}}
@@ -254,6 +255,68 @@ async def test_a_miss_with_a_candidate_is_a_free_label(ibid, up):
     assert up.meter.calls == 2
     (entry,) = await ibid.sql("SELECT id, group_id FROM entry WHERE group_id IS NOT NULL")
     assert entry["group_id"] == row["entry_id"] != entry["id"]
+
+
+JUDGED: Mapping[str, Any] = {"cache": {"judge_model": "gpt-4o", "audit_share": 0.05}}
+UNLIKE = {ASKED: "Wrap it in tape.", REWORDED: "Cut out the leak and join the ends with a coupling."}
+
+
+def with_judge(word: str, *, fails: bool = False) -> ScriptedUpstream:
+    """Answers that no comparison of words takes for the same, and a model that has its own view of them."""
+
+    def reply(seen: Seen) -> Chat | Json:
+        if seen.json["model"] == "gpt-4o":
+            return Json(500, {"error": {"message": "broken"}}) if fails else Chat(text=word)
+        return Chat(text=UNLIKE.get(seen.json["messages"][-1]["content"], "Call a plumber."))
+
+    return ScriptedUpstream(reply)
+
+
+@pytest.mark.parametrize(("word", "p_same"), [("Same.", 0.97), ("different", 0.03)])
+async def test_a_language_model_has_the_last_word_on_two_answers_and_its_calls_are_booked(data_dir, word, p_same):
+    async with with_judge(word) as up, running(data_dir, up.url, JUDGED) as ibid:
+        await ibid.fill(ASKED)
+        hit = await ibid.ask(REWORDED, headers={"Idempotency-Key": "k1"})
+        assert (hit.tier, hit.text) == ("semantic", UNLIKE[ASKED])
+        await ibid.settled()
+        first, _, judged = up.requests
+        assert judged.header("Authorization") == first.header("Authorization")
+        assert judged.header("Idempotency-Key") is None
+        case = judged.json["messages"][-1]["content"]
+        assert all(text in case for text in (ASKED, UNLIKE[ASKED], REWORDED, UNLIKE[REWORDED]))
+        (row,) = (await ibid.admin("GET", "/cache/audit"))["comparisons"]
+        assert row["p_same"] == p_same
+        calls = await ibid.sql("SELECT model, purpose, won, cost_nusd > 0 AS paid FROM upstream_call WHERE won = 0")
+        assert sorted((c["model"], c["purpose"], c["paid"]) for c in calls) == [
+            ("gpt-4o", "judge", 1), ("gpt-4o-mini", "audit", 1),
+        ]  # fmt: skip
+        (booked,) = await ibid.sql("SELECT * FROM savings_by_strategy WHERE mechanism = 'cache.audit'")
+        assert (booked["steps"], booked["earned_usd"]) == (2, 0)
+        (pairs,) = await ibid.sql("SELECT COUNT(*) AS n FROM refused_pair")
+        assert pairs["n"] == (p_same < 0.5)
+        await ibid.ask(REWORDED)
+        assert up.meter.calls == 3
+
+
+@pytest.mark.parametrize(("word", "fails"), [("Maybe", False), ("same", True)])
+async def test_a_language_model_without_a_verdict_leaves_it_to_the_comparison(data_dir, word, fails):
+    async with with_judge(word, fails=fails) as up, running(data_dir, up.url, JUDGED) as ibid:
+        await ibid.fill(ASKED)
+        assert (await ibid.ask(REWORDED)).tier == "semantic"
+        await ibid.settled()
+        (row,) = (await ibid.admin("GET", "/cache/audit"))["comparisons"]
+        assert row["p_same"] < 0.5
+        assert row["p_same"] != DIFFERENT
+        assert (await ibid.sql("SELECT COUNT(*) AS n FROM upstream_call WHERE purpose = 'judge'"))[0]["n"] == 1
+
+
+async def test_answers_that_are_equal_need_no_language_model(data_dir):
+    async with with_judge("same") as up, running(data_dir, up.url, JUDGED) as ibid:
+        up.default = lambda seen: Chat(text="Wrap it in tape.")
+        await ibid.fill(ASKED)
+        await ibid.ask(REWORDED)
+        await ibid.settled()
+        assert [seen.json["model"] for seen in up.requests] == ["gpt-4o-mini", "gpt-4o-mini"]
 
 
 async def test_another_backend_embeds_again_in_the_background_and_vectors_never_meet(data_dir, up):
