@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -206,6 +207,7 @@ def main() -> int:
     parser.add_argument("--listen", help="client listener (127.0.0.1:4141, with --once any free port)")
     parser.add_argument("--admin", help="admin listener (127.0.0.1:4142, with --once any free port)")
     chosen = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: what was started ends with it
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # it keeps running: a pipe's reader would wait for ever
     free = "127.0.0.1:0" if chosen.once else ""
