@@ -115,6 +115,7 @@ def _summary(budget: float, runs: Sequence[Rehearsal]) -> dict[str, Any]:
     low, high = interval(wrong, hits)
     lookups = sorted(second for run in runs for second in run.lookup_s)
     read_wrong, unread = sum(c.read_wrong for c in counts), sum(c.unread for c in counts)
+    read_low, read_high = interval(read_wrong, hits)
     return {
         "max_error": budget,
         "runs": len(runs),
@@ -127,6 +128,8 @@ def _summary(budget: float, runs: Sequence[Rehearsal]) -> dict[str, Any]:
         "runs_within": sum(interval(c.wrong, c.hits)[0] <= budget for c in counts),
         "read_wrong": read_wrong,  # as `wrong`, less what a reader found to be right after all
         "read_error": read_wrong / hits if hits else 0.0,
+        "read_interval": [read_low, read_high],
+        "read_within": read_low <= budget,
         "unread": unread,
         "exact": sum(c.exact for c in counts),
         "audited": audited,

@@ -4,14 +4,15 @@
   not empty is a later turn.
 - a *pair* row has `a`, `b` and `label` (1: one answer serves both), and perhaps `kind`; a and b are texts, or
   conversations.
-- a *reading* has `a`, `b` and `same`: what a person found who read a pair that the labels call wrong.
+- a *reading* has `a`, `b` and `same`: what a reader found of a pair that the labels call wrong.
 """
 
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import orjson
 from proxy.core.errors import BadRequest
 
 SCOPE = bytes(32)
+DIGEST = "sha256:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,28 @@ class Pair:
     is_first_turn: bool = True
 
 
-Readings = Mapping[tuple[str, str], bool]
+class Readings:
+    """What a reader found of pairs of texts, in either order."""
+
+    def __init__(self, found: Iterable[tuple[str, str, bool]] = ()) -> None:
+        """A text may be given by its digest, "sha256:…", where it may not be handed on."""
+        self._found = {_unordered(a, b): same for a, b, same in found}
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def same(self, a: str, b: str) -> bool | None:
+        """Whether one answer serves both; None when nobody read the pair."""
+        return self._found.get(_unordered(a, b))
+
+
+def digest(text: str) -> str:
+    return text if text.startswith(DIGEST) else DIGEST + sha256(text.encode()).hexdigest()
+
+
+def _unordered(a: str, b: str) -> tuple[str, str]:
+    one, other = sorted((digest(a), digest(b)))
+    return one, other
 
 
 def read(path: Path) -> tuple[list[Asked], list[Pair]]:
@@ -65,16 +88,15 @@ def read(path: Path) -> tuple[list[Asked], list[Pair]]:
     return streams, pairs
 
 
-def read_readings(path: Path) -> dict[tuple[str, str], bool]:
-    """What a reader found, in either order of the texts. Raises BadRequest naming the line."""
-    found: dict[tuple[str, str], bool] = {}
+def read_readings(path: Path) -> Readings:
+    """Rows of a, b (texts, or their digests as "sha256:…") and same. Raises BadRequest naming the line."""
+    found = []
     for number, row in _rows(path):
-        try:
-            a, b, same = row["a"], row["b"], row["same"]
-        except KeyError as fault:
-            raise BadRequest(f"{path}:{number}: a reading has a, b and same", code="bad_file") from fault
-        found[a, b] = found[b, a] = bool(same)
-    return found
+        a, b, same = row.get("a"), row.get("b"), row.get("same")
+        if not isinstance(a, str) or not isinstance(b, str) or not isinstance(same, bool):
+            raise BadRequest(f"{path}:{number}: a reading has a, b and same", code="bad_file")
+        found.append((a, b, same))
+    return Readings(found)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -178,7 +178,7 @@ class Rehearsal:
         self._max_error = max_error
         self._false_alarm, self._overlooked = LABELS[labels]
         self._rng = random.Random(seed)
-        self._readings = readings or {}
+        self._readings = readings or Readings()
         self._truth = truth
         self._allowed = ~ignored
         self._judge = Judge(rules, Learner, LEVELS, sensitivity=1.0 - self._overlooked if labels == "answers" else 1.0)
@@ -248,7 +248,7 @@ class Rehearsal:
             counts.unjudged += 1
         elif not right:
             counts.wrong += 1
-            read = self._readings.get((kept.text, asked.text))
+            read = self._readings.same(kept.text, asked.text)
             counts.unread += read is None
             counts.read_wrong += read is not True
             counts.doubtful.append((kept.text, asked.text))

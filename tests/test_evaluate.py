@@ -12,7 +12,7 @@ import pytest
 from proxy import cli, evaluate, plot
 from proxy.core.errors import BadRequest
 from proxy.core.model import Rules
-from proxy.labelled import Asked, Pair, read, read_readings
+from proxy.labelled import Asked, Pair, Readings, digest, read, read_readings
 from proxy.rehearsal import Rehearsal, Texts
 from tests.flows.questions import stream
 from tests.models import converted_data_dir
@@ -57,10 +57,22 @@ def test_a_file_that_is_neither_names_its_line(tmp_path: Path, text: str, said: 
         read(file)
 
 
-def test_readings_hold_in_either_order(tmp_path: Path) -> None:
+def test_readings_hold_in_either_order_and_may_name_texts_by_digest(tmp_path: Path) -> None:
     file = tmp_path / "r.jsonl"
-    file.write_text('{"a":"x","b":"y","same":true}\n')
-    assert read_readings(file) == {("x", "y"): True, ("y", "x"): True}
+    rows = [{"a": "x", "b": "y", "same": True}, {"a": digest("p"), "b": digest("q"), "same": False}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_readings(file)
+    assert len(found) == 2
+    assert (found.same("x", "y"), found.same("y", "x"), found.same("q", "p")) == (True, True, False)
+    assert found.same("x", "q") is None
+
+
+@pytest.mark.parametrize("row", ['{"a":"x","b":"y"}', '{"a":"x","b":1,"same":true}', '{"a":"x","b":"y","same":1}'])
+def test_a_reading_that_is_none_names_its_line(tmp_path: Path, row: str) -> None:
+    file = tmp_path / "r.jsonl"
+    file.write_text(row)
+    with pytest.raises(BadRequest, match="1: a reading has"):
+        read_readings(file)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +166,11 @@ def test_a_model_without_a_guard_is_rehearsed_as_it_serves(texts: Texts) -> None
 def test_a_reading_corrects_a_label_and_the_pair_is_named(texts: Texts) -> None:
     a, b = "How do I reset the router of my office?", "How can I reset the router of my office?"
     texts.prepare([a, b])
-    for readings, read_wrong, unread in (({}, 1, 1), ({(a, b): True}, 0, 0), ({(a, b): False}, 1, 0)):
+    for readings, read_wrong, unread in (
+        (Readings(), 1, 1),
+        (Readings([(b, a, True)]), 0, 0),
+        (Readings([(a, b, False)]), 1, 0),
+    ):
         run = Rehearsal(texts, Rules(), 0.01, readings=readings)
         run.ask(Asked(a, "1"))
         run.ask(Asked(b, "2"))
