@@ -9,7 +9,7 @@ import pytest
 
 from proxy.core.model import again
 from proxy.core.saving import day_of
-from proxy.store.ledger import _TABLES
+from proxy.store.ledger import _TABLES, FLUSH_ROWS, TURNS
 from proxy.store.store import open_store
 from tests.rows import call, hit, list_price, outcome
 
@@ -34,6 +34,25 @@ async def test_close_writes_everything_recorded(tmp_path):
     assert await count(again, "upstream_call") == 750
     assert await count(again, "saving") == 750
     await again.close()
+
+
+async def test_a_large_backlog_is_settled_in_as_few_turns_of_a_busy_loop_as_a_small_one(store):
+    turns = 0
+
+    async def count_turns():
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count_turns())
+    for number in range(8 * FLUSH_ROWS):
+        store.ledger.record(hit(f"h{number}"))
+    await store.ledger._settle(store.ledger._waiting[:])
+    counting.cancel()
+    assert TURNS <= turns <= 2 * TURNS
+    await store.ledger.flush()
+    assert await count(store, "request") == 8 * FLUSH_ROWS
 
 
 async def test_rows_appear_without_being_asked_for(store):
