@@ -25,7 +25,7 @@ import numpy as np
 import uvloop
 from aiohttp import web
 
-from index.answers import Comparer
+from index.answers import SENSITIVITY, Comparer
 from index.batcher import EmbedderOwner, open_embedder
 from index.errors import IndexRoomError, SnapshotRefused
 from index.features import compile_features
@@ -288,7 +288,7 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks) -> tuple[Pipeline, 
     books = Books(edges.store.ledger, edges.prices, edges.telemetry)
     model = settings.cache.judge_model
     auditor = Auditor(
-        judge=Judge(settings.rules, Learner, LEVELS),
+        judge=Judge(settings.rules, Learner, LEVELS, SENSITIVITY),
         entries=edges.store.entries,
         comparisons=edges.store.comparisons,
         comparer=None if embedder is None else Comparer(embedder.embed, lambda: embedder.queue_length),

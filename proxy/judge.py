@@ -214,7 +214,7 @@ class Judge:
             near_same=near_same,
             vetoed=bool(vetoes & ALWAYS) or not math.isfinite(candidate.similarity),
             thresholds=bounds,
-            starts=start_rate <= max_error,
+            starts=start_rate <= max_error * (1 + 1e-9),  # the default budget is met exactly
         )
         if standing is not None:
             reason = standing.value if has_room or standing is Standing.PROVEN else "budget_spent"

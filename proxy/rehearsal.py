@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from index.answers import SENSITIVITY
 from index.embedder import Backend, TokenStates
 from index.errors import TextTooLong
 from index.features import compile_features
@@ -35,10 +36,11 @@ from proxy.printing import Bar
 FAR_MS: Final = 1 << 52
 BATCH: Final = 32  # texts of one length in a call: more than serving allows itself, for a clock nobody waits on
 
-LABELS: Final = {"perfect": (0.0, 0.0), "answers": (0.003, 0.2), "none": (0.0, 1.0)}
+LABELS: Final = {"perfect": (0.0, 0.0), "answers": (0.44, 1.0 - SENSITIVITY), "none": (0.0, 1.0)}
 """Where labels come from → (share of right answers that are called wrong, share of wrong ones that are overlooked).
 
-"perfect": the file's own; "answers": as comparing answers would give them, see `index.answers`; "none": there are none.
+"perfect": the file's own; "answers": as comparing freely worded answers would give them, see `index.answers`; "none":
+there are none.
 """
 
 
