@@ -22,6 +22,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
+import orjson
 import uvloop
 from aiohttp import web
 
@@ -38,6 +39,7 @@ from proxy.arbiter import Arbiter
 from proxy.audits import Auditor
 from proxy.books import Books
 from proxy.config import Settings, UpstreamSettings
+from proxy.core.dialects.routes import Routes
 from proxy.core.errors import CacheFault, ConfigError
 from proxy.explain import Explainer
 from proxy.handlers import ClientHandler
@@ -317,6 +319,7 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks) -> tuple[Pipeline, 
     handler = ClientHandler(
         pipeline=pipeline,
         upstream=edges.upstreams,
+        routes=Routes(orjson.loads),
         ledger=edges.store.ledger,
         telemetry=edges.telemetry,
         rules=settings.rules,
@@ -324,6 +327,7 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks) -> tuple[Pipeline, 
         secret=read_secret(settings.data_dir),
         extra_headers=extra_headers(settings),
         anonymous=settings.server.anonymous,
+        keyless=settings.server.listen.host in LOOPBACK_NAMES,
     )
     return pipeline, handler
 

@@ -281,6 +281,10 @@ class Upstream(Protocol):
         """Name of the configured upstream that serves this path."""
         ...
 
+    def place(self, upstream: str) -> str:
+        """Where it is: part of the scope, so that two dialects of one model server share its answers."""
+        ...
+
     async def open(
         self,
         upstream: str,

@@ -181,6 +181,7 @@ RULES_WHY: Mapping[str, str] = {
     "semantic_temperature_max": "explicit temperature above this: exact only, the client wants variety",
     "cache_seeded": "exact hits even for a request that gives a seed",
     "cache_tools": "exact hits for requests that carry tools and were answered in text",
+    "cache_tool_calls": "exact hits whose answer is a tool call, with new ids: a repeated question repeats the call",
     "semantic": "look for reworded questions at all",
     "min_words": "shorter prompts say too little to compare",
     "near_floor": "similarity from which a miss is listed as a near-miss",

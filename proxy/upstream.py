@@ -26,6 +26,7 @@ from aiohttp.streams import StreamReader
 from yarl import URL
 
 from proxy.breaker import Breaker
+from proxy.core.dialects.routes import family_of
 from proxy.core.errors import BadRequest, ConfigError, UpstreamError
 from proxy.core.identity import forwardable
 
@@ -49,7 +50,6 @@ _BARE = re.compile(
     r"assistants|threads|vector_stores|uploads)(/|\?|$)"
 )
 _VERSION = re.compile(r"/v\d[^/]*(/|$)")
-_OLLAMA = re.compile(r"/api/(chat|generate|embed|embeddings|tags|show|ps|version|pull|push|create|copy|delete|blobs)\b")
 _PLAIN_TARGET = re.compile(r"/[\x21-\x7e]*")
 
 
@@ -86,7 +86,7 @@ def everything_at(base_url: str) -> tuple[UpstreamAddress, ...]:
 class Address:
     """Where an upstream is, and the URL of a path there. Raises ConfigError for a base that is not plain http(s)."""
 
-    __slots__ = ("_host", "_is_complete", "_known", "_root", "breaker", "name")
+    __slots__ = ("_host", "_is_complete", "_known", "_root", "breaker", "name", "place")
 
     def __init__(self, configured: UpstreamAddress, breaker: Breaker) -> None:
         self.name = configured.name
@@ -105,7 +105,7 @@ class Address:
         # "/v1" at the end is the part every client repeats; another version ("/v4", "/v1beta/openai") stands for it.
         path = path.removesuffix("/v1")
         self._is_complete = _VERSION.search(path) is not None
-        self._root = str(base.origin()) + path
+        self._root = self.place = str(base.origin()) + path
         self._known: dict[str, URL] = {}
 
     def url_of(self, path_qs: str) -> URL:
@@ -350,7 +350,11 @@ class Upstreams:
 
     def route(self, path: str, headers: Mapping[str, str]) -> str:
         """Name of the upstream that serves this path: `anthropic-version` decides where dialects share paths."""
-        return self._by_dialect.get(dialect_of(path, headers), self._fallback)
+        return self._by_dialect.get(family_of(path, headers), self._fallback)
+
+    def place(self, upstream: str) -> str:
+        """Its address, without version and credentials: upstreams of one place are one model server."""
+        return self._addresses[upstream].place
 
     def breaker(self, upstream: str) -> Breaker:
         return self._addresses[upstream].breaker
@@ -504,16 +508,6 @@ class _Upload:
         except BadRequest as error:
             self.error = error
             raise
-
-
-def dialect_of(path: str, headers: Mapping[str, str]) -> str:
-    if "anthropic-version" in headers or path.startswith(("/v1/messages", "/messages")):
-        return "anthropic"
-    if path.startswith("/v1beta/") or ":generateContent" in path or ":streamGenerateContent" in path:
-        return "gemini"
-    if "x-goog-api-key" in headers:
-        return "gemini"
-    return "ollama" if _OLLAMA.match(path) else "openai"
 
 
 _names: dict[str, str] = {}  # as received → as the client gets it, "" when it does not

@@ -14,7 +14,7 @@ from proxy.core.facts import Facts
 from proxy.core.jsontext import canonical
 from proxy.core.model import Controls
 
-KEY_VERSION = 1
+KEY_VERSION = 2
 """Raised when the same request would get another digest: entries of older versions are then never found."""
 
 _NO_CONTROLS = Controls()
@@ -30,7 +30,7 @@ def scope_of(
     headers: Sequence[tuple[str, str]] = (),
     query: str = "",
 ) -> bytes:
-    """32 bytes: tenant, end user, upstream, operation, namespace, headers, query string, model, context, settings.
+    """32 bytes: tenant, end user, upstream's place, operation, namespace, headers, query, model, context, settings.
 
     `headers` as of `identity.scope_headers`; `query` is the target's query string as received. Of the controls only
     namespace and user take part. The prompt does not.

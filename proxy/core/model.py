@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from proxy.core.dialects.dialect import Dialect
 
 
 class Level(StrEnum):
@@ -63,8 +66,7 @@ class Usage:
 class Query:
     """What a client asked, parsed and classified. Equal bytes from equal credentials give an equal Query."""
 
-    dialect: str  # "openai"
-    operation: str  # "chat"
+    dialect: Dialect
     endpoint: str  # "/v1/chat/completions"
     upstream: str  # configured upstream's name
     tenant: str  # 64 hex digits
@@ -80,15 +82,18 @@ class Query:
     forward_body: bytes  # as it goes upstream: usage asked for, body twin removed, otherwise the client's bytes
     n: int = 1  # choices asked for
     wants_json: bool = False  # the answer was asked to be JSON (response_format json_object or json_schema)
+    output_limit: int | None = None  # tokens
+    has_stops: bool = False  # texts were named that end the answer
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One complete model output, dialect-neutral enough to be replayed streamed or whole.
+    """One complete model output, to be replayed streamed or whole, in the dialect that recorded it or in another.
 
-    `message` is the assistant message with every field the upstream sent (content, reasoning, refusal,
-    annotations...). `pieces` are the lengths, in characters of `message["content"]`, of the content deltas
-    as they were streamed; empty when the answer was not streamed.
+    `message` is the assistant message in OpenAI's words with every field the upstream sent (content, reasoning,
+    refusal, annotations...). `pieces` are the lengths, in characters of `message["content"]`, of the content deltas
+    as they were streamed; empty when the answer was not streamed. `raw_usage`, `extra` and `choice` are in the words of
+    `dialect`; what of them another dialect cannot say, see `Dialect.expresses`.
     """
 
     message: Mapping[str, Any]
@@ -99,6 +104,9 @@ class Answer:
     extra: Mapping[str, Any] = field(default_factory=dict)  # other top-level fields, e.g. system_fingerprint
     pieces: tuple[int, ...] = ()
     choice: Mapping[str, Any] = field(default_factory=dict)  # other fields of its one choice, e.g. logprobs: null
+    dialect: str = "openai"  # that recorded it
+    limit: int | None = None  # the output limit it ended under, where no usage says how long it is
+    opaque: bool = False  # carries signed or encrypted parts: for the very same question only
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +310,7 @@ class Rules:
     semantic_temperature_max: float = 0.3
     cache_seeded: bool = False  # exact hits for a request with a seed
     cache_tools: bool = True  # exact hits for requests that carry tools and were answered in text
+    cache_tool_calls: bool = False  # exact hits whose answer is a tool call, with new ids
     semantic: bool = True
     min_words: int = 3
     near_floor: float = 0.80

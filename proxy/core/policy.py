@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import date
+from typing import Any
 
 from proxy.core.facts import Facts
 from proxy.core.model import (
@@ -89,6 +90,8 @@ def _limiting(facts: Facts, controls: Controls, rules: Rules, reading: Reading |
         yield "audio"
     if facts.has_files:
         yield "files"
+    if facts.opaque:
+        yield "thinking"  # what is signed belongs to the very question it was thought for
     if facts.unknown:
         yield "unknown_field"
     if facts.prompt is None or reading is None:
@@ -176,6 +179,17 @@ def error_bound(rules: Rules, controls: Controls) -> float:
     return min(rules.max_error_rate, controls.max_error)
 
 
+def unfit(answer: Answer, query: Query) -> str | None:
+    """None when a stored answer may be given to this query as it is, else the reason why not."""
+    if query.output_limit is not None:
+        length = answer.limit if answer.usage is None else answer.usage.output_tokens
+        if length is None or length > query.output_limit:
+            return "max_tokens"
+    if answer.dialect != query.dialect.name and not query.dialect.expresses(answer, has_stops=query.has_stops):
+        return "not_expressible"
+    return None
+
+
 # -- what may be stored ------------------------------------------------------------------------------------------------
 
 FINISHED = frozenset({"stop", "end_turn", "stop_sequence"})
@@ -237,7 +251,7 @@ def storable(
         return "ttl_zero"
     if (reason := _answer_against(answer, rules)) is not None:
         return reason
-    if query.wants_json and not _is_json(answer.message.get("content")):
+    if query.wants_json and not answer.message.get("tool_calls") and not _is_json(answer.message.get("content")):
         return "invalid_json"
     if not _is_model(query.model, answer.model, (aliases or {}).get(query.model, ())):
         return "model_mismatch"
@@ -263,12 +277,15 @@ def _header_against(header: Callable[[str], str | None]) -> str | None:
 
 def _answer_against(answer: Answer, rules: Rules) -> str | None:
     message = answer.message
-    if message.get("tool_calls") or message.get("function_call"):
-        return "tool_calls"
+    calls = message.get("tool_calls")
+    if (calls and not rules.cache_tool_calls) or message.get("function_call"):
+        return "tool_calls"  # would repeat side effects
     if message.get("refusal"):
         return "refusal"
     if message.get("audio"):
         return "audio_output"
+    if calls and answer.finish_reason in FINISHED | {"tool_calls"}:
+        return None if _calls_are_readable(calls) else "tool_calls"
     if answer.finish_reason not in FINISHED:
         return _FINISHES.get(answer.finish_reason, "finish_other") if answer.finish_reason else "truncated"
     content = message.get("content")
@@ -277,6 +294,10 @@ def _answer_against(answer: Answer, rules: Rules) -> str | None:
     if _is_longer(content, rules.answer_limit_bytes):
         return "too_large"
     return None
+
+
+def _calls_are_readable(calls: Any) -> bool:
+    return all(_is_json(call["function"]["arguments"] or "{}") for call in calls)
 
 
 def _is_json(content: object) -> bool:

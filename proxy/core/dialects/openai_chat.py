@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+from proxy.core.dialects.dialect import EVENT_STREAM, Loads, Recording, StreamFilter, Template, UsageMode
+from proxy.core.dialects.openai_filter import UsageFilter
+from proxy.core.dialects.openai_record import find_usage, record
+from proxy.core.dialects.openai_replay import render_stream, render_whole
 from proxy.core.errors import BadRequest, IbidError
 from proxy.core.facts import Facts
 from proxy.core.jsontext import add_member, drop_member, members, set_member
+from proxy.core.model import Answer, Usage
 
 MESSAGE_LIMIT = 2048
 CHOICE_LIMIT = 128
@@ -84,6 +90,8 @@ _SPEAKING = _ROLES - _NULLABLE_ROLES
 _MESSAGE_FIELDS = frozenset(
     {"role", "content", "name", "tool_calls", "tool_call_id", "function_call", "refusal", "audio", "annotations"}
 )
+_LIMITS = ("max_completion_tokens", "max_tokens")
+_ELSEWHERE = DELIVERY_FIELDS | {"messages", "model", *_LIMITS}  # of `Facts`
 _ASK_FOR_USAGE = b'{"include_usage":true}'
 _PARTS = frozenset({"text", "refusal", "image_url", "input_audio", "file"})
 
@@ -111,7 +119,7 @@ def read(body: Mapping[str, Any]) -> Facts:
         model=model,
         prompt=prompt,
         context=context,
-        settings={k: v for k, v in body.items() if k not in DELIVERY_FIELDS and k != "messages" and k != "model"},
+        settings=_settings(body),
         unknown=tuple(_unknown(body, messages)),
         stream=body.get("stream") is True,
         wants_usage=stream_options.get("include_usage") is True,
@@ -129,10 +137,19 @@ def read(body: Mapping[str, Any]) -> Facts:
         logprobs=body.get("logprobs") is True or bool(body.get("top_logprobs")),
         store=body.get("store") is True,
         response_format=_format(body.get("response_format")),
+        output_limit=min((body[name] for name in _LIMITS if body.get(name) is not None), default=None),
+        has_stops=bool(body.get("stop")),
         end_user=_end_user(body),
         first_turn=users == 1 and _ASKING.issuperset(roles),
         user_turns=users,
     )
+
+
+def _settings(body: Mapping[str, Any]) -> dict[str, Any]:
+    settings = {name: value for name, value in body.items() if name not in _ELSEWHERE}
+    if isinstance(stop := settings.get("stop"), str):
+        settings["stop"] = [stop]
+    return settings
 
 
 def forward_body(raw: bytes, parsed: Mapping[str, Any]) -> bytes:
@@ -208,14 +225,19 @@ def _choices(body: Mapping[str, Any]) -> int:
 
 def _split(messages: list[dict[str, Any]]) -> tuple[str | None, tuple[Mapping[str, Any], ...]]:
     """The prompt and what stands around it. A lone text part says the same as a string."""
-    *earlier, last = messages
+    *earlier, last = (_plain(message) for message in messages)
     content = last.get("content")
-    if isinstance(content, list) and len(content) == 1 and content[0].keys() == {"type", "text"}:
-        content = content[0]["text"]
     if last["role"] != "user" or not isinstance(content, str):
-        return None, tuple(messages)
+        return None, (*earlier, last)
     rest = {k: v for k, v in last.items() if k not in ("role", "content")}
     return content, (*earlier, rest) if rest else tuple(earlier)
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    if isinstance(content, list) and len(content) == 1 and content[0].keys() == {"type", "text"}:
+        return {**message, "content": content[0]["text"]}
+    return message
 
 
 def _unknown(body: Mapping[str, Any], messages: list[dict[str, Any]]) -> Iterator[str]:
@@ -247,3 +269,66 @@ def _end_user(body: Mapping[str, Any]) -> str:
     named = (body.get("user"), body.get("safety_identifier"), metadata.get("user_id"))
     people = list(dict.fromkeys(name for name in named if isinstance(name, str) and name))
     return people[0] if len(people) == 1 else json.dumps(people) if people else ""
+
+
+class OpenAIChat:
+    """`Dialect` of OpenAI chat completions."""
+
+    name = "openai"
+    operation = "chat"
+    heartbeat: bytes | None = b": ping\n"
+    """A single LF: every SDK that speaks this dialect accepts it, also after an `id:` line."""
+    stream_type = EVENT_STREAM
+    id_header = ""
+
+    def __init__(self, loads: Loads = json.loads) -> None:
+        self._loads = loads
+
+    def read(self, body: Mapping[str, Any], *, model: str = "", stream: bool = False) -> Facts:
+        """See `read`; a model in the path (Azure's deployments) stands for the body's."""
+        return read({**body, "model": model} if model else body)
+
+    def forward_body(self, raw: bytes, parsed: Mapping[str, Any]) -> bytes:
+        return forward_body(raw, parsed)
+
+    def record(self, body: bytes, *, is_stream: bool, n: int) -> Recording:
+        return record(body, is_stream=is_stream, n=n, loads=self._loads)
+
+    def find_usage(self, body: bytes) -> Usage | None:
+        return find_usage(body)
+
+    def filter(self, *, wants_usage: bool, n: int) -> StreamFilter:
+        return UsageFilter(not wants_usage, n, self._loads)
+
+    def expresses(self, answer: Answer, *, has_stops: bool) -> bool:
+        """All but native parts: thinking with its signature, citations, server tools."""
+        return answer.dialect == self.name or not (answer.opaque or answer.choice)
+
+    def render(self, answer: Answer, *, stream: bool, wants_usage: bool, usage_mode: UsageMode) -> Template:
+        if answer.dialect != self.name:
+            answer = translated(answer)
+        return render_stream(answer, wants_usage, usage_mode) if stream else render_whole(answer, usage_mode)
+
+    def error_body(self, error: IbidError, request_id: str = "") -> bytes:
+        return error_body(error)
+
+    def stream_error(self, error: IbidError, request_id: str = "") -> bytes:
+        return stream_error(error)
+
+
+def translated(answer: Answer) -> Answer:
+    """Another dialect's answer in this one's words."""
+    usage = answer.usage
+    counts: dict[str, Any] | None = None
+    if usage is not None:
+        details = {"cached_tokens": usage.cache_read_tokens}
+        if usage.cache_write_tokens:
+            details["cache_write_tokens"] = usage.cache_write_tokens
+        counts = {
+            "prompt_tokens": usage.input_tokens,
+            "completion_tokens": usage.output_tokens,
+            "total_tokens": usage.input_tokens + usage.output_tokens,
+            "prompt_tokens_details": details,
+        }
+    finish = "stop" if answer.finish_reason == "stop_sequence" else answer.finish_reason
+    return replace(answer, finish_reason=finish, raw_usage=counts, extra={}, choice={})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from proxy.core.dialects.openai_record import Loads
+from proxy.core.dialects.dialect import Loads
 from proxy.core.eventstream import DONE, LINE_LIMIT_BYTES, EventSplitter, read_event
 
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
