@@ -148,7 +148,10 @@ class Pipeline:
             if controls.read and await self._find_exact(query, client, lookup):
                 return lookup
             if eligibility.level is Level.FULL and not controls.exact_only:
+                unfit = lookup.verdict.reason
                 await self._find_alike(query, client, lookup)
+                if isinstance(lookup.verdict, Miss) and unfit in policy.UNFIT:
+                    lookup.verdict = Miss(unfit)
         except ports.CACHE_FAULTS as fault:
             reason = _reason_of(fault)
             if reason == "too_long":  # a property of the text, not a fault

@@ -179,6 +179,9 @@ def error_bound(rules: Rules, controls: Controls) -> float:
     return min(rules.max_error_rate, controls.max_error)
 
 
+UNFIT = frozenset({"max_tokens", "not_expressible"})
+
+
 def unfit(answer: Answer, query: Query) -> str | None:
     """None when a stored answer may be given to this query as it is, else the reason why not."""
     if query.output_limit is not None:

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from yarl import URL
 
 from proxy.breaker import Breaker
+from proxy.core.dialects.routes import family_of
 from proxy.core.errors import BadRequest, ConfigError, UpstreamError
-from proxy.upstream import Address, OpenResponse, UpstreamAddress, UpstreamLimits, Upstreams, dialect_of, everything_at
+from proxy.upstream import Address, OpenResponse, UpstreamAddress, UpstreamLimits, Upstreams, everything_at
 
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
@@ -651,7 +652,7 @@ def test_base_that_is_not_plain_http_is_refused(base: str) -> None:
     ],
 )
 def test_dialect_follows_path_and_version_header(path: str, headers: dict[str, str], dialect: str) -> None:
-    assert dialect_of(path, headers) == dialect
+    assert family_of(path, headers) == dialect
 
 
 async def test_route_names_the_configured_upstream() -> None:

@@ -22,7 +22,7 @@ SEAM = '"responseId":"{id}"'
 _TOP_FIELDS = frozenset({"candidates", "usageMetadata", "modelVersion", "responseId", "createTime"})
 _CANDIDATE_FIELDS = frozenset({"content", "finishReason", "index"})
 _PART_KINDS = frozenset({"text", "functionCall", "thought", "thoughtSignature"})
-_FINISHES = {"STOP": "stop", "MAX_TOKENS": "length"}
+FINISHES = {"STOP": "stop", "MAX_TOKENS": "length"}
 _FINISHED = re.compile(rb'"finishReason"\s*:\s*"')
 
 
@@ -116,7 +116,7 @@ def _storable(
         return "blocked" if top.get("promptFeedback") else "truncated"
     if not isinstance(finish, str) or not isinstance(model, str) or not isinstance(usage, dict | None):
         return "garbage"
-    if finish not in _FINISHES:
+    if finish not in FINISHES:
         return f"finish_{finish.lower()[:32]}"
     if finish == "MAX_TOKENS":
         return "finish_length"

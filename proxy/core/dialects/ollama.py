@@ -67,7 +67,8 @@ def read(body: Mapping[str, Any], operation: Literal["chat", "generate"]) -> Fac
             raise _invalid_type(name, " or ".join(t.__name__ for t in types))
     messages = _messages(body.get("messages")) if operation == "chat" else _asked(body)
     options = dict(body.get("options") or {})
-    settings = {k: v for k, v in body.items() if k not in DELIVERY_FIELDS | {"model", "messages", "prompt", "options"}}
+    elsewhere = DELIVERY_FIELDS | {"model", "messages", "prompt", "options"}
+    settings = {k: v for k, v in body.items() if k not in elsewhere and v not in (None, "", [])}  # its clients say them
     settings |= _sampling(options)
     limit = options.pop("num_predict", None)
     if options:
