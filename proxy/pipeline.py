@@ -38,6 +38,7 @@ from proxy.core.model import (
     Tier,
     Verdict,
 )
+from proxy.explanation import explanation
 from proxy.hot import Alias, Form, HotRow, HotRows
 from proxy.judge import Judged, Opinion, Place, objection, verdict_of
 from proxy.relay import Head, Relay, Replay
@@ -101,7 +102,8 @@ class Pipeline:
                 assert lookup.row is not None
                 if hit.tier is Tier.SEMANTIC:
                     self._count_alike(query, client, lookup)
-                return self._serve(query, client, lookup.row, hit, lookup.steps_ms)
+                replay = self._serve(query, client, lookup.row, hit, lookup.steps_ms)
+                return replay if not query.controls.explain else replay.saying(explanation(query, lookup))
             case Hit() | NearMiss() | Miss() | Bypass():
                 pass
             case _:
@@ -114,12 +116,13 @@ class Pipeline:
             )
         if (flight := self._joinable(query)) is not None:  # it may have started while this one was looking
             return await self._join(flight, query, client)
-        return await self._forward(query, client, lookup)
+        reply = await self._forward(query, client, lookup)
+        return reply if not query.controls.explain else reply.saying(explanation(query, lookup))
 
     def recall(self, query: Query, client: Client) -> Replay | None:
         """Answer from memory without waiting for anything, or None."""
         controls = query.controls
-        if not controls.read or controls.shadow or query.eligibility.level is Level.NONE:
+        if not controls.read or controls.shadow or controls.explain or query.eligibility.level is Level.NONE:
             return None
         row = self.hot.find(query.fingerprint)
         if row is not None:

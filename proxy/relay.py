@@ -28,6 +28,10 @@ class Replay(NamedTuple):
     request_id: str
     body: bytes
 
+    def saying(self, explanation: tuple[str, str]) -> Replay:
+        """The same with one more header."""
+        return self._replace(head=Head([*self.head.pairs, explanation], self.head.id_header))
+
 
 class Source(Protocol):
     """Where a relay's bytes come from: a seat in a flight."""
@@ -100,6 +104,11 @@ class Relay:
         except UpstreamError as error:
             self.broken = error
             raise
+
+    def saying(self, explanation: tuple[str, str]) -> Relay:
+        """The same with one more header."""
+        self.headers.append(explanation)
+        return self
 
     def close(self, outcome: str) -> None:
         """`outcome`: "ok", "error" or "cancelled"."""
