@@ -432,7 +432,7 @@ def watch(
 
 
 def upstream_address(name: str, settings: UpstreamSettings) -> UpstreamAddress:
-    return UpstreamAddress(name, settings.base_url, settings.dialect)
+    return UpstreamAddress(name, settings.base_url, settings.dialect, settings.models, settings.key)
 
 
 def banner(app: App) -> str:
@@ -505,7 +505,8 @@ def settle_garbage() -> None:
 def secrets_of(settings: Settings) -> list[str]:
     """What no log line may show."""
     password = urlsplit(settings.store.database_url).password
-    return [secret for secret in (settings.server.admin_token, password) if secret]
+    keys = [upstream.key for upstream in settings.upstreams.values()]
+    return [secret for secret in (settings.server.admin_token, password, *keys) if secret]
 
 
 def serve(settings: Settings) -> None:

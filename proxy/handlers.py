@@ -214,7 +214,7 @@ class ClientHandler:
             controls = controls_of(caller.headers, twin)
             if twin is None:
                 caller.controls = controls
-        upstream = self._upstream.route(target.path, {})
+        upstream = self._upstream.route(target.path, {}, facts.model)
         eligibility = policy.classify(facts, controls, self._rules)
         scope = digest = b""
         if eligibility.level is not Level.NONE:

@@ -277,8 +277,8 @@ class UpstreamResponse(Protocol):
 class Upstream(Protocol):
     """Forwards to the model servers."""
 
-    def route(self, path: str, headers: Mapping[str, str]) -> str:
-        """Name of the configured upstream that serves this path."""
+    def route(self, path: str, headers: Mapping[str, str], model: str = "") -> str:
+        """Name of the configured upstream that serves this path, and this model where the body names one."""
         ...
 
     def place(self, upstream: str) -> str:

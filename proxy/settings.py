@@ -61,6 +61,11 @@ class UpstreamSettings:
 
     base_url: str = option("", "address of the server, with or without its /v1; no credential, query or fragment")
     dialect: Literal["openai", "anthropic", "gemini", "ollama"] = option("openai", "wire format it speaks")
+    models: tuple[str, ...] = option(
+        (), "models it serves, with * and ?; none: those no other one of its dialect names"
+    )
+    key_env: str | None = option(None, "environment variable of the key it is sent; unset: the client's own")
+    key: str | None = field(default=None, repr=False, metadata={"environment_only": True})
     prices_as: str | None = option(None, "provider whose list prices apply; unset: the one of the upstream's name")
 
 
