@@ -1,8 +1,9 @@
 """Providers in their own words, for `ScriptedUpstream(default=provider)`: whichever path is asked answers natively.
 
 The text is the same for the same question every time, so that an answer through ibid can be compared with one had
-directly; `pieces` of it are streamed. A question that begins with "call" is answered by a tool call, one that begins
-with "think" with a signed thought where the provider has those.
+directly; `pieces` of it are streamed. How a question begins says what comes of it: "call" a tool call, "think" a signed
+thought where the provider has those, "json" an object, "long" 3,000 words, "fail" a 429, "break" a stream without its
+second half.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tests.upstream import Body, Chat, Reply, Seen, Stream
+from tests.upstream import Body, Chat, Json, Reply, Seen, Stream, chat_chunks
 
 PIECES = 4
 MODEL = "m-1"
@@ -21,6 +22,16 @@ ARGUMENTS = {"city": "Paris"}
 def provider(seen: Seen) -> Reply:
     """The answer of the provider whose path this is."""
     path = seen.path.partition("?")[0]
+    prompt = prompt_of(seen.json)
+    if prompt.startswith("fail"):
+        return Json(429, _slow_down(path), headers={"Retry-After": "1"})
+    reply = _native(seen, path)
+    if prompt.startswith("break") and isinstance(reply, Stream):
+        return Stream(reply.chunks[: len(reply.chunks) // 2], content_type=reply.content_type)
+    return reply
+
+
+def _native(seen: Seen, path: str) -> Reply:
     if path.endswith("/messages"):
         return _anthropic(seen.json)
     if "enerateContent" in path:
@@ -30,7 +41,30 @@ def provider(seen: Seen) -> Reply:
     return _openai(seen.json)
 
 
+def prompt_of(body: Mapping[str, Any]) -> str:
+    """The last thing said in a body of any dialect."""
+    if "contents" in body:
+        content = body["contents"][-1]["parts"]
+    else:
+        content = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def _slow_down(path: str) -> dict[str, Any]:
+    if path.endswith("/messages"):
+        return {"type": "error", "error": {"type": "rate_limit_error", "message": "Slow down."}}
+    if "enerateContent" in path:
+        return {"error": {"code": 429, "message": "Slow down.", "status": "RESOURCE_EXHAUSTED"}}
+    if path.startswith("/api/"):
+        return {"error": "Slow down."}
+    return {"error": {"message": "Slow down.", "type": "rate_limit", "param": None, "code": "rate_limit"}}
+
+
 def text_for(prompt: str) -> str:
+    if prompt.startswith("json"):
+        return '{"city": "Paris", "days": 3}'
+    if prompt.startswith("long"):
+        return "".join(f"word {i} of a long answer. " for i in range(600))
     return f"This is what is known about it: {prompt} And that is all there is to say, \u00e9t\u00e9 \U0001f5fc."
 
 
@@ -52,10 +86,9 @@ def _json(body: Mapping[str, Any]) -> Body:
 
 
 def _openai(body: Mapping[str, Any]) -> Reply:
-    content = body["messages"][-1]["content"]
-    prompt = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    prompt = prompt_of(body)
     if not prompt.startswith("call"):
-        return Chat(text=text_for(prompt), pieces=PIECES)
+        return _openai_text(body, text_for(prompt))
     function = {"name": "weather", "arguments": json.dumps(ARGUMENTS)}
     call = {"id": "call_abc", "type": "function", "function": function}
     head = {"id": "chatcmpl-1", "created": 1_700_000_000, "model": body["model"]}
@@ -77,12 +110,22 @@ def _openai(body: Mapping[str, Any]) -> Reply:
     return Stream([*calls, chunk({}, "tool_calls"), *counted, b"data: [DONE]\n\n"])
 
 
+def _openai_text(body: Mapping[str, Any], text: str) -> Reply:
+    head = {"id": "chatcmpl-1", "created": 1_700_000_000, "model": body["model"]}
+    usage = {"prompt_tokens": 10, "completion_tokens": 25, "total_tokens": 35}
+    if not body.get("stream"):
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+        return _json({**head, "object": "chat.completion", "choices": [choice], "usage": usage})
+    wanted = (body.get("stream_options") or {}).get("include_usage")
+    return Stream(chat_chunks(head, text, Chat(pieces=PIECES), usage if wanted else None))
+
+
 # -- Anthropic --------------------------------------------------------------------------------------------------------
 
 
 def _anthropic(body: Mapping[str, Any]) -> Reply:
-    content = body["messages"][-1]["content"]
-    prompt = content if isinstance(content, str) else "".join(block.get("text", "") for block in content)
+    prompt = prompt_of(body)
     blocks: list[dict[str, Any]] = [{"type": "text", "text": text_for(prompt)}]
     if prompt.startswith("think"):
         blocks.insert(0, {"type": "thinking", "thinking": "Let me see what that is.", "signature": "c2lnbmVk"})
@@ -104,7 +147,7 @@ def _anthropic(body: Mapping[str, Any]) -> Reply:
     events = [{"type": "message_start", "message": started}, {"type": "ping"}]
     for index, block in enumerate(blocks):
         events += _block_events(index, block)
-    events += [{"type": "message_delta", "delta": end, "usage": {"output_tokens": 25}}, {"type": "message_stop"}]
+    events += [{"type": "message_delta", "delta": end, "usage": usage}, {"type": "message_stop"}]
     return Stream([_event(event, name=True) for event in events], headers={"request-id": "req_upstream"})
 
 
@@ -128,7 +171,7 @@ def _block_events(index: int, block: Mapping[str, Any]) -> Iterator[dict[str, An
 
 
 def _gemini(body: Mapping[str, Any], path: str) -> Reply:
-    prompt = "".join(part.get("text", "") for part in body["contents"][-1]["parts"])
+    prompt = prompt_of(body)
     model = path.partition("/models/")[2].partition(":")[0]
     said: list[dict[str, Any]] = [{"text": piece} for piece in pieces_of(text_for(prompt))]
     whole: list[dict[str, Any]] = [{"text": text_for(prompt)}]
@@ -152,7 +195,7 @@ def _gemini(body: Mapping[str, Any], path: str) -> Reply:
 
 
 def _ollama(body: Mapping[str, Any], *, is_chat: bool) -> Reply:
-    prompt = body["messages"][-1]["content"] if is_chat else body["prompt"]
+    prompt = prompt_of(body)
     head = {"model": body["model"], "created_at": "2026-11-20T19:22:45.499127Z"}
     end = {
         "done": True, "done_reason": "stop", "total_duration": 5_000_000, "load_duration": 1_000_000,

@@ -430,6 +430,8 @@ def test_the_filter_takes_the_usage_chunk_and_nothing_else(path, data, strip):
     if strip and path.stem in ("usage", "usage_spaced", "reasoning"):
         start = raw.rindex(b"data: {")
         expected = raw[:start] + raw[raw.index(b"data: [DONE]") :]
+    if strip:
+        expected = expected.replace(b',"usage":null', b"").replace(b', "usage": null', b"")
     if path.stem == "cut_mid_event":
         expected = raw[: raw.rindex(b"data: ")]
     if path.stem in ("done_without_finish", "two_choices_one_open"):
@@ -440,7 +442,7 @@ def test_the_filter_takes_the_usage_chunk_and_nothing_else(path, data, strip):
 
 
 def test_a_chunk_of_whole_events_passes_as_the_same_object():
-    usage_filter = UsageFilter(strip=True)
+    usage_filter = UsageFilter(strip=False)
     first, second, *_ = (event + b"\n\n" for event in (TRANSCRIPTS / "usage.sse").read_bytes().split(b"\n\n"))
     usage_filter.feed(first)
     assert usage_filter.feed(second) is second
