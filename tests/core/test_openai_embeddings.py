@@ -19,6 +19,7 @@ from proxy.core.dialects.openai_embeddings import (
     usage_in,
     usage_object,
 )
+from proxy.core.dialects.routes import Routes
 from proxy.core.errors import BadRequest
 from proxy.core.fingerprint import fingerprint_of, scope_of
 from proxy.core.model import Controls, Level, Rules, Usage
@@ -133,6 +134,30 @@ def test_it_is_looked_up_by_identity_only():
     assert (off.level, off.reason) == (Level.NONE, "no_store")
     unknown = classify(read(ask("a", encoding_format="ubinary")), Controls(), Rules())
     assert (unknown.level, unknown.reason) == (Level.NONE, "encoding_format")
+
+
+@pytest.mark.parametrize(
+    ("path", "goes_to", "model"),
+    [
+        ("/v1/embeddings", "/v1/embeddings", ""),
+        ("/embeddings", "/v1/embeddings", ""),
+        ("/v1/v1/embeddings", "/v1/embeddings", ""),
+        ("/openai/v1/embeddings", "/openai/v1/embeddings", ""),
+        ("/openai/deployments/ada/embeddings", "/openai/deployments/ada/embeddings", "ada"),
+    ],
+)
+def test_every_spelling_of_the_path_is_one_operation(path, goes_to, model):
+    route = Routes().find(path, "?api-version=1")
+    assert route.dialect is not None
+    assert (route.dialect.operation, route.path, route.model) == ("embedding", goes_to, model)
+    assert route.scope_query == "?api-version=1"
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/embeddings/x", "/openai/deployments/a/b/embeddings", "/api/embed", "/x/embeddings"]
+)
+def test_other_paths_pass_through(path):
+    assert Routes().find(path).dialect is None
 
 
 # -- upstream ----------------------------------------------------------------------------------------------------------
