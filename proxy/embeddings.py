@@ -46,6 +46,7 @@ from proxy.core.model import (
     Tier,
     Usage,
 )
+from proxy.explanation import explanation
 from proxy.hot import HotRow
 from proxy.pipeline import Pipeline
 from proxy.relay import Head, Relay, Replay
@@ -122,6 +123,17 @@ class Embeddings:
         """Serve, complete or forward. Raises BadRequest (only-if-cached) and UpstreamError, never a cache fault."""
         wanted = _distinct(_batch_of(query))
         lookup, found = await self._look_up(query, client, wanted)
+        reply = await self._reply(query, client, lookup, wanted, found)
+        return reply if not query.controls.explain else reply.saying(explanation(query, lookup))
+
+    async def _reply(
+        self,
+        query: Query,
+        client: Client,
+        lookup: Lookup,
+        wanted: Mapping[bytes, Input],
+        found: dict[bytes, HotRow] | None,
+    ) -> Replay | Relay:
         if found is not None and len(found) == len(wanted) and not query.controls.shadow:
             return await self._serve(query, client, lookup, found)
         if query.controls.only_if_cached:

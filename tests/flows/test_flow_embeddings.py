@@ -294,6 +294,14 @@ async def test_the_bodys_twin_of_the_controls_stays_here(exact, up):
     assert (await exact.embed("a", headers={"x-cache-namespace": "n"})).cache == "HIT"
 
 
+async def test_a_verdicts_making_is_told_where_it_is_asked_for(exact, up):
+    await fill(exact, "a")
+    for asked, verdict in (("a", "hit"), (["a", "b"], "partial"), ("c", "unseen")):
+        reply = await exact.embed(asked, headers={"x-cache-explain": "1"})
+        said = json.loads(reply.headers["x-cache-explain"])
+        assert (said["verdict"], said["level"]) == (verdict, "exact")
+
+
 async def test_only_if_cached_is_all_or_nothing(exact, up):
     await fill(exact, "a")
     only = {"Cache-Control": "only-if-cached"}
