@@ -41,6 +41,7 @@ from proxy.books import Books
 from proxy.config import Settings, UpstreamSettings
 from proxy.core.dialects.routes import Routes
 from proxy.core.errors import CacheFault, ConfigError
+from proxy.embeddings import Embeddings
 from proxy.explain import Explainer
 from proxy.handlers import ClientHandler
 from proxy.hot import HotRows
@@ -316,8 +317,19 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks) -> tuple[Pipeline, 
         usage_on_hit=settings.cache.usage_on_hit,
         model_aliases=aliases_of(settings.forward.model_aliases),
     )
+    embeddings = Embeddings(
+        pipeline=pipeline,
+        store=edges.store.entries,
+        books=books,
+        upstream=edges.upstreams,
+        telemetry=edges.telemetry,
+        tasks=tasks,
+        usage_on_hit=settings.cache.usage_on_hit,
+        model_aliases=aliases_of(settings.forward.model_aliases),
+    )
     handler = ClientHandler(
         pipeline=pipeline,
+        embeddings=embeddings,
         upstream=edges.upstreams,
         routes=Routes(orjson.loads),
         ledger=edges.store.ledger,

@@ -22,7 +22,8 @@ from proxy.core.dialects.dialect import Dialect
 from proxy.core.dialects.routes import Routes, family_of, key_in
 from proxy.core.directives import controls_of, verdict_headers
 from proxy.core.errors import BadRequest, IbidError, UpstreamError
-from proxy.core.model import Bypass, Call, Controls, Level, Limits, Outcome, Query, Rules
+from proxy.core.model import Batch, Bypass, Call, Controls, Level, Limits, Outcome, Query, Rules
+from proxy.embeddings import Embeddings
 from proxy.incoming import body_stream, error_response, query_of, read_body, target_of
 from proxy.listener import Admission
 from proxy.pipeline import Pipeline
@@ -83,6 +84,7 @@ class ClientHandler:
         self,
         *,
         pipeline: Pipeline,
+        embeddings: Embeddings,
         upstream: Upstream,
         routes: Routes,
         ledger: Ledger,
@@ -98,6 +100,7 @@ class ClientHandler:
         self.admission = Admission(limits.in_flight, limits.queued, limits.queue_timeout_s)
         self.streams: set[LiveStream] = set()
         self._pipeline = pipeline
+        self._embeddings = embeddings
         self._upstream = upstream
         self._routes = routes
         self._ledger = ledger
@@ -157,7 +160,10 @@ class ClientHandler:
         client = Client(
             request_id, int(self._clock() * 1000), started_s, target.path_qs, caller.headers, caller.is_retry
         )
-        reply = self._pipeline.recall(query, client) or await self._pipeline.answer(query, client)
+        if query.batch is not None:
+            reply = await self._embeddings.answer(query, client)
+        else:
+            reply = self._pipeline.recall(query, client) or await self._pipeline.answer(query, client)
         if isinstance(reply, Replay):
             return answer_at_once(request, reply)
         return await self._relay(request, reply)
@@ -227,7 +233,11 @@ class ClientHandler:
                 headers=caller.scope_headers,
                 query=target.query,
             )
-            digest = fingerprint.fingerprint_of(scope, facts.prompt)
+            digest = b"" if facts.inputs else fingerprint.fingerprint_of(scope, facts.prompt)
+        batch = None
+        if facts.inputs:
+            prints = tuple([fingerprint.fingerprint_of(scope, asked) for asked in facts.inputs]) if scope else ()
+            batch = Batch(facts.inputs, prints, facts.encoding_format, is_open=not facts.unknown)
         query = Query(
             dialect=dialect,
             endpoint=target.path_qs.partition("?")[0],
@@ -247,6 +257,7 @@ class ClientHandler:
             wants_json=facts.response_format in ("json_object", "json_schema"),
             output_limit=facts.output_limit,
             has_stops=facts.has_stops,
+            batch=batch,
         )
         if len(raw) <= MEMO_BODY_BYTES:
             _remember(self._queries, (target, caller, raw), query)

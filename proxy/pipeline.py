@@ -88,7 +88,7 @@ class Pipeline:
         self._usage_on_hit = usage_on_hit
         self._model_aliases = model_aliases or {}
         self._clock = clock
-        self._purges = 0  # rows read or written before the last of them may be gone
+        self.purges = 0  # rows read or written before the last of them may be gone
 
     # -- the story ----------------------------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ class Pipeline:
             )
         if (flight := self._joinable(query)) is not None:  # it may have started while this one was looking
             return await self._join(flight, query, client)
-        reply = await self._forward(query, client, lookup)
+        reply = await self.forward(query, client, lookup)
         return reply if not query.controls.explain else reply.saying(explanation(query, lookup))
 
     def recall(self, query: Query, client: Client) -> Replay | None:
@@ -168,7 +168,7 @@ class Pipeline:
 
     async def _find_exact(self, query: Query, client: Client, lookup: Lookup) -> bool:
         started = time.perf_counter()
-        purges = self._purges
+        purges = self.purges
         entry = await self._store.find(query.fingerprint)
         lookup.steps_ms["exact"] = (time.perf_counter() - started) * 1e3
         if entry is None or entry.draft.scope != query.scope:
@@ -176,7 +176,7 @@ class Pipeline:
         if not _is_fresh(entry, query, client):
             lookup.verdict = Miss("expired")
             return False
-        row = self._warm(entry, purges)
+        row = self.warm(entry, purges)
         if (reason := policy.unfit(row.answer, query)) is not None:
             lookup.verdict = Miss(reason)
             return False
@@ -229,7 +229,7 @@ class Pipeline:
         assert self.index is not None
         assert lookup.vector is not None
         entry_id = chosen.candidate.entry_id
-        row, purges, epoch = self.hot.get(entry_id), self._purges, self.judge.epoch
+        row, purges, epoch = self.hot.get(entry_id), self.purges, self.judge.epoch
         entry = row.entry if row is not None else await self._store.get(entry_id)
         if entry is None:
             self.index.remove([entry_id])
@@ -247,7 +247,7 @@ class Pipeline:
         similarity, vetoes = self.index.compare(lookup.vector, opinion.signature, draft.embedding, draft.signature)
         if not abs(similarity - chosen.candidate.similarity) <= ROUNDING or vetoes != chosen.candidate.vetoes:
             return "changed"
-        row = row if row is not None else self._warm(entry, purges)
+        row = row if row is not None else self.warm(entry, purges)
         if (reason := policy.unfit(row.answer, query)) is not None:
             return reason
         if self.judge.is_refused(query.fingerprint, draft.fingerprint):
@@ -257,7 +257,7 @@ class Pipeline:
         lookup.steps_ms["guard"] = lookup.steps_ms.get("guard", 0.0) + (time.perf_counter() - asked) * 1e3
         if against:
             return against
-        if (purges, epoch) != (self._purges, self.judge.epoch):  # while the guard was asked; its answer is remembered
+        if (purges, epoch) != (self.purges, self.judge.epoch):  # while the guard was asked; its answer is remembered
             return await self._pass_gate(chosen, opinion, query, client, lookup)
         return row
 
@@ -284,10 +284,10 @@ class Pipeline:
         if again is not None and not query.controls.only_if_cached:
             _ = self._tasks.spawn(self._ask_again(query, client, lookup, again), "audit")
 
-    def _warm(self, entry: Entry, purges: int) -> HotRow:
+    def warm(self, entry: Entry, purges: int) -> HotRow:
         """A row to serve, kept in memory unless a purge came while it was read."""
         answer = decode_answer(entry.draft.answer, orjson.loads)
-        return self.hot.put(entry, answer) if purges == self._purges else HotRow(entry, answer)
+        return self.hot.put(entry, answer) if purges == self.purges else HotRow(entry, answer)
 
     # -- serve ----------------------------------------------------------------------------------------------------
 
@@ -342,7 +342,7 @@ class Pipeline:
         asked, own = flight.context.query.output_limit, query.output_limit
         return flight if own is None or (asked is not None and asked <= own) else None
 
-    async def _forward(self, query: Query, client: Client, lookup: Lookup) -> Replay | Relay:
+    async def forward(self, query: Query, client: Client, lookup: Lookup) -> Replay | Relay:
         shared = query.eligibility.level is not Level.NONE and query.controls.read
         current = self.flights.get(query.fingerprint)
         shared = shared and (current is None or not current.joinable)  # it goes on for those it suits
@@ -404,9 +404,9 @@ class Pipeline:
         if answer is None:
             if (other := self._joinable(query)) is not None:  # one of those who waited asks again, for all of them
                 return await self._join(other, query, client)
-            return await self._forward(query, client, Lookup(Miss(flight.context.unstored)))
+            return await self.forward(query, client, Lookup(Miss(flight.context.unstored)))
         if (reason := policy.unfit(answer, query)) is not None:
-            return await self._forward(query, client, Lookup(Miss(reason)))
+            return await self.forward(query, client, Lookup(Miss(reason)))
         return self._serve_shared(flight.context, answer, query, client)
 
     def _serve_shared(self, fetch: Fetch, answer: Answer, query: Query, client: Client) -> Replay:
@@ -540,10 +540,10 @@ class Pipeline:
         identity = "" if self.embedder is None else self.embedder.identity
         draft = draft_of(fetch, answer, identity, self.rules, int(self._clock() * 1000))
         try:
-            purges = self._purges
+            purges = self.purges
             entry, replaced = await self._store.put(draft)
-            while purges != self._purges:  # a purge came meanwhile: it may have taken this one along
-                purges = self._purges
+            while purges != self.purges:  # a purge came meanwhile: it may have taken this one along
+                purges = self.purges
                 if await self._store.get(entry.id) is None:
                     return
             if replaced:
@@ -582,7 +582,7 @@ class Pipeline:
 
     def forget(self, entry_ids: Sequence[int]) -> None:
         """Drop entries that SQL no longer has from memory and index."""
-        self._purges += bool(entry_ids)
+        self.purges += bool(entry_ids)
         self.hot.forget(entry_ids)
         if self.index is not None:
             self.index.remove(entry_ids)

@@ -384,6 +384,11 @@ def verdict_headers(
     return headers
 
 
+def partial_header(served: int, asked: int) -> tuple[str, str]:
+    """How many of a request's inputs the cache answered."""
+    return ("x-cache-partial", f"{served}/{asked}")
+
+
 def _forwarded(
     verdict: Verdict, fwd_status: int | None, stored: bool, collapsed: bool, shadow: bool, refresh: bool
 ) -> list[tuple[str, str]]:

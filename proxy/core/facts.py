@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from proxy.core.model import Input
+
 
 @dataclass(slots=True)  # not frozen: one is made for each body, and setting 29 frozen fields takes thrice as long
 class Facts:
@@ -46,3 +48,5 @@ class Facts:
     end_user: str = ""
     first_turn: bool = False  # one user message, nothing said by the assistant before
     user_turns: int = 0
+    inputs: tuple[Input, ...] = ()  # of an embedding request, which has neither prompt nor context
+    encoding_format: str = ""  # of its vectors

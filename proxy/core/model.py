@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from proxy.core.dialects.dialect import Dialect
 
 
+Input = str | tuple[int, ...]
+"""What one vector is asked for: a text, or the ids of its tokens."""
+
+
 class Level(StrEnum):
     """How far a lookup may go. `none` neither reads nor writes the cache."""
 
@@ -63,6 +67,16 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Batch:
+    """The inputs of an embedding request; the rest of it is in its Query."""
+
+    inputs: tuple[Input, ...]  # as asked, repeats included
+    fingerprints: tuple[bytes, ...]  # one each; () when nothing is looked up
+    encoding_format: str  # "float" | "base64", as the client reads it
+    is_open: bool  # all of the request is understood: an upstream may be asked in either format
+
+
+@dataclass(frozen=True, slots=True)
 class Query:
     """What a client asked, parsed and classified. Equal bytes from equal credentials give an equal Query."""
 
@@ -84,6 +98,7 @@ class Query:
     wants_json: bool = False  # the answer was asked to be JSON (response_format json_object or json_schema)
     output_limit: int | None = None  # tokens
     has_stops: bool = False  # texts were named that end the answer
+    batch: Batch | None = None  # of an embedding request
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +283,11 @@ class Outcome(NamedTuple):
     baseline_ms: float | None  # what the upstream took when the entry was made
     ttft_ms: float | None
     total_ms: float
+
+    @property
+    def is_partial(self) -> bool:
+        """The cache gave a part of the answer and an upstream call the rest: inputs of an embedding request."""
+        return self.mechanism == "cache.exact" and bool(self.calls)
 
     @property
     def recurring(self) -> tuple[Any, ...]:

@@ -24,6 +24,9 @@ from proxy.core.model import (
 )
 from proxy.core.words import READ_LIMIT_CHARS, Reading, read_prompt
 
+FORMATS = ("float", "base64")
+"""Spellings of a vector, both of float32 numbers."""
+
 # -- what may be looked up ---------------------------------------------------------------------------------------------
 
 
@@ -70,6 +73,8 @@ def _forbidding(facts: Facts, controls: Controls, rules: Rules) -> Iterator[str]
         yield "seed"  # a given sample was asked for
     if facts.prompt is not None and _is_longer(facts.prompt, rules.prompt_limit_bytes):
         yield "prompt_too_large"
+    if facts.inputs and facts.encoding_format not in FORMATS:
+        yield "encoding_format"  # vectors that cannot be read
 
 
 def _limiting(facts: Facts, controls: Controls, rules: Rules, reading: Reading | None) -> Iterator[str]:
@@ -236,13 +241,7 @@ def storable(
     was never reached. `header` looks up one response header, the lines of a repeated one joined by ", ". `aliases`
     names the models an upstream may answer with for a model asked.
     """
-    if query.eligibility.level is Level.NONE:
-        return query.eligibility.reason or "bypass"
-    if not query.controls.write:
-        return "no_store"
-    if status != 200:
-        return "non_200"
-    if (reason := _header_against(header)) is not None:
+    if (reason := _request_or_head_against(query, status, header)) is not None:
         return reason
     if answer is None:
         return "truncated"
@@ -259,6 +258,39 @@ def storable(
     if not _is_model(query.model, answer.model, (aliases or {}).get(query.model, ())):
         return "model_mismatch"
     return None
+
+
+def storable_vectors(
+    model: str,
+    query: Query,
+    rules: Rules,
+    *,
+    status: int,
+    row_bytes: int,
+    header: Callable[[str], str | None],
+    aliases: Mapping[str, Collection[str]] | None = None,
+) -> str | None:
+    """None when the rows of an embedding answer may be kept, else the reason why not.
+
+    `model` is what answered, `row_bytes` the size of one of its equal rows.
+    """
+    if (reason := _request_or_head_against(query, status, header)) is not None:
+        return reason
+    if row_bytes > rules.answer_limit_bytes:
+        return "too_large"
+    if ttl_s(query.eligibility, query.controls, rules) <= 0:
+        return "ttl_zero"
+    if not _is_model(query.model, model, (aliases or {}).get(query.model, ())):
+        return "model_mismatch"
+    return None
+
+
+def _request_or_head_against(query: Query, status: int, header: Callable[[str], str | None]) -> str | None:
+    if query.eligibility.level is Level.NONE:
+        return query.eligibility.reason or "bypass"
+    if not query.controls.write:
+        return "no_store"
+    return "non_200" if status != 200 else _header_against(header)
 
 
 def _header_against(header: Callable[[str], str | None]) -> str | None:
@@ -326,7 +358,9 @@ _BYTES_PER_TOKEN = 4  # of English JSON text
 _BYTES_PER_CHUNK = 200  # of an event stream, which frames about one token an event
 
 
-def estimate_usage(request_body: bytes, response_bytes: int, is_stream: bool) -> Usage:
-    """Token counts when an upstream reports none: an estimate by size, booked as such."""
+def estimate_usage(request_body: bytes, response_bytes: int, is_stream: bool, *, has_output: bool = True) -> Usage:
+    """Token counts when an upstream reports none: an estimate by size, booked as such. Vectors are no tokens."""
+    if not has_output:
+        return Usage(len(request_body) // _BYTES_PER_TOKEN + 1, 0)
     per_token = _BYTES_PER_CHUNK if is_stream else _BYTES_PER_TOKEN
     return Usage(len(request_body) // _BYTES_PER_TOKEN + 1, response_bytes // per_token + 1)

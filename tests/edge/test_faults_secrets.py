@@ -108,7 +108,7 @@ ALLOWED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("target", ["/v1/chat/completions", "/v1/embeddings"], ids=["chat", "passed through"])
+@pytest.mark.parametrize("target", ["/v1/chat/completions", "/v1/moderations"], ids=["chat", "passed through"])
 async def test_only_the_allow_list_goes_upstream(ibid: Running, target: str) -> None:
     raw = request(
         question(), "Accept: application/json", "User-Agent: tests/1", "OpenAI-Organization: org", "OpenAI-Beta: b",
