@@ -84,6 +84,7 @@ class Query:
     wants_json: bool = False  # the answer was asked to be JSON (response_format json_object or json_schema)
     output_limit: int | None = None  # tokens
     has_stops: bool = False  # texts were named that end the answer
+    keeps_id: bool = False  # see `Facts`
 
 
 @dataclass(frozen=True, slots=True)

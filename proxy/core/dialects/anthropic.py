@@ -301,7 +301,7 @@ class Messages:
     def filter(self, *, wants_usage: bool, n: int) -> StreamFilter:
         return MessageFilter()
 
-    def expresses(self, answer: Answer, *, has_stops: bool) -> bool:
+    def expresses(self, answer: Answer, *, has_stops: bool, keeps_id: bool = False) -> bool:
         """Text and tool calls whose length is known; which of several stops ended a text another dialect did not say,
         and thinking without a signature is none here."""
         if answer.dialect == self.name:
@@ -319,5 +319,5 @@ class Messages:
     def error_body(self, error: IbidError, request_id: str = "") -> bytes:
         return error_body(error, request_id)
 
-    def stream_error(self, error: IbidError, request_id: str = "") -> bytes:
+    def stream_error(self, error: IbidError, request_id: str = "", *, after: int = -1) -> bytes:
         return b"event: error\ndata: " + error_body(error, request_id) + b"\n\n"

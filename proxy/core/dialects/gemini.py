@@ -191,7 +191,7 @@ class Gemini:
     def filter(self, *, wants_usage: bool, n: int) -> StreamFilter:
         return CandidateFilter()
 
-    def expresses(self, answer: Answer, *, has_stops: bool) -> bool:
+    def expresses(self, answer: Answer, *, has_stops: bool, keeps_id: bool = False) -> bool:
         """Text and function calls."""
         if answer.dialect == self.name:
             return True
@@ -209,6 +209,6 @@ class Gemini:
             {"error": {"code": error.status, "message": error.message, "status": status, "details": [reason]}}
         )
 
-    def stream_error(self, error: IbidError, request_id: str = "") -> bytes:
+    def stream_error(self, error: IbidError, request_id: str = "", *, after: int = -1) -> bytes:
         """Nothing: no event of this dialect means that something broke, so the connection is cut."""
         return b""

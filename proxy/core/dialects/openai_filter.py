@@ -74,6 +74,7 @@ class UsageFilter:
     included. Only whole events leave, so a heartbeat or an error event may be written between any two results.
     """
 
+    number = -1
     __slots__ = (
         "_done",
         "_finished",
