@@ -9,16 +9,18 @@ from typing import Final, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from proxy.core.dialects.anthropic import Messages
+from proxy.core.dialects.completions import Completions
 from proxy.core.dialects.dialect import Dialect, Loads
 from proxy.core.dialects.gemini import DELIVERY_QUERY, Gemini
 from proxy.core.dialects.ollama import Ollama
 from proxy.core.dialects.openai_chat import OpenAIChat
+from proxy.core.dialects.responses import Responses
 
 CHAT_PATH: Final = "/v1/chat/completions"
 MESSAGES_PATH: Final = "/v1/messages"
 
 _GEMINI = re.compile(r"(?:/v1|/v1beta|/v1alpha)?/models/([^/:]+):(generateContent|streamGenerateContent)")
-_AZURE = re.compile(r"/openai/deployments/([^/]+)/chat/completions")
+_AZURE = re.compile(r"/openai/deployments/([^/]+)/(chat/completions|completions)")
 _OLLAMA = re.compile(r"/api/(chat|generate|embed|embeddings|tags|show|ps|version|pull|push|create|copy|delete|blobs)\b")
 
 
@@ -37,16 +39,25 @@ class Routes:
 
     def __init__(self, loads: Loads = json.loads) -> None:
         chat, messages = OpenAIChat(loads), Messages(loads)
+        spoken: dict[str, Dialect] = {
+            "/chat/completions": chat,
+            "/completions": Completions(loads),
+            "/responses": Responses(loads),
+            "/messages": messages,
+        }
         self._chat = chat
+        self._completions = spoken["/completions"]
         self._table: dict[str, Route] = {}
         for prefix in ("", "/v1", "/v1/v1"):
-            self._table[prefix + "/chat/completions"] = Route(chat, CHAT_PATH)
-            self._table[prefix + "/messages"] = Route(messages, MESSAGES_PATH)
+            for path, dialect in spoken.items():
+                self._table[prefix + path] = Route(dialect, "/v1" + path)
+        for path in ("/chat/completions", "/completions", "/responses"):
+            self._table["/openai/v1" + path] = Route(spoken[path], "/openai/v1" + path)
+        self._table["/openai/responses"] = Route(spoken["/responses"], "/openai/responses")
         ollama = Ollama("chat", loads)
         self._table["/api/chat"] = Route(ollama, "/api/chat")
         self._table["/api/generate"] = Route(Ollama("generate", loads), "/api/generate")
         self._gemini = Gemini(loads)
-        self._table["/openai/v1/chat/completions"] = Route(chat, "/openai/v1/chat/completions")
         chats: tuple[Dialect, ...] = (chat, messages, self._gemini, ollama)
         self._errors = {dialect.name: dialect for dialect in chats}
 
@@ -59,7 +70,8 @@ class Routes:
         if route is not None:
             return route._replace(scope_query=query)
         if (azure := _AZURE.fullmatch(path)) is not None:
-            return Route(self._chat, path, azure[1], scope_query=query)
+            spoken = self._chat if azure[2] == "chat/completions" else self._completions
+            return Route(spoken, path, azure[1], scope_query=query)
         if (gemini := _GEMINI.fullmatch(path)) is not None:
             is_stream = gemini[2] == "streamGenerateContent"
             pairs = query[1:].split("&") if len(query) > 1 else []
