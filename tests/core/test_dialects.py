@@ -446,8 +446,8 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
         "tool_choice": "none", "parallel_tool_calls": False, "text": {"verbosity": "low"},
         "reasoning": {"effort": "low"}, "include": ["x"], "truncation": "auto", "store": True, "service_tier": "flex",
         "max_tool_calls": 1, "context_management": [{"type": "compaction"}], "top_logprobs": 1, "prompt": {"id": "p"},
-        "moderation": {}, "metadata": {"user_id": "u"}, "prompt_cache_options": {"prewarm": True}, "user": "u", "novel": 1,
-        "access_programs": {}, "image": {},
+        "moderation": {}, "metadata": {"user_id": "u"}, "prompt_cache_options": {"prewarm": True}, "user": "u",
+        "novel": 1, "access_programs": {}, "image": {},
     },
 }  # fmt: skip
 UNTOLD: Mapping[str, Mapping[str, Any]] = {

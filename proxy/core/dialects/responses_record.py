@@ -130,7 +130,7 @@ def _read_stream(body: bytes, loads: Loads) -> Answer | str:
             if kind == "response.output_text.delta":
                 pieces.append(len(event["delta"]))
             elif kind == "response.output_item.done":
-                items[event["output_index"]] = event["item"]
+                items[event.get("output_index", len(items))] = event["item"]
             elif kind in _ENDS:
                 response = event["response"]
         if response is None:
