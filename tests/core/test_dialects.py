@@ -118,7 +118,11 @@ def spoken(path: Path) -> Dialect:
 
 
 def recorded(path: Path) -> Answer:
-    answer = spoken(path).record(path.read_bytes(), is_stream=True, n=1).answer
+    return again_recorded(path, path.read_bytes(), is_stream=True)
+
+
+def again_recorded(path: Path, raw: bytes, *, is_stream: bool) -> Answer:
+    answer = spoken(path).record(raw, is_stream=is_stream, n=1, keeps_id=path.stem in KEPT_UPSTREAM).answer
     assert answer is not None
     return answer
 
@@ -147,11 +151,11 @@ def test_what_was_said_is_kept(path: Path) -> None:
             {"city": "Paris"},
         )
         assert answer.finish_reason == "tool_calls"
-    elif path.stem != "citations":
+    elif path.stem not in ("citations", "llama_cpp"):
         assert answer.message["content"] == CONTENT
     assert answer.opaque is (path.stem in ("thinking", "thought") and path.parent.name != "ollama")
     if answer.pieces:
-        assert sum(answer.pieces) == len(CONTENT)
+        assert sum(answer.pieces) == len(answer.message["content"])
 
 
 @pytest.mark.parametrize(
@@ -243,8 +247,7 @@ def without_call_ids(answer: Answer) -> Answer:
 def test_a_replay_is_recorded_as_the_answer_it_came_from(path: Path) -> None:
     dialect, answer = spoken(path), recorded(path)
     for stream in (True, False):
-        again = dialect.record(replayed(dialect, answer, stream=stream), is_stream=stream, n=1).answer
-        assert again is not None
+        again = again_recorded(path, replayed(dialect, answer, stream=stream), is_stream=stream)
         assert without_call_ids(replace(again, pieces=())) == without_call_ids(replace(answer, pieces=()))
         if stream and answer.pieces:
             assert again.pieces == answer.pieces

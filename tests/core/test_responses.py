@@ -17,7 +17,7 @@ from proxy.core.dialects.responses import Responses, read
 from proxy.core.dialects.responses_filter import ResponseFilter
 from proxy.core.errors import UpstreamError
 from proxy.core.fingerprint import fingerprint_of, scope_of
-from proxy.core.model import Answer
+from proxy.core.model import Answer, Usage
 
 TRANSCRIPTS = Path(__file__).parents[1] / "transcripts" / "responses"
 DIALECT = Responses(orjson.loads)
@@ -35,8 +35,9 @@ def digest(dialect: Any, body: dict[str, Any]) -> bytes:
     return fingerprint_of(scope_of(facts, tenant="t", upstream="u", operation=dialect.operation), facts.prompt)
 
 
-def recorded(stem: str) -> Answer:
-    answer = DIALECT.record((TRANSCRIPTS / f"{stem}.sse").read_bytes(), is_stream=True, n=1).answer
+def recorded(stem: str, *, keeps_id: bool | None = None) -> Answer:
+    raw, keeps = (TRANSCRIPTS / f"{stem}.sse").read_bytes(), stem.startswith("kept") if keeps_id is None else keeps_id
+    answer = DIALECT.record(raw, is_stream=True, n=1, keeps_id=keeps).answer
     assert answer is not None
     return answer
 
@@ -233,8 +234,20 @@ def test_an_answer_that_is_not_kept_has_new_ids_everywhere() -> None:
     assert call["id"].startswith("fc_aaaa")
 
 
-def test_a_server_that_says_nothing_of_keeping_may_keep() -> None:
-    assert replayed(recorded("kept_without_word"), stream=False).count(b"resp_67ccd2bed1ec8190b14f964abc054267") == 1
+@pytest.mark.parametrize(
+    ("stem", "keeps_id", "is_kept"),
+    [
+        ("kept", True, True),
+        ("kept_without_word", True, True),  # a server that says nothing of keeping may keep
+        ("whole", True, False),  # an account for which nothing is ever kept
+        ("kept_without_word", False, False),
+        ("whole", False, False),
+    ],
+)
+def test_what_is_kept_takes_the_request_and_the_upstream(stem: str, keeps_id: bool, is_kept: bool) -> None:
+    said = replayed(recorded(stem, keeps_id=keeps_id), stream=False)
+    assert (b"resp_67ccd2bed1ec8190b14f964abc054267" in said) is is_kept
+    assert (b"msg_67ccd2bf17f0819081ff3bb2cf6508e6" in said) is is_kept
 
 
 def test_what_one_request_alone_said_is_not_told_to_the_next() -> None:
@@ -293,6 +306,17 @@ def test_an_answer_survives_the_store() -> None:
         answer = DIALECT.record(path.read_bytes(), is_stream=True, n=1).answer
         if answer is not None:
             assert decode_answer(encode_answer(answer)) == answer
+
+
+def test_a_local_server_is_read_that_numbers_nothing() -> None:
+    """llama.cpp: no `sequence_number`, no `output_index`, a response without what it repeats of the request."""
+    answer = recorded("llama_cpp")
+    assert (answer.usage, answer.choice) == (Usage(33, 25, 32), {})
+    assert answer.message["content"] == "".join(piece["delta"] for piece in events(
+        (TRANSCRIPTS / "llama_cpp.sse").read_bytes()) if "delta" in piece)  # fmt: skip
+    replay = events(replayed(answer, stream=True))
+    assert [event["sequence_number"] for event in replay] == list(range(len(replay)))
+    assert ResponseFilter().number == -1
 
 
 # -- replay -----------------------------------------------------------------------------------------------------------

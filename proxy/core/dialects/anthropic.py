@@ -292,7 +292,7 @@ class Messages:
     def forward_body(self, raw: bytes, parsed: Mapping[str, Any]) -> bytes:
         return drop_member(raw, CACHE_TWIN) if CACHE_TWIN in parsed else raw
 
-    def record(self, body: bytes, *, is_stream: bool, n: int) -> Recording:
+    def record(self, body: bytes, *, is_stream: bool, n: int, keeps_id: bool = False) -> Recording:
         return record(body, is_stream=is_stream, loads=self._loads)
 
     def find_usage(self, body: bytes) -> Usage | None:

@@ -116,7 +116,7 @@ class Completions:
     def forward_body(self, raw: bytes, parsed: Mapping[str, Any]) -> bytes:
         return forward_body(raw, parsed)
 
-    def record(self, body: bytes, *, is_stream: bool, n: int) -> Recording:
+    def record(self, body: bytes, *, is_stream: bool, n: int, keeps_id: bool = False) -> Recording:
         return record(body, is_stream=is_stream, loads=self._loads)
 
     def find_usage(self, body: bytes) -> Usage | None:

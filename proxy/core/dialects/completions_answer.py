@@ -134,7 +134,9 @@ def render_whole(answer: Answer, usage_mode: UsageMode = "original") -> Template
 
 def render_stream(answer: Answer, include_usage: bool, usage_mode: UsageMode = "original") -> Template:
     """The answer as an event stream, `[DONE]` included. Raises ValueError for what JSON cannot say."""
-    head = {"object": "text_completion", "model": answer.model, **answer.extra}
+    small = {name: value for name, value in answer.extra.items() if not isinstance(value, dict | list)}
+    large = {name: value for name, value in answer.extra.items() if isinstance(value, dict | list)}
+    head = {"object": "text_completion", "model": answer.model, **small}
     usage = {"usage": None} if include_usage else {}
 
     def chunk(text: str, finish: str | None) -> dict[str, Any]:
@@ -142,7 +144,7 @@ def render_stream(answer: Answer, include_usage: bool, usage_mode: UsageMode = "
         return {**head, "choices": [choice], **usage}
 
     chunks = [chunk(piece, None) for piece in split(answer.message["content"], answer.pieces)]
-    chunks.append(chunk("", answer.finish_reason))
+    chunks.append({**chunk("", answer.finish_reason), **large})
     if include_usage and answer.raw_usage is not None:
         chunks.append({**head, "choices": [], "usage": counted(answer.raw_usage, usage_mode)})
     events = [b"," + to_text(said)[1:].encode() + b"\n\n" for said in chunks]

@@ -159,8 +159,8 @@ class Dialect(Protocol):
         """The bytes that go upstream: the client's, without what is meant for us."""
         ...
 
-    def record(self, body: bytes, *, is_stream: bool, n: int) -> Recording:
-        """Read a body that ended cleanly, streamed or whole."""
+    def record(self, body: bytes, *, is_stream: bool, n: int, keeps_id: bool = False) -> Recording:
+        """Read a body that ended cleanly, streamed or whole. `keeps_id`: see `Facts`."""
         ...
 
     def find_usage(self, body: bytes) -> Usage | None:

@@ -298,7 +298,7 @@ class OpenAIChat:
     def forward_body(self, raw: bytes, parsed: Mapping[str, Any]) -> bytes:
         return forward_body(raw, parsed)
 
-    def record(self, body: bytes, *, is_stream: bool, n: int) -> Recording:
+    def record(self, body: bytes, *, is_stream: bool, n: int, keeps_id: bool = False) -> Recording:
         return record(body, is_stream=is_stream, n=n, loads=self._loads)
 
     def find_usage(self, body: bytes) -> Usage | None:

@@ -88,15 +88,16 @@ def find_usage(body: bytes) -> Usage | None:
     return openai_record.find_usage(body, read_usage)
 
 
-def record(body: bytes, *, is_stream: bool, loads: Loads = json.loads) -> Recording:
-    """Read a body that ended cleanly, streamed or whole."""
-    answer = _read_stream(body, loads) if is_stream else _read_whole(body, loads)
+def record(body: bytes, *, is_stream: bool, keeps_id: bool = False, loads: Loads = json.loads) -> Recording:
+    """Read a body that ended cleanly, streamed or whole. `keeps_id`: the request left it to the upstream to keep the
+    response, which it then does unless it says otherwise."""
+    answer = (_read_stream if is_stream else _read_whole)(body, keeps_id, loads)
     if isinstance(answer, Answer):
         return Recording(answer, "", answer.usage)
     return Recording(None, answer, find_usage(body))
 
 
-def _read_whole(body: bytes, loads: Loads) -> Answer | str:
+def _read_whole(body: bytes, keeps_id: bool, loads: Loads) -> Answer | str:
     if len(body) > LINE_LIMIT_BYTES:
         return "too_large"
     try:
@@ -105,10 +106,10 @@ def _read_whole(body: bytes, loads: Loads) -> Answer | str:
         return "garbage"
     if not isinstance(response, dict):
         return "garbage"
-    return _storable(response, (), loads)
+    return _storable(response, (), keeps_id, loads)
 
 
-def _read_stream(body: bytes, loads: Loads) -> Answer | str:
+def _read_stream(body: bytes, keeps_id: bool, loads: Loads) -> Answer | str:
     if len(body) > 8 * LINE_LIMIT_BYTES:
         return "too_large"
     decoder = EventDecoder()
@@ -141,7 +142,7 @@ def _read_stream(body: bytes, loads: Loads) -> Answer | str:
         return "too_large"
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return "garbage"
-    return _storable(response, tuple(pieces), loads)
+    return _storable(response, tuple(pieces), keeps_id, loads)
 
 
 def _against(event: Any, kind: object) -> str | None:
@@ -154,7 +155,7 @@ def _against(event: Any, kind: object) -> str | None:
     return "provider_tools" if isinstance(kind, str) and kind.startswith("response.") else "unknown_event"
 
 
-def _storable(response: Mapping[str, Any], pieces: tuple[int, ...], loads: Loads) -> Answer | str:
+def _storable(response: Mapping[str, Any], pieces: tuple[int, ...], keeps_id: bool, loads: Loads) -> Answer | str:
     if response.get("error") is not None:
         return "error_object"
     if response.get("status") != "completed":
@@ -165,7 +166,7 @@ def _storable(response: Mapping[str, Any], pieces: tuple[int, ...], loads: Loads
     message = _message(output)
     if isinstance(message, str):
         return message
-    is_kept = response.get("store") is not False and isinstance(response.get("id"), str)
+    is_kept = keeps_id and response.get("store") is not False and isinstance(response.get("id"), str)
     extra = {name: _OF_ONE_REQUEST.get(name, value) for name, value in response.items() if name not in _TOP_FIELDS}
     if is_kept:
         extra |= {name: response[name] for name in _KEPT_FIELDS if name in response}
