@@ -54,7 +54,6 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "max_output_tokens": _INTEGER,
     "max_tool_calls": _INTEGER,
     "metadata": _OBJECT,
-    "moderation": _OBJECT,
     "parallel_tool_calls": _BOOLEAN,
     "previous_response_id": _STRING,
     "prompt": _OBJECT,
@@ -80,6 +79,7 @@ KNOWN_FIELDS = frozenset(_TYPES) | {
     "background_options",
     "image",
     "model",
+    "moderation",
     "prompt_cache_retention",
     CACHE_TWIN,
 }

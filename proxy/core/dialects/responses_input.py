@@ -11,7 +11,6 @@ from typing import Any
 
 from proxy.core.dialects.openai_chat import invalid_type
 
-ITEM_LIMIT = 2048
 _CLIENT_TOOLS = frozenset({"function", "custom"})  # whose calls the client itself answers
 STATE_ITEM = "item_reference"  # stands for an item that the upstream keeps
 _SILENT_ITEMS = frozenset({"reasoning", "compaction"})  # of the conversation, opaque, no output of a tool
@@ -31,8 +30,8 @@ def items_of(body: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
-    if not isinstance(given, list) or len(given) > ITEM_LIMIT:
-        raise invalid_type("input", f"string or an array of at most {ITEM_LIMIT} items")
+    if not isinstance(given, list):
+        raise invalid_type("input", "string or array")
     for i, item in enumerate(given):
         if not isinstance(item, dict):
             raise invalid_type(f"input[{i}]", "object")
