@@ -258,6 +258,7 @@ class ClientHandler:
             output_limit=facts.output_limit,
             has_stops=facts.has_stops,
             batch=batch,
+            keeps_id=facts.keeps_id,
         )
         if len(raw) <= MEMO_BODY_BYTES:
             _remember(self._queries, (target, caller, raw), query)
@@ -301,7 +302,7 @@ class ClientHandler:
                 response.force_close()
                 return _cut(request)
             response.force_close()
-            if not (said := relay.dialect.stream_error(error)):
+            if not (said := relay.last_words(error)):
                 return _cut(request)
             await live.write(said)
         await response.write_eof()

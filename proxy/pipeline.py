@@ -495,7 +495,7 @@ class Pipeline:
         if status == 200 and query.eligibility.level is Level.NONE:
             fetch.usage = query.dialect.find_usage(body)
         elif status == 200:
-            recording = query.dialect.record(body, is_stream=is_stream, n=query.n)
+            recording = query.dialect.record(body, is_stream=is_stream, n=query.n, keeps_id=query.keeps_id)
             fetch.usage = recording.usage
         fetch.unstored = self._why_unstored(flight, recording)
         if recording is not None and not fetch.unstored:

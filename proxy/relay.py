@@ -110,6 +110,10 @@ class Relay:
         self.headers.append(explanation)
         return self
 
+    def last_words(self, error: IbidError) -> bytes:
+        """What tells the client in the stream that it broke; b"" where the dialect cannot say it."""
+        return self.dialect.stream_error(error, after=-1 if self._filter is None else self._filter.number)
+
     def close(self, outcome: str) -> None:
         """`outcome`: "ok", "error" or "cancelled"."""
         if not self.closed:

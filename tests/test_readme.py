@@ -29,6 +29,8 @@ RECORDS = (
     DIALECTS / "anthropic_record.py",
     DIALECTS / "gemini_answer.py",
     DIALECTS / "ollama_answer.py",
+    DIALECTS / "completions_answer.py",
+    DIALECTS / "responses_record.py",
 )
 REASONED = {"Miss", "Bypass", "_refuse"}
 

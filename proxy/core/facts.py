@@ -39,6 +39,7 @@ class Facts:
     audio_output: bool = False
     logprobs: bool = False
     store: bool = False
+    keeps_id: bool = False  # the upstream keeps the answer under its id, by which later requests name it
     background: bool = False
     previous_response: bool = False
     response_format: str | None = None  # "text", "json_object", "json_schema"; None when omitted

@@ -99,6 +99,7 @@ class Query:
     output_limit: int | None = None  # tokens
     has_stops: bool = False  # texts were named that end the answer
     batch: Batch | None = None  # of an embedding request
+    keeps_id: bool = False  # see `Facts`
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,7 +193,9 @@ def unfit(answer: Answer, query: Query) -> str | None:
         length = answer.limit if answer.usage is None else answer.usage.output_tokens
         if length is None or length > query.output_limit:
             return "max_tokens"
-    if answer.dialect != query.dialect.name and not query.dialect.expresses(answer, has_stops=query.has_stops):
+    if answer.dialect != query.dialect.name and not query.dialect.expresses(
+        answer, has_stops=query.has_stops, keeps_id=query.keeps_id
+    ):
         return "not_expressible"
     return None
 

@@ -292,7 +292,7 @@ class Messages:
     def forward_body(self, raw: bytes, parsed: Mapping[str, Any]) -> bytes:
         return drop_member(raw, CACHE_TWIN) if CACHE_TWIN in parsed else raw
 
-    def record(self, body: bytes, *, is_stream: bool, n: int) -> Recording:
+    def record(self, body: bytes, *, is_stream: bool, n: int, keeps_id: bool = False) -> Recording:
         return record(body, is_stream=is_stream, loads=self._loads)
 
     def find_usage(self, body: bytes) -> Usage | None:
@@ -301,7 +301,7 @@ class Messages:
     def filter(self, *, wants_usage: bool, n: int) -> StreamFilter:
         return MessageFilter()
 
-    def expresses(self, answer: Answer, *, has_stops: bool) -> bool:
+    def expresses(self, answer: Answer, *, has_stops: bool, keeps_id: bool = False) -> bool:
         """Text and tool calls whose length is known; which of several stops ended a text another dialect did not say,
         and thinking without a signature is none here."""
         if answer.dialect == self.name:
@@ -319,5 +319,5 @@ class Messages:
     def error_body(self, error: IbidError, request_id: str = "") -> bytes:
         return error_body(error, request_id)
 
-    def stream_error(self, error: IbidError, request_id: str = "") -> bytes:
+    def stream_error(self, error: IbidError, request_id: str = "", *, after: int = -1) -> bytes:
         return b"event: error\ndata: " + error_body(error, request_id) + b"\n\n"

@@ -13,6 +13,7 @@ class MessageFilter:
     """Every event passes as it came. `message_stop` is withheld when no stop reason came before it, because a client
     would take it for success."""
 
+    number = -1
     __slots__ = ("_done", "_has_reason", "_splitter", "failed")
 
     def __init__(self) -> None:

@@ -40,7 +40,7 @@ class Template:
     calls[i], new in every replay and the same wherever that call is named within one.
     """
 
-    __slots__ = ("_call_prefix", "_calls", "_dated", "_seam", "nbytes", "parts")
+    __slots__ = ("_call_prefix", "_calls", "_dated", "_made", "_seam", "nbytes", "parts")
 
     def __init__(
         self, parts: tuple[bytes, ...], seam: str, *, calls: Sequence[int | None] = (), call_prefix: str = ""
@@ -50,6 +50,7 @@ class Template:
         self._seam = seam
         self._dated = "{date}" in seam
         self._calls = tuple(calls)
+        self._made = frozenset(calls)
         self._call_prefix = call_prefix
 
     def fill(self, token: str, created: int) -> bytes:
@@ -58,10 +59,10 @@ class Template:
         seam = self._seam.replace("{id}", token).replace("{created}", str(created)).replace("{date}", date).encode()
         if not self._calls:
             return seam.join(self.parts)
-        filled = [self.parts[0]]
-        for call, part in zip(self._calls, self.parts[1:], strict=True):
-            filled.append(seam if call is None else f"{self._call_prefix}{token[8:]}{call:02x}".encode())
-            filled.append(part)
+        holes = {i: f"{self._call_prefix}{token[8:]}{i:02x}".encode() for i in self._made if i is not None}
+        filled = [seam] * (2 * len(self.parts) - 1)
+        filled[::2] = self.parts
+        filled[1::2] = [seam if call is None else holes[call] for call in self._calls]
         return b"".join(filled)
 
 
@@ -70,15 +71,15 @@ def rfc3339(created: int) -> str:
     return datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def call_mark(i: int) -> str:
+def call_mark(i: int, prefix: str = "") -> str:
     """What stands for the id of tool call `i` in a body until `templated` cuts it there. A private-use character: no
-    text that a model writes is exactly this."""
-    return f"\ue000call {i}\ue000"
+    text that a model writes is exactly this. `prefix` (letters and an underscore) stays in front of the id."""
+    return f"{prefix}\ue000call {i}\ue000"
 
 
 def templated(parts: Sequence[bytes], seam: str, call_prefix: str) -> Template:
     """A Template of parts with holes between them, cut once more where a JSON string is a `call_mark`."""
-    if not any([b'"\xee\x80\x80call ' in part for part in parts]):
+    if not any([b"\xee\x80\x80call " in part for part in parts]):
         return Template(tuple(parts), seam)
     cut: list[bytes] = []
     calls: list[int | None] = []
@@ -86,21 +87,26 @@ def templated(parts: Sequence[bytes], seam: str, call_prefix: str) -> Template:
         if cut:
             calls.append(None)
         text, *rest = _CALL_MARK.split(part)
-        for i, after in zip(rest[::2], rest[1::2], strict=True):
-            cut.append(text + b'"')
+        for prefix, i, after in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+            cut.append(text + b'"' + prefix)
             calls.append(int(i))
             text = b'"' + after
         cut.append(text)
     return Template(tuple(cut), seam, calls=calls, call_prefix=call_prefix)
 
 
-_CALL_MARK = re.compile('"\ue000call (\\d+)\ue000"'.encode())
+_CALL_MARK = re.compile('"([a-z]*_?)\ue000call (\\d+)\ue000"'.encode())
 
 
 class StreamFilter(Protocol):
     """Turns the upstream's stream into the client's, in whole events, and knows whether it came to its end."""
 
     failed: bool  # the upstream itself sent an error
+
+    @property
+    def number(self) -> int:
+        """Of the last event that passed, where its dialect numbers them; else -1."""
+        ...
 
     @property
     def complete(self) -> bool:
@@ -153,8 +159,8 @@ class Dialect(Protocol):
         """The bytes that go upstream: the client's, without what is meant for us."""
         ...
 
-    def record(self, body: bytes, *, is_stream: bool, n: int) -> Recording:
-        """Read a body that ended cleanly, streamed or whole."""
+    def record(self, body: bytes, *, is_stream: bool, n: int, keeps_id: bool = False) -> Recording:
+        """Read a body that ended cleanly, streamed or whole. `keeps_id`: see `Facts`."""
         ...
 
     def find_usage(self, body: bytes) -> Usage | None:
@@ -165,8 +171,9 @@ class Dialect(Protocol):
         """A filter for one relayed stream."""
         ...
 
-    def expresses(self, answer: Answer, *, has_stops: bool) -> bool:
-        """Whether this dialect can say all of an answer that another one recorded."""
+    def expresses(self, answer: Answer, *, has_stops: bool, keeps_id: bool = False) -> bool:
+        """Whether this dialect can say all of an answer that another one recorded. `keeps_id`: see `Facts`; no other
+        dialect's answer has the id that its clients will come back with."""
         ...
 
     def render(self, answer: Answer, *, stream: bool, wants_usage: bool, usage_mode: UsageMode) -> Template:
@@ -177,6 +184,6 @@ class Dialect(Protocol):
         """The error envelope of this dialect."""
         ...
 
-    def stream_error(self, error: IbidError, request_id: str = "") -> bytes:
-        """An error as the last words of a stream, after which every SDK raises."""
+    def stream_error(self, error: IbidError, request_id: str = "", *, after: int = -1) -> bytes:
+        """An error as the last words of a stream, after which every SDK raises. `after`: see `StreamFilter.number`."""
         ...

@@ -182,7 +182,7 @@ class Gemini:
     def forward_body(self, raw: bytes, parsed: Mapping[str, Any]) -> bytes:
         return drop_member(raw, CACHE_TWIN) if CACHE_TWIN in parsed else raw
 
-    def record(self, body: bytes, *, is_stream: bool, n: int) -> Recording:
+    def record(self, body: bytes, *, is_stream: bool, n: int, keeps_id: bool = False) -> Recording:
         return record(body, is_stream=is_stream, loads=self._loads)
 
     def find_usage(self, body: bytes) -> Usage | None:
@@ -191,7 +191,7 @@ class Gemini:
     def filter(self, *, wants_usage: bool, n: int) -> StreamFilter:
         return CandidateFilter()
 
-    def expresses(self, answer: Answer, *, has_stops: bool) -> bool:
+    def expresses(self, answer: Answer, *, has_stops: bool, keeps_id: bool = False) -> bool:
         """Text and function calls."""
         if answer.dialect == self.name:
             return True
@@ -209,6 +209,6 @@ class Gemini:
             {"error": {"code": error.status, "message": error.message, "status": status, "details": [reason]}}
         )
 
-    def stream_error(self, error: IbidError, request_id: str = "") -> bytes:
+    def stream_error(self, error: IbidError, request_id: str = "", *, after: int = -1) -> bytes:
         """Nothing: no event of this dialect means that something broke, so the connection is cut."""
         return b""

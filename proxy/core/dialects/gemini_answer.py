@@ -169,6 +169,7 @@ class CandidateFilter:
     """Every event passes as it came; the answer is whole once a candidate has its finish reason, or the prompt was
     refused."""
 
+    number = -1
     __slots__ = ("_done", "_splitter", "failed")
 
     def __init__(self) -> None:

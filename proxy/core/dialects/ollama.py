@@ -164,7 +164,7 @@ class Ollama:
     def forward_body(self, raw: bytes, parsed: Mapping[str, Any]) -> bytes:
         return drop_member(raw, CACHE_TWIN) if CACHE_TWIN in parsed else raw
 
-    def record(self, body: bytes, *, is_stream: bool, n: int) -> Recording:
+    def record(self, body: bytes, *, is_stream: bool, n: int, keeps_id: bool = False) -> Recording:
         return record(body, self._loads)
 
     def find_usage(self, body: bytes) -> Usage | None:
@@ -173,7 +173,7 @@ class Ollama:
     def filter(self, *, wants_usage: bool, n: int) -> StreamFilter:
         return LineFilter()
 
-    def expresses(self, answer: Answer, *, has_stops: bool) -> bool:
+    def expresses(self, answer: Answer, *, has_stops: bool, keeps_id: bool = False) -> bool:
         """Text, what was thought, and tool calls."""
         if answer.dialect == self.name:
             return True
@@ -187,5 +187,5 @@ class Ollama:
     def error_body(self, error: IbidError, request_id: str = "") -> bytes:
         return to_json({"error": error.message, "code": error.code})
 
-    def stream_error(self, error: IbidError, request_id: str = "") -> bytes:
+    def stream_error(self, error: IbidError, request_id: str = "", *, after: int = -1) -> bytes:
         return self.error_body(error, request_id) + b"\n"

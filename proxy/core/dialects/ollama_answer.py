@@ -145,6 +145,7 @@ def _call(i: int, call: Any) -> dict[str, Any] | None:
 class LineFilter:
     """Every line passes as it came; the answer is whole once one said `"done":true`."""
 
+    number = -1
     __slots__ = ("_done", "_splitter", "failed")
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ part of the identity; only a type that no server could understand is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -100,15 +100,10 @@ def read(body: Mapping[str, Any]) -> Facts:
     """What the request says. Raises BadRequest (invalid_type, invalid_value) naming the parameter."""
     model = body.get("model")
     if not isinstance(model, str) or not model:
-        raise _invalid_type("model", "a non-empty string")
+        raise invalid_type("model", "a non-empty string")
     messages = _messages(body.get("messages"))
-    for name, value in body.items():
-        types = _TYPES.get(name)
-        if types is None or value is None:
-            continue
-        if not isinstance(value, types) or (type(value) is bool and types is not _BOOLEAN):
-            raise _invalid_type(name, " or ".join(_JSON_NAMES[t] for t in types if not (t is int and float in types)))
-    prompt, context = _split(messages)
+    check_types(body, _TYPES)
+    prompt, context = split_prompt(messages)
     roles = [message["role"] for message in messages]
     users = roles.count("user")
     parts = [part for message in messages if isinstance(message.get("content"), list) for part in message["content"]]
@@ -124,7 +119,7 @@ def read(body: Mapping[str, Any]) -> Facts:
         stream=body.get("stream") is True,
         wants_usage=stream_options.get("include_usage") is True,
         temperature=body.get("temperature"),
-        n=_choices(body),
+        n=choices_of(body),
         seed=body.get("seed"),
         has_tools=bool(body.get("tools") or body.get("functions")),
         tool_results="tool" in roles or "function" in roles or any([m.get(c) for m in messages for c in _CALLS]),
@@ -139,10 +134,20 @@ def read(body: Mapping[str, Any]) -> Facts:
         response_format=_format(body.get("response_format")),
         output_limit=min((body[name] for name in _LIMITS if body.get(name) is not None), default=None),
         has_stops=bool(body.get("stop")),
-        end_user=_end_user(body),
+        end_user=end_user_of(body),
         first_turn=users == 1 and _ASKING.issuperset(roles),
         user_turns=users,
     )
+
+
+def check_types(body: Mapping[str, Any], known: Mapping[str, tuple[type, ...]]) -> None:
+    """Raises BadRequest for a field that is of none of its types; null always passes."""
+    for name, value in body.items():
+        types = known.get(name)
+        if types is None or value is None:
+            continue
+        if not isinstance(value, types) or (type(value) is bool and bool not in types):
+            raise invalid_type(name, " or ".join(_JSON_NAMES[t] for t in types if not (t is int and float in types)))
 
 
 def _settings(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,37 +189,38 @@ def stream_error(error: IbidError) -> bytes:
     return b"data: " + error_body(error) + b"\n\n"
 
 
-def _invalid_type(param: str, wanted: str) -> BadRequest:
+def invalid_type(param: str, wanted: str) -> BadRequest:
     return BadRequest(f"Invalid type for '{param}': expected {wanted}.", code="invalid_type", param=param)
 
 
 def _messages(messages: object) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not 1 <= len(messages) <= MESSAGE_LIMIT:
-        raise _invalid_type("messages", f"an array of 1 to {MESSAGE_LIMIT} messages")
+        raise invalid_type("messages", f"an array of 1 to {MESSAGE_LIMIT} messages")
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise _invalid_type(f"messages[{i}]", "object")
+            raise invalid_type(f"messages[{i}]", "object")
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str):
-            raise _invalid_type(f"messages[{i}].role", "string")
+            raise invalid_type(f"messages[{i}].role", "string")
         if isinstance(content, list):
             for j, part in enumerate(content):
                 _check_part(part, f"messages[{i}].content[{j}]")
         elif not isinstance(content, str) and (content is not None or role in _SPEAKING):
-            raise _invalid_type(f"messages[{i}].content", "string or array")
+            raise invalid_type(f"messages[{i}].content", "string or array")
     return messages
 
 
 def _check_part(part: object, path: str) -> None:
     if not isinstance(part, dict):
-        raise _invalid_type(path, "object")
+        raise invalid_type(path, "object")
     if not isinstance(part.get("type"), str):
-        raise _invalid_type(f"{path}.type", "string")
+        raise invalid_type(f"{path}.type", "string")
     if part["type"] == "text" and not isinstance(part.get("text"), str):
-        raise _invalid_type(f"{path}.text", "string")
+        raise invalid_type(f"{path}.text", "string")
 
 
-def _choices(body: Mapping[str, Any]) -> int:
+def choices_of(body: Mapping[str, Any]) -> int:
+    """`n`. Raises BadRequest (invalid_value)."""
     n = body.get("n")
     if n is None:
         return 1
@@ -223,7 +229,7 @@ def _choices(body: Mapping[str, Any]) -> int:
     return n
 
 
-def _split(messages: list[dict[str, Any]]) -> tuple[str | None, tuple[Mapping[str, Any], ...]]:
+def split_prompt(messages: Sequence[dict[str, Any]]) -> tuple[str | None, tuple[Mapping[str, Any], ...]]:
     """The prompt and what stands around it. A lone text part says the same as a string."""
     *earlier, last = (_plain(message) for message in messages)
     content = last.get("content")
@@ -264,7 +270,8 @@ def _format(response_format: Mapping[str, Any] | None) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
-def _end_user(body: Mapping[str, Any]) -> str:
+def end_user_of(body: Mapping[str, Any]) -> str:
+    """Whom a body names, under any of its three names; "" for nobody."""
     metadata = body.get("metadata") or {}
     named = (body.get("user"), body.get("safety_identifier"), metadata.get("user_id"))
     people = list(dict.fromkeys(name for name in named if isinstance(name, str) and name))
@@ -291,7 +298,7 @@ class OpenAIChat:
     def forward_body(self, raw: bytes, parsed: Mapping[str, Any]) -> bytes:
         return forward_body(raw, parsed)
 
-    def record(self, body: bytes, *, is_stream: bool, n: int) -> Recording:
+    def record(self, body: bytes, *, is_stream: bool, n: int, keeps_id: bool = False) -> Recording:
         return record(body, is_stream=is_stream, n=n, loads=self._loads)
 
     def find_usage(self, body: bytes) -> Usage | None:
@@ -300,7 +307,7 @@ class OpenAIChat:
     def filter(self, *, wants_usage: bool, n: int) -> StreamFilter:
         return UsageFilter(not wants_usage, n, self._loads)
 
-    def expresses(self, answer: Answer, *, has_stops: bool) -> bool:
+    def expresses(self, answer: Answer, *, has_stops: bool, keeps_id: bool = False) -> bool:
         """All but native parts: thinking with its signature, citations, server tools."""
         return answer.dialect == self.name or not (answer.opaque or answer.choice)
 
@@ -312,7 +319,7 @@ class OpenAIChat:
     def error_body(self, error: IbidError, request_id: str = "") -> bytes:
         return error_body(error)
 
-    def stream_error(self, error: IbidError, request_id: str = "") -> bytes:
+    def stream_error(self, error: IbidError, request_id: str = "", *, after: int = -1) -> bytes:
         return stream_error(error)
 
 

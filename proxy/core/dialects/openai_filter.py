@@ -76,6 +76,7 @@ class UsageFilter:
     between any two results.
     """
 
+    number = -1
     __slots__ = (
         "_done",
         "_finished",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import takewhile
 from typing import Any
 
@@ -493,7 +493,7 @@ def record(body: bytes, *, is_stream: bool, n: int = 1, loads: Loads = json.load
     return Recording(None, answer, find_usage(body))
 
 
-def find_usage(body: bytes) -> Usage | None:
+def find_usage(body: bytes, read: Callable[[object], Usage | None] = read_usage) -> Usage | None:
     """The last usage object in a body, streamed or whole, complete or cut; None when there is none."""
     at = len(body)
     while (at := body.rfind(b'"usage"', 0, at)) >= 0:
@@ -503,7 +503,7 @@ def find_usage(body: bytes) -> Usage | None:
                 raw, _end = _DECODER.raw_decode(body[start : start + 4096].decode("utf-8", "replace"))
             except (ValueError, RecursionError):
                 continue
-            if (usage := read_usage(raw)) is not None:
+            if (usage := read(raw)) is not None:
                 return usage
     return None
 

@@ -40,15 +40,15 @@ def render_stream(answer: Answer, include_usage: bool, usage_mode: UsageMode = "
     small = {name: value for name, value in answer.extra.items() if not isinstance(value, dict | list)}
     large = {name: value for name, value in answer.extra.items() if isinstance(value, dict | list)}
     nulls = {name: value for name, value in answer.choice.items() if value is None}
-    head = _text({"object": "chat.completion.chunk", "model": answer.model, **small})[1:-1]
-    rest = _text({**nulls, "finish_reason": None})[1:]
+    head = to_text({"object": "chat.completion.chunk", "model": answer.model, **small})[1:-1]
+    rest = to_text({**nulls, "finish_reason": None})[1:]
     usage = ',"usage":null' if include_usage else ""
     before, after = f',{head},"choices":[{{"index":0,"delta":', f",{rest}]{usage}}}"
     events = [f"{before}{delta}{after}" for delta in _deltas(answer)]
-    finish = _text({"index": 0, "delta": {}, **answer.choice, "finish_reason": answer.finish_reason})
+    finish = to_text({"index": 0, "delta": {}, **answer.choice, "finish_reason": answer.finish_reason})
     events.append(f',{head},"choices":[{finish}]{usage}{_more(large)}}}')
     if include_usage and answer.raw_usage is not None:
-        events.append(f',{head},"choices":[],"usage":{_text(counted(answer.raw_usage, usage_mode))}}}')
+        events.append(f',{head},"choices":[],"usage":{to_text(counted(answer.raw_usage, usage_mode))}}}')
     parts = [event.encode() + b"\n\ndata: {" for event in events[:-1]]
     parts = [b"data: {", *parts, events[-1].encode() + b"\n\ndata: [DONE]\n\n"]
     return templated(parts, SEAM, CALL_PREFIX)
@@ -69,20 +69,20 @@ def _deltas(answer: Answer) -> Iterator[str]:
     if calls:
         del others["tool_calls"]
     nulls = {name: None for name, value in others.items() if value is None}
-    yield _text({"role": message.get("role", "assistant"), "content": "", **nulls})
+    yield to_text({"role": message.get("role", "assistant"), "content": "", **nulls})
     late = {name: value for name, value in others.items() if name in _AFTER_CONTENT and value is not None}
     early = {name: value for name, value in others.items() if name not in late and value is not None}
     if early:
-        yield _text(early)
+        yield to_text(early)
     for piece in split(message["content"] or "", answer.pieces):
-        yield f'{{"content":{_escaped(encode_basestring(piece))}}}'
+        yield f'{{"content":{escaped(encode_basestring(piece))}}}'
     for i, call in enumerate(calls):
         function = call["function"]
         first = {"index": i, "id": call_mark(i), "type": "function", "function": {**function, "arguments": ""}}
-        yield _text({"tool_calls": [first]})
-        yield _text({"tool_calls": [{"index": i, "function": {"arguments": function["arguments"]}}]})
+        yield to_text({"tool_calls": [first]})
+        yield to_text({"tool_calls": [{"index": i, "function": {"arguments": function["arguments"]}}]})
     if late:
-        yield _text(late)
+        yield to_text(late)
 
 
 def split(content: str, pieces: tuple[int, ...]) -> list[str]:
@@ -97,15 +97,17 @@ def split(content: str, pieces: tuple[int, ...]) -> list[str]:
     return found
 
 
-def _text(value: Mapping[str, Any]) -> str:
-    return _escaped(to_json(value).decode())
+def to_text(value: Mapping[str, Any]) -> str:
+    """Compact JSON for an event stream. Raises ValueError for what JSON cannot say."""
+    return escaped(to_json(value).decode())
 
 
 def _more(members: Mapping[str, Any]) -> str:
-    return "," + _text(members)[1:-1] if members else ""
+    return "," + to_text(members)[1:-1] if members else ""
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """JSON without the characters at which some clients split lines."""
     for raw, escape in _SEPARATORS:
         if raw in text:
             text = text.replace(raw, escape)

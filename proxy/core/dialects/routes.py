@@ -9,18 +9,20 @@ from typing import Final, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from proxy.core.dialects.anthropic import Messages
+from proxy.core.dialects.completions import Completions
 from proxy.core.dialects.dialect import Dialect, Loads
 from proxy.core.dialects.gemini import DELIVERY_QUERY, Gemini
 from proxy.core.dialects.ollama import Ollama
 from proxy.core.dialects.openai_chat import OpenAIChat
 from proxy.core.dialects.openai_embeddings import OpenAIEmbeddings
+from proxy.core.dialects.responses import Responses
 
 CHAT_PATH: Final = "/v1/chat/completions"
 MESSAGES_PATH: Final = "/v1/messages"
 EMBEDDINGS_PATH: Final = "/v1/embeddings"
 
 _GEMINI = re.compile(r"(?:/v1|/v1beta|/v1alpha)?/models/([^/:]+):(generateContent|streamGenerateContent)")
-_AZURE = re.compile(r"/openai/deployments/([^/]+)/(chat/completions|embeddings)")
+_AZURE = re.compile(r"/openai/deployments/([^/]+)(/(?:chat/completions|completions|embeddings))")
 _OLLAMA = re.compile(r"/api/(chat|generate|embed|embeddings|tags|show|ps|version|pull|push|create|copy|delete|blobs)\b")
 
 
@@ -38,19 +40,27 @@ class Routes:
     """The table of paths. `loads`: the reader of upstreams' JSON."""
 
     def __init__(self, loads: Loads = json.loads) -> None:
-        chat, messages, embeddings = OpenAIChat(loads), Messages(loads), OpenAIEmbeddings(loads)
-        self._chat, self._embeddings = chat, embeddings
+        chat, messages, completions = OpenAIChat(loads), Messages(loads), Completions(loads)
+        spoken: dict[str, Dialect] = {
+            "/chat/completions": chat,
+            "/completions": completions,
+            "/embeddings": OpenAIEmbeddings(loads),
+            "/responses": Responses(loads),
+        }
+        self._chat = chat
+        self._deployed = {path: dialect for path, dialect in spoken.items() if path != "/responses"}
         self._table: dict[str, Route] = {}
         for prefix in ("", "/v1", "/v1/v1"):
-            self._table[prefix + "/chat/completions"] = Route(chat, CHAT_PATH)
             self._table[prefix + "/messages"] = Route(messages, MESSAGES_PATH)
-            self._table[prefix + "/embeddings"] = Route(embeddings, EMBEDDINGS_PATH)
+            for path, dialect in spoken.items():
+                self._table[prefix + path] = Route(dialect, "/v1" + path)
+        for path, dialect in spoken.items():
+            self._table["/openai/v1" + path] = Route(dialect, "/openai/v1" + path)
+        self._table["/openai/responses"] = Route(spoken["/responses"], "/openai/responses")
         ollama = Ollama("chat", loads)
         self._table["/api/chat"] = Route(ollama, "/api/chat")
         self._table["/api/generate"] = Route(Ollama("generate", loads), "/api/generate")
         self._gemini = Gemini(loads)
-        self._table["/openai/v1/chat/completions"] = Route(chat, "/openai/v1/chat/completions")
-        self._table["/openai/v1/embeddings"] = Route(embeddings, "/openai/v1/embeddings")
         chats: tuple[Dialect, ...] = (chat, messages, self._gemini, ollama)
         self._errors = {dialect.name: dialect for dialect in chats}
 
@@ -63,8 +73,7 @@ class Routes:
         if route is not None:
             return route._replace(scope_query=query)
         if (azure := _AZURE.fullmatch(path)) is not None:
-            dialect = self._embeddings if azure[2] == "embeddings" else self._chat
-            return Route(dialect, path, azure[1], scope_query=query)
+            return Route(self._deployed[azure[2]], path, azure[1], scope_query=query)
         if (gemini := _GEMINI.fullmatch(path)) is not None:
             is_stream = gemini[2] == "streamGenerateContent"
             pairs = query[1:].split("&") if len(query) > 1 else []
