@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_OPENAI2 ?= .venv-openai2
+VENV_FRAMEWORKS ?= .venv-frameworks
 ARGS ?=
 DATA ?=
 # Processes the tests share out among themselves, a file at a time.
@@ -21,15 +22,18 @@ CONVERTED := $(VENV)/share/ibid/converted
 RUN_STAMP := $(VENV)/.ibid-run
 DEV_STAMP := $(VENV)/.ibid-dev
 OPENAI2_STAMP := $(VENV_OPENAI2)/.ibid-openai2
+FRAMEWORKS_STAMP := $(VENV_FRAMEWORKS)/.ibid-frameworks
+NODE_STAMP := tests/conformance/node_modules/.ibid-node
 
 export IBID_TEST_LLM := $(abspath $(MODEL))
 export IBID_TEST_MODELS := $(abspath $(CONVERTED))
 export IBID_OPENAI2_PYTHON := $(abspath $(VENV_OPENAI2)/bin/python)
+export IBID_FRAMEWORKS_PYTHON := $(abspath $(VENV_FRAMEWORKS)/bin/python)
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve demo test lint bench train-guard clean
+.PHONY: help serve demo test lint conformance bench train-guard clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +56,10 @@ lint: $(DEV_STAMP) ## ruff, mypy strict, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Needs node and npm, from version 20 on.
+conformance: $(DEV_STAMP) $(CONVERTED)/.done $(OPENAI2_STAMP) $(FRAMEWORKS_STAMP) $(NODE_STAMP) ## every client against ibid and against the provider
+	$(BIN)/python -m tests.conformance $(ARGS)
+
 bench: $(DEV_STAMP) ## ibid against its floors in turn, as a table of ratios
 	$(BIN)/python -m tests.bench $(ARGS)
 
@@ -60,7 +68,7 @@ train-guard: $(DEV_STAMP) ## the pair guard's weights anew from the licensed pai
 	OMP_NUM_THREADS=1 $(BIN)/python -m index.guard.train --data "$(DATA)" --out index/guard/weights.safetensors
 
 clean: ## remove the environments and every cache; never data
-	rm -rf $(VENV) $(VENV_OPENAI2) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV_OPENAI2) $(VENV_FRAMEWORKS) tests/conformance/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find proxy index migrations tests deploy -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and alone: without it in place, whatever asks for it might bring another build along.
@@ -89,4 +97,13 @@ $(CONVERTED)/.done: index/convert.py index/model.py tests/models.py | $(RUN_STAM
 $(OPENAI2_STAMP): deploy/constraints-openai2.txt
 	test -x $(VENV_OPENAI2)/bin/python || $(PYTHON) -m venv $(VENV_OPENAI2)
 	$(VENV_OPENAI2)/bin/python $(PIP_INSTALL) -r deploy/constraints-openai2.txt
+	@touch $@
+
+$(FRAMEWORKS_STAMP): deploy/constraints-frameworks.txt
+	test -x $(VENV_FRAMEWORKS)/bin/python || $(PYTHON) -m venv $(VENV_FRAMEWORKS)
+	$(VENV_FRAMEWORKS)/bin/python $(PIP_INSTALL) -r deploy/constraints-frameworks.txt
+	@touch $@
+
+$(NODE_STAMP): tests/conformance/package.json tests/conformance/package-lock.json
+	cd tests/conformance && npm ci --no-audit --no-fund --ignore-scripts
 	@touch $@

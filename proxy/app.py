@@ -22,6 +22,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
+import orjson
 import uvloop
 from aiohttp import web
 
@@ -38,7 +39,9 @@ from proxy.arbiter import Arbiter
 from proxy.audits import Auditor
 from proxy.books import Books
 from proxy.config import Settings, UpstreamSettings
+from proxy.core.dialects.routes import Routes
 from proxy.core.errors import CacheFault, ConfigError
+from proxy.embeddings import Embeddings
 from proxy.explain import Explainer
 from proxy.handlers import ClientHandler
 from proxy.hot import HotRows
@@ -314,9 +317,21 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks) -> tuple[Pipeline, 
         usage_on_hit=settings.cache.usage_on_hit,
         model_aliases=aliases_of(settings.forward.model_aliases),
     )
+    embeddings = Embeddings(
+        pipeline=pipeline,
+        store=edges.store.entries,
+        books=books,
+        upstream=edges.upstreams,
+        telemetry=edges.telemetry,
+        tasks=tasks,
+        usage_on_hit=settings.cache.usage_on_hit,
+        model_aliases=aliases_of(settings.forward.model_aliases),
+    )
     handler = ClientHandler(
         pipeline=pipeline,
+        embeddings=embeddings,
         upstream=edges.upstreams,
+        routes=Routes(orjson.loads),
         ledger=edges.store.ledger,
         telemetry=edges.telemetry,
         rules=settings.rules,
@@ -324,6 +339,7 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks) -> tuple[Pipeline, 
         secret=read_secret(settings.data_dir),
         extra_headers=extra_headers(settings),
         anonymous=settings.server.anonymous,
+        keyless=settings.server.listen.host in LOOPBACK_NAMES,
     )
     return pipeline, handler
 
@@ -428,7 +444,7 @@ def watch(
 
 
 def upstream_address(name: str, settings: UpstreamSettings) -> UpstreamAddress:
-    return UpstreamAddress(name, settings.base_url, settings.dialect)
+    return UpstreamAddress(name, settings.base_url, settings.dialect, settings.models, settings.key)
 
 
 def banner(app: App) -> str:
@@ -501,7 +517,8 @@ def settle_garbage() -> None:
 def secrets_of(settings: Settings) -> list[str]:
     """What no log line may show."""
     password = urlsplit(settings.store.database_url).password
-    return [secret for secret in (settings.server.admin_token, password) if secret]
+    keys = [upstream.key for upstream in settings.upstreams.values()]
+    return [secret for secret in (settings.server.admin_token, password, *keys) if secret]
 
 
 def serve(settings: Settings) -> None:

@@ -22,6 +22,7 @@ from proxy.core.model import (
     Bypass,
     Call,
     Draft,
+    Entry,
     Hit,
     NearMiss,
     Outcome,
@@ -60,6 +61,7 @@ class Lookup:
     signature: ports.Signature | None = None
     opinion: Opinion | None = None
     steps_ms: dict[str, float] = field(default_factory=dict)
+    spent: tuple[Call, ...] = ()  # calls whose answers could not be used
 
 
 @dataclass(slots=True)
@@ -74,6 +76,7 @@ class Fetch:
     call: Call | None = None
     answer: Answer | None = None
     usage: Usage | None = None
+    served: Usage | None = None  # of the part that entries answered
     unstored: str = ""  # why the answer is not stored; "" when it is
     again: Again | None = None  # set when a served question is asked again, for nobody but the judge
     deferred: list[Callable[[], object]] = field(default_factory=list)  # settlements that wait for the call's end
@@ -125,7 +128,9 @@ class Books:
         """The upstream call of a fetch that has ended. Usage that was not told is estimated from what arrived."""
         query, usage, basis = fetch.query, fetch.usage, "measured"
         if usage is None and status == 200 and size_bytes:
-            usage, basis = policy.estimate_usage(query.forward_body, size_bytes, is_stream), "estimated"
+            has_output = query.batch is None
+            usage = policy.estimate_usage(query.forward_body, size_bytes, is_stream, has_output=has_output)
+            basis = "estimated"
         return Call(
             id=f"{fetch.client.request_id}-{next(self._serial):x}",
             ts_ms=fetch.client.ts_ms,
@@ -153,8 +158,15 @@ class Books:
         *,
         collapsed: bool,
     ) -> int:
-        """Book a request that was not answered from an entry; what it cost, in nano-dollars."""
+        """Book a request that was not answered from entries, or not all of it; what it cost, in nano-dollars."""
         call = None if collapsed else fetch.call
+        calls = (*fetch.lookup.spent, *(() if call is None else (call,)))
+        usage, basis, mechanism = fetch.usage if word == "ok" else None, "measured", None
+        if collapsed:
+            mechanism = "stream.coalesce"
+        elif word == "ok" and fetch.served is not None and call is not None and call.usage is not None:
+            mechanism = MECHANISMS[Tier.EXACT]
+            usage, basis = added(fetch.served, call.usage), call.usage_basis
         cache_status = "BYPASS" if isinstance(verdict, Bypass) else "MISS"
         if query.controls.shadow:
             cache_status = "SHADOW"
@@ -168,20 +180,54 @@ class Books:
             status=status,
             cache_status=cache_status,
             reason=verdict.reason,
-            mechanism="stream.coalesce" if collapsed else None,
+            mechanism=mechanism,
             model_served=fetch.answer.model if fetch.answer is not None else query.model,
             similarity=verdict.similarity if isinstance(verdict, NearMiss | Hit) else None,
             entry_id=verdict.entry_id if isinstance(verdict, NearMiss) else None,
-            usage=fetch.usage if word == "ok" else None,
-            calls=() if call is None else (call,),
+            usage=usage,
+            usage_basis=basis,
+            calls=calls,
             retry_of=fetch.client.request_id if collapsed and client.is_retry else None,
             ttft_ms=ttft_ms,
             total_ms=(time.perf_counter() - client.started_s) * 1e3,
         )
         self._ledger.record(outcome)
-        cost_nusd = 0 if call is None else self.price(query, call.usage, client.ts_ms)
-        self._telemetry.lookup(outcome, fetch.lookup.steps_ms, scope=query.scope, cost_nusd=cost_nusd)
+        cost_nusd = sum([self.price(query, made.usage, client.ts_ms) for made in calls])
+        saved_nusd = self.price(query, usage, client.ts_ms) - cost_nusd if outcome.is_partial else 0
+        self._telemetry.lookup(
+            outcome, fetch.lookup.steps_ms, scope=query.scope, saved_nusd=saved_nusd, cost_nusd=cost_nusd
+        )
         return cost_nusd
+
+    def served(
+        self,
+        query: Query,
+        client: Client,
+        entries: Sequence[Entry],
+        model_served: str,
+        usage: Usage | None,
+        steps_ms: dict[str, float],
+    ) -> None:
+        """Book a request answered by several entries together; their calls' longest time is what it saved."""
+        total_ms = (time.perf_counter() - client.started_s) * 1e3
+        outcome = _outcome(
+            query,
+            request_id=client.request_id,
+            ts_ms=client.ts_ms,
+            cache_status="HIT",
+            reason="hit",
+            mechanism=MECHANISMS[Tier.EXACT],
+            model_served=model_served,
+            similarity=1.0,
+            entry_id=entries[0].id if len(entries) == 1 else None,
+            usage=usage,
+            baseline_ms=max([entry.draft.total_ms for entry in entries]),
+            ttft_ms=total_ms,
+            total_ms=total_ms,
+        )
+        self._ledger.record(outcome)
+        saved_nusd = self.price(query, usage, client.ts_ms)
+        self._telemetry.lookup(outcome, steps_ms, scope=query.scope, saved_nusd=saved_nusd)
 
     def audited(self, fetch: Fetch) -> None:
         """Book an audit: nobody was answered, so all it cost is a negative saving."""
@@ -217,6 +263,19 @@ class Books:
         self._telemetry.lookup(outcome, scope=query.scope, cost_nusd=cost_nusd)
 
 
+def added(*usages: Usage | None) -> Usage | None:
+    """What is known of several usages, together; None when nothing is."""
+    known = [usage for usage in usages if usage is not None]
+    if not known:
+        return None
+    return Usage(
+        sum([usage.input_tokens for usage in known]),
+        sum([usage.output_tokens for usage in known]),
+        sum([usage.cache_read_tokens for usage in known]),
+        sum([usage.cache_write_tokens for usage in known]),
+    )
+
+
 def draft_of(fetch: Fetch, answer: Answer, embedder: str, rules: Rules, now_ms: int) -> Draft:
     """The entry this answer becomes. Without a vector it is found by its exact identity only."""
     query, lookup = fetch.query, fetch.lookup
@@ -227,7 +286,7 @@ def draft_of(fetch: Fetch, answer: Answer, embedder: str, rules: Rules, now_ms: 
         tenant=query.tenant,
         namespace=query.controls.namespace,
         upstream=query.upstream,
-        operation=query.operation,
+        operation=query.dialect.operation,
         model=query.model,
         prompt=query.prompt,
         answer=encode_answer(answer, orjson.dumps),
@@ -253,6 +312,7 @@ def _outcome(
     similarity: float | None,
     entry_id: int | None,
     usage: Usage | None,
+    usage_basis: str = "measured",
     request_id: str = "",
     ts_ms: int = 0,
     outcome: str = "ok",
@@ -269,7 +329,7 @@ def _outcome(
         tenant=query.tenant,
         namespace=query.controls.namespace,
         tag=query.controls.tags[0] if query.controls.tags else "",
-        dialect=query.dialect,
+        dialect=query.dialect.name,
         endpoint=query.endpoint,
         stream=query.stream,
         model_requested=query.model,
@@ -284,7 +344,7 @@ def _outcome(
         entry_id=entry_id,
         retry_of=retry_of,
         usage=usage,
-        usage_basis="measured" if usage is not None else "none",
+        usage_basis=usage_basis if usage is not None else "none",
         calls=calls,
         baseline_ms=baseline_ms,
         ttft_ms=ttft_ms,

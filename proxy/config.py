@@ -168,6 +168,11 @@ def _upstreams(document: Document, flags: Flags, environ: Mapping[str, str]) -> 
             document.fail("upstream", name, "must be 1-32 of a-z, 0-9, dot, hyphen, underscore")
         if problem := _url_problem(upstream.base_url):
             document.fail(f"upstream.{name}", "base_url", problem)
+        if upstream.key_env is not None:
+            key = environ.get(upstream.key_env, "")
+            if not re.fullmatch(r"[\x21-\x7e]+", key):
+                document.fail(f"upstream.{name}", "key_env", f"names {upstream.key_env}, which holds no key")
+            found[name] = dataclasses.replace(upstream, key=key)
     one, fail = _given(flags.upstream, "--upstream", environ, "IBID_UPSTREAM")
     if one:
         if problem := _url_problem(one):

@@ -34,6 +34,7 @@ PEERS: Final = (
     ("cosine .90 (RedisVL's default)", 0.90),
     ("cosine .95", 0.95),
 )
+PAIRS_AT_ONCE: Final = 2048
 FORBIDDING: Final = policy.ALWAYS | policy.mask("negation", "antonyms", "direction")
 """Guards under which a pair counts as refused when no evidence is at hand."""
 
@@ -66,8 +67,8 @@ def evaluate(
         embed_s = texts.prepare((row.text for row in rows), name)
         found = stream(texts, rows, rules, budgets, labels, shuffles, readings)
     else:
-        embed_s = texts.prepare((text for pair in pairs for text in (pair.a, pair.b)), name)
-        found = judged_pairs(texts, pairs, rules)
+        found = judged_pairs(texts, pairs, rules, name)
+        embed_s = found.pop("embed_s")
     return {"file": name, **found, "embed_s": round(embed_s, 1)}
 
 
@@ -189,12 +190,20 @@ def peers(best: NDArray[np.float32], right: NDArray[np.bool_], asked: int) -> li
 # -- pairs -------------------------------------------------------------------------------------------------------------
 
 
-def judged_pairs(texts: Texts, pairs: Sequence[Pair], rules: Rules) -> dict[str, Any]:
+def judged_pairs(texts: Texts, pairs: Sequence[Pair], rules: Rules, name: str = "pairs") -> dict[str, Any]:
     """Each pair in a cache of its own: what is served before there is any evidence, and how the judge ranks.
 
     At the point where half of the true paraphrases are served, the share served of every kind of trap.
     """
-    rows = np.array([_judge_pair(texts, pair, rules) for pair in pairs])
+    judged: list[tuple[float, float, bool, bool]] = []
+    embed_s = 0.0
+    for start in range(0, len(pairs), PAIRS_AT_ONCE):  # the guard is asked about all: one pass gives it what it needs
+        block = pairs[start : start + PAIRS_AT_ONCE]
+        what = f"{name} {start + len(block):,} of {len(pairs):,}"
+        embed_s += texts.prepare((text for pair in block for text in (pair.a, pair.b)), what, with_states=True)
+        judged += [_judge_pair(texts, pair, rules) for pair in block]
+        texts.drop_states()
+    rows = np.array(judged)
     similarity, log_odds, serves, allowed = rows[:, 0], rows[:, 1], rows[:, 2] > 0, rows[:, 3] > 0
     same = np.array([pair.same for pair in pairs])
     kinds = [pair.kind for pair in pairs]
@@ -203,6 +212,7 @@ def judged_pairs(texts: Texts, pairs: Sequence[Pair], rules: Rules) -> dict[str,
     wanted = np.array([pair.same and pair.kind in ("paraphrase", "same") for pair in pairs])
     result: dict[str, Any] = {
         "kind": "pairs",
+        "embed_s": embed_s,
         "asked": len(pairs),
         "same": int(same.sum()),
         "cold": {

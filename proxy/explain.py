@@ -8,15 +8,17 @@ from typing import Any
 
 from proxy import ports
 from proxy.core import identity, policy
+from proxy.core.dialects.openai_chat import OpenAIChat
+from proxy.core.dialects.routes import CHAT_PATH
 from proxy.core.errors import BadRequest
 from proxy.core.model import Candidate, Level, NearMiss, Query
-from proxy.handlers import CHAT_UPSTREAM_PATH, Caller, ClientHandler, Target
+from proxy.handlers import Caller, ClientHandler, Target
 from proxy.judge import Judged, Opinion, Place, finite, verdict_of
 from proxy.pipeline import CANDIDATES, Pipeline
 from proxy.store.selection import Filters
 from proxy.store.store import Store
 
-TARGET = Target(CHAT_UPSTREAM_PATH, CHAT_UPSTREAM_PATH, "", True)
+TARGET = Target(CHAT_PATH, CHAT_PATH, "", OpenAIChat())
 TWINS = 20
 
 
@@ -140,7 +142,7 @@ class Explainer:
             pairs = {
                 "model": (draft.model, query.model),
                 "upstream": (draft.upstream, query.upstream),
-                "operation": (draft.operation, query.operation),
+                "operation": (draft.operation, query.dialect.operation),
                 "namespace": (draft.namespace, query.controls.namespace),
             }
             differs = {name: {"entry": a, "request": b} for name, (a, b) in pairs.items() if a != b}

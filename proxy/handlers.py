@@ -18,10 +18,12 @@ from aiohttp.hdrs import METH_POST
 
 from proxy.books import Client
 from proxy.core import fingerprint, identity, jsontext, policy
-from proxy.core.dialects import openai_chat
+from proxy.core.dialects.dialect import Dialect
+from proxy.core.dialects.routes import Routes, family_of, key_in
 from proxy.core.directives import controls_of, verdict_headers
 from proxy.core.errors import BadRequest, IbidError, UpstreamError
-from proxy.core.model import Bypass, Call, Controls, Level, Limits, Outcome, Query, Rules
+from proxy.core.model import Batch, Bypass, Call, Controls, Level, Limits, Outcome, Query, Rules
+from proxy.embeddings import Embeddings
 from proxy.incoming import body_stream, error_response, query_of, read_body, target_of
 from proxy.listener import Admission
 from proxy.pipeline import Pipeline
@@ -32,12 +34,10 @@ from proxy.wire import SERVER, answer_at_once, relay_at_once
 
 log = logging.getLogger(__name__)
 
-CHAT_PATHS = frozenset({"/v1/chat/completions", "/chat/completions", "/v1/v1/chat/completions"})
-CHAT_UPSTREAM_PATH = "/v1/chat/completions"
+CACHE_TWIN = "cache"  # cache controls in a body, whatever its dialect
 WHOLE_LIMIT_BYTES = 1024 * 1024
 MEMO_BODY_BYTES = 16 * 1024
 MEMO_ENTRIES = 2048
-HEARTBEAT = b": ping\n"  # a single LF: every SDK that speaks this dialect accepts it, also after an `id:` line
 HEARTBEAT_S = 15.0
 _PASSED = Bypass("pass_through")
 
@@ -47,8 +47,12 @@ class Target(NamedTuple):
 
     path: str
     path_qs: str  # as it goes upstream
-    query: str
-    is_chat: bool
+    query: str  # what of it may change the answer
+    dialect: Dialect | None = None  # without one the request passes through
+    model: str = ""  # where the path says it
+    stream: bool = False  # likewise
+    key: bytes = b""  # a credential in the query, as Gemini allows
+    is_keyless: bool = False  # of a dialect whose own server asks for no credential
 
 
 class Caller:
@@ -80,7 +84,9 @@ class ClientHandler:
         self,
         *,
         pipeline: Pipeline,
+        embeddings: Embeddings,
         upstream: Upstream,
+        routes: Routes,
         ledger: Ledger,
         telemetry: Telemetry,
         rules: Rules,
@@ -88,12 +94,15 @@ class ClientHandler:
         secret: bytes,
         extra_headers: frozenset[str] = frozenset(),
         anonymous: bool = False,
+        keyless: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.admission = Admission(limits.in_flight, limits.queued, limits.queue_timeout_s)
         self.streams: set[LiveStream] = set()
         self._pipeline = pipeline
+        self._embeddings = embeddings
         self._upstream = upstream
+        self._routes = routes
         self._ledger = ledger
         self._telemetry = telemetry
         self._rules = rules
@@ -101,9 +110,11 @@ class ClientHandler:
         self._secret = secret
         self._extra_headers = extra_headers
         self._anonymous = anonymous
+        self._keyless = keyless
         self._clock = clock
         self._targets: dict[str, Target] = {}
         self._callers: dict[tuple[tuple[bytes, bytes], ...], Caller] = {}
+        self._without_key: dict[tuple[tuple[bytes, bytes], ...], Caller] = {}
         self._queries: dict[tuple[Target, Caller, bytes], Query] = {}
         self._id_prefix = os.urandom(10).hex()
         self._id_count = int.from_bytes(os.urandom(3), "big")
@@ -120,18 +131,25 @@ class ClientHandler:
                 self.admission.leave()
         except IbidError as error:
             self._telemetry.refused(error.code)
-            return error_response(error, request_id)
+            return error_response(error, request_id, self._speech_of(request))
         except (ConnectionError, asyncio.CancelledError):
             raise
         except Exception:
             log.exception("a request failed inside ibid", extra={"request_id": request_id})
-            return error_response(IbidError("Something failed inside ibid."), request_id)
+            broken = IbidError("Something failed inside ibid.")
+            return error_response(broken, request_id, self._speech_of(request))
+
+    def _speech_of(self, request: web.BaseRequest) -> Dialect:
+        target = self._targets.get(request.raw_path)
+        if target is not None and target.dialect is not None:
+            return target.dialect
+        return self._routes.of_errors(request.raw_path, request.headers)
 
     async def _answer(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
         started_s = time.perf_counter()
         target = self._targets.get(request.raw_path) or self._read_target(request)
-        caller = self._callers.get(request.raw_headers) or self._read_caller(request)
-        if not target.is_chat:
+        caller = self._callers.get(request.raw_headers) or self._read_caller(request, target)
+        if target.dialect is None:
             return await self._pass_through(request, request_id, target, caller, started_s)
         if request.method != METH_POST:
             raise BadRequest("Use POST here.", code="method_not_allowed", status=405)
@@ -142,7 +160,10 @@ class ClientHandler:
         client = Client(
             request_id, int(self._clock() * 1000), started_s, target.path_qs, caller.headers, caller.is_retry
         )
-        reply = self._pipeline.recall(query, client) or await self._pipeline.answer(query, client)
+        if query.batch is not None:
+            reply = await self._embeddings.answer(query, client)
+        else:
+            reply = self._pipeline.recall(query, client) or await self._pipeline.answer(query, client)
         if isinstance(reply, Replay):
             return answer_at_once(request, reply)
         return await self._relay(request, reply)
@@ -152,15 +173,31 @@ class ClientHandler:
     def _read_target(self, request: web.BaseRequest) -> Target:
         path = target_of(request)
         query = query_of(request)
-        is_chat = path in CHAT_PATHS
-        target = Target(path, (CHAT_UPSTREAM_PATH if is_chat else path) + query, query, is_chat)
+        route = self._routes.find(path, query)
+        target = Target(
+            path,
+            route.path + query,
+            route.scope_query,
+            route.dialect,
+            route.model,
+            route.stream,
+            key_in(query),
+            is_keyless=family_of(path, {}) == "ollama",
+        )
         if request.raw_path.startswith("/"):
             _remember(self._targets, request.raw_path, target)
         return target
 
-    def _read_caller(self, request: web.BaseRequest) -> Caller:
+    def _read_caller(self, request: web.BaseRequest, target: Target) -> Caller:
         headers = request.raw_headers
-        tenant = identity.tenant_of(self._secret, identity.credential(headers, anonymous=self._anonymous))
+        known, anonymous = self._callers, self._anonymous
+        if target.key and not any(name.lower() == b"x-goog-api-key" for name, _ in headers):
+            headers = (*headers, (b"x-goog-api-key", target.key))
+        elif target.is_keyless and self._keyless:
+            known, anonymous = self._without_key, True
+        if (found := known.get(headers)) is not None:
+            return found
+        tenant = identity.tenant_of(self._secret, identity.credential(headers, anonymous=anonymous))
         caller = Caller(
             tenant,
             headers,
@@ -168,37 +205,42 @@ class ClientHandler:
             is_json=request.content_type == "application/json",
             is_retry=request.headers.get("x-stainless-retry-count", "0") not in ("", "0"),
         )
-        _remember(self._callers, headers, caller)
+        _remember(known, headers, caller)
         return caller
 
     def read_query(self, target: Target, caller: Caller, raw: bytes) -> Query:
-        """The question in a chat body. Raises BadRequest."""
+        """The question in a body. Raises BadRequest."""
+        dialect = target.dialect
+        assert dialect is not None
         body = jsontext.parse(raw, self._limits.json_depth)
-        facts = openai_chat.read(body)
-        twin = body.get(openai_chat.CACHE_TWIN)
+        facts = dialect.read(body, model=target.model, stream=target.stream)
+        twin = body.get(CACHE_TWIN)
         controls = caller.controls if twin is None else None
         if controls is None:
             controls = controls_of(caller.headers, twin)
             if twin is None:
                 caller.controls = controls
-        upstream = self._upstream.route(target.path, {})
+        upstream = self._upstream.route(target.path, {}, facts.model)
         eligibility = policy.classify(facts, controls, self._rules)
         scope = digest = b""
         if eligibility.level is not Level.NONE:
             scope = fingerprint.scope_of(
                 facts,
                 tenant=caller.tenant,
-                upstream=upstream,
-                operation="chat",
+                upstream=self._upstream.place(upstream),
+                operation=dialect.operation,
                 controls=controls,
                 headers=caller.scope_headers,
                 query=target.query,
             )
-            digest = fingerprint.fingerprint_of(scope, facts.prompt)
+            digest = b"" if facts.inputs else fingerprint.fingerprint_of(scope, facts.prompt)
+        batch = None
+        if facts.inputs:
+            prints = tuple([fingerprint.fingerprint_of(scope, asked) for asked in facts.inputs]) if scope else ()
+            batch = Batch(facts.inputs, prints, facts.encoding_format, is_open=not facts.unknown)
         query = Query(
-            dialect="openai",
-            operation="chat",
-            endpoint=CHAT_UPSTREAM_PATH,
+            dialect=dialect,
+            endpoint=target.path_qs.partition("?")[0],
             upstream=upstream,
             tenant=caller.tenant,
             model=facts.model,
@@ -210,9 +252,13 @@ class ClientHandler:
             eligibility=eligibility,
             controls=controls,
             body=raw,
-            forward_body=openai_chat.forward_body(raw, body),
+            forward_body=dialect.forward_body(raw, body),
             n=facts.n,
             wants_json=facts.response_format in ("json_object", "json_schema"),
+            output_limit=facts.output_limit,
+            has_stops=facts.has_stops,
+            batch=batch,
+            keeps_id=facts.keeps_id,
         )
         if len(raw) <= MEMO_BODY_BYTES:
             _remember(self._queries, (target, caller, raw), query)
@@ -229,7 +275,7 @@ class ClientHandler:
                 relay.close(outcome)  # settles, and so knows the cost
                 return relay_at_once(request, relay.status, relay.headers, body)
             response = web.StreamResponse(status=relay.status, headers=[*relay.headers, ("Server", SERVER)])
-            live = LiveStream(response, beats=relay.is_stream)
+            live = LiveStream(response, relay.dialect.heartbeat if relay.is_stream else None)
             self.streams.add(live)
             try:
                 outcome = await self._copy(request, relay, live)
@@ -254,11 +300,11 @@ class ClientHandler:
         except UpstreamError as error:
             if not relay.is_stream:
                 response.force_close()
-                if request.transport is not None:
-                    request.transport.abort()
-                return "error"
+                return _cut(request)
             response.force_close()
-            await live.write(openai_chat.stream_error(error))
+            if not (said := relay.last_words(error)):
+                return _cut(request)
+            await live.write(said)
         await response.write_eof()
         return "error" if relay.broken is not None or relay.status >= 400 else "ok"
 
@@ -374,11 +420,11 @@ class ClientHandler:
 class LiveStream:
     """A response being written piece by piece, and when it last said something."""
 
-    __slots__ = ("_beats", "_spoke_s", "_writing", "response")
+    __slots__ = ("_heartbeat", "_spoke_s", "_writing", "response")
 
-    def __init__(self, response: web.StreamResponse, *, beats: bool) -> None:
+    def __init__(self, response: web.StreamResponse, heartbeat: bytes | None) -> None:
         self.response = response
-        self._beats = beats
+        self._heartbeat = heartbeat
         self._spoke_s = time.monotonic()
         self._writing = False
 
@@ -389,10 +435,17 @@ class LiveStream:
         self._spoke_s = time.monotonic()
 
     def beat(self, now_s: float) -> None:
-        """A comment line when nothing was said for HEARTBEAT_S; only ever between two events."""
-        if self._beats and not self._writing and now_s - self._spoke_s >= HEARTBEAT_S:
+        """The dialect's heartbeat when nothing was said for HEARTBEAT_S; only ever between two events."""
+        if self._heartbeat is not None and not self._writing and now_s - self._spoke_s >= HEARTBEAT_S:
             self._spoke_s = now_s
-            asyncio.ensure_future(self.response.write(HEARTBEAT)).add_done_callback(_swallow_connection_loss)
+            asyncio.ensure_future(self.response.write(self._heartbeat)).add_done_callback(_swallow_connection_loss)
+
+
+def _cut(request: web.BaseRequest) -> str:
+    """End a response that cannot say that it broke."""
+    if request.transport is not None:
+        request.transport.abort()
+    return "error"
 
 
 def _swallow_connection_loss(task: asyncio.Future[None]) -> None:

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from proxy.core.dialects.openai_replay import Template
+from proxy.core.dialects.dialect import Template
 from proxy.core.model import Answer, Entry
 from proxy.relay import Head
 

@@ -19,7 +19,8 @@ from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
 from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import RequestPayloadError
 
-from proxy.core.dialects.openai_chat import error_body
+from proxy.core.dialects.dialect import Dialect
+from proxy.core.dialects.openai_chat import OpenAIChat
 from proxy.core.errors import BadRequest, IbidError
 from proxy.core.model import Limits
 
@@ -32,6 +33,8 @@ _KNOWN_WORDS = frozenset(
 _NO_TUNNEL = frozenset({hdrs.METH_CONNECT, hdrs.METH_TRACE})
 _CLOSES = frozenset({"request_too_large", "request_timeout", "bad_request", "headers_too_large", "uri_too_long"})
 SMALL_BYTES = 16 * 1024
+_UNTOLD = OpenAIChat()
+"""In which errors are said to a client of whom nothing is known yet."""
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -242,9 +245,11 @@ def new_request_id() -> str:
     return "req_" + secrets.token_hex(16)
 
 
-def error_headers(error: IbidError, request_id: str) -> dict[str, str]:
+def error_headers(error: IbidError, request_id: str, id_header: str = "") -> dict[str, str]:
     """Headers of an error's response, content-type included."""
     headers = {"Content-Type": "application/json", "Server": "ibid", "x-request-id": request_id}
+    if id_header:
+        headers[id_header] = request_id
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
     if error.should_retry is not None:
@@ -252,9 +257,10 @@ def error_headers(error: IbidError, request_id: str) -> dict[str, str]:
     return headers
 
 
-def error_response(error: IbidError, request_id: str) -> web.Response:
-    """The envelope every client understands. Closes the connection where the rest of the request is not wanted."""
-    response = web.Response(body=error_body(error), status=error.status, headers=error_headers(error, request_id))
+def error_response(error: IbidError, request_id: str, dialect: Dialect = _UNTOLD) -> web.Response:
+    """The envelope this client understands. Closes the connection where the rest of the request is not wanted."""
+    headers = error_headers(error, request_id, dialect.id_header)
+    response = web.Response(body=dialect.error_body(error, request_id), status=error.status, headers=headers)
     if error.code in _CLOSES:
         response.force_close()
     return response
@@ -262,7 +268,7 @@ def error_response(error: IbidError, request_id: str) -> web.Response:
 
 def raw_response(error: IbidError) -> bytes:
     """A whole HTTP/1.1 response for a connection that has no request yet."""
-    body = error_body(error)
+    body = _UNTOLD.error_body(error)
     reason = {408: "Request Timeout", 503: "Service Unavailable"}.get(error.status, "Error")
     headers = error_headers(error, new_request_id()) | {"Content-Length": str(len(body)), "Connection": "close"}
     lines = [f"HTTP/1.1 {error.status} {reason}", *(f"{name}: {value}" for name, value in headers.items()), "", ""]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import assert_never
 
 import numpy as np
@@ -20,9 +21,7 @@ from proxy.books import Books, Client, Fetch, Lookup, draft_of
 from proxy.collapse import Flight, Seat
 from proxy.core import freshness, policy
 from proxy.core.answer import decode_answer
-from proxy.core.dialects.openai_filter import UsageFilter
-from proxy.core.dialects.openai_record import Recording, find_usage, record
-from proxy.core.dialects.openai_replay import Template, UsageMode, render_stream, render_whole
+from proxy.core.dialects.dialect import JSON, Recording, Template, UsageMode
 from proxy.core.directives import usd, verdict_headers
 from proxy.core.errors import BadRequest, CacheFault, UpstreamError
 from proxy.core.model import (
@@ -39,6 +38,7 @@ from proxy.core.model import (
     Tier,
     Verdict,
 )
+from proxy.explanation import explanation
 from proxy.hot import Alias, Form, HotRow, HotRows
 from proxy.judge import Judged, Opinion, Place, objection, verdict_of
 from proxy.relay import Head, Relay, Replay
@@ -49,8 +49,6 @@ log = logging.getLogger(__name__)
 
 CANDIDATES = 16
 ROUNDING = 1e-3  # between a similarity of the index, in fixed point, and one of the row
-EVENT_STREAM = "text/event-stream; charset=utf-8"
-JSON = "application/json"
 
 
 class Pipeline:
@@ -90,7 +88,7 @@ class Pipeline:
         self._usage_on_hit = usage_on_hit
         self._model_aliases = model_aliases or {}
         self._clock = clock
-        self._purges = 0  # rows read or written before the last of them may be gone
+        self.purges = 0  # rows read or written before the last of them may be gone
 
     # -- the story ----------------------------------------------------------------------------------------------
 
@@ -104,7 +102,8 @@ class Pipeline:
                 assert lookup.row is not None
                 if hit.tier is Tier.SEMANTIC:
                     self._count_alike(query, client, lookup)
-                return self._serve(query, client, lookup.row, hit, lookup.steps_ms)
+                replay = self._serve(query, client, lookup.row, hit, lookup.steps_ms)
+                return replay if not query.controls.explain else replay.saying(explanation(query, lookup))
             case Hit() | NearMiss() | Miss() | Bypass():
                 pass
             case _:
@@ -117,16 +116,17 @@ class Pipeline:
             )
         if (flight := self._joinable(query)) is not None:  # it may have started while this one was looking
             return await self._join(flight, query, client)
-        return await self._forward(query, client, lookup)
+        reply = await self.forward(query, client, lookup)
+        return reply if not query.controls.explain else reply.saying(explanation(query, lookup))
 
     def recall(self, query: Query, client: Client) -> Replay | None:
         """Answer from memory without waiting for anything, or None."""
         controls = query.controls
-        if not controls.read or controls.shadow or query.eligibility.level is Level.NONE:
+        if not controls.read or controls.shadow or controls.explain or query.eligibility.level is Level.NONE:
             return None
         row = self.hot.find(query.fingerprint)
         if row is not None:
-            if not _is_fresh(row.entry, query, client):
+            if not _is_fresh(row.entry, query, client) or policy.unfit(row.answer, query) is not None:
                 return None
             return self._serve(query, client, row, Hit(row.entry, Tier.EXACT, 1.0, 1.0), None)
         alias = self.hot.alias(query.fingerprint)
@@ -137,7 +137,7 @@ class Pipeline:
         row = self.hot.get(alias.entry_id)
         if row is None or row.entry.draft.scope != query.scope:
             return None
-        if not _is_fresh(row.entry, query, client):
+        if not _is_fresh(row.entry, query, client) or policy.unfit(row.answer, query) is not None:
             return None
         self.auditor.remember(client.request_id, query.fingerprint, row.entry.id)
         return self._serve(query, client, row, Hit(row.entry, Tier.SEMANTIC, alias.similarity, alias.probability), None)
@@ -151,7 +151,10 @@ class Pipeline:
             if controls.read and await self._find_exact(query, client, lookup):
                 return lookup
             if eligibility.level is Level.FULL and not controls.exact_only:
+                unfit = lookup.verdict.reason
                 await self._find_alike(query, client, lookup)
+                if isinstance(lookup.verdict, Miss) and unfit in policy.UNFIT:
+                    lookup.verdict = Miss(unfit)
         except ports.CACHE_FAULTS as fault:
             reason = _reason_of(fault)
             if reason == "too_long":  # a property of the text, not a fault
@@ -165,7 +168,7 @@ class Pipeline:
 
     async def _find_exact(self, query: Query, client: Client, lookup: Lookup) -> bool:
         started = time.perf_counter()
-        purges = self._purges
+        purges = self.purges
         entry = await self._store.find(query.fingerprint)
         lookup.steps_ms["exact"] = (time.perf_counter() - started) * 1e3
         if entry is None or entry.draft.scope != query.scope:
@@ -173,7 +176,11 @@ class Pipeline:
         if not _is_fresh(entry, query, client):
             lookup.verdict = Miss("expired")
             return False
-        lookup.row = self._warm(entry, purges)
+        row = self.warm(entry, purges)
+        if (reason := policy.unfit(row.answer, query)) is not None:
+            lookup.verdict = Miss(reason)
+            return False
+        lookup.row = row
         lookup.verdict = Hit(entry, Tier.EXACT, 1.0, 1.0)
         return True
 
@@ -222,7 +229,7 @@ class Pipeline:
         assert self.index is not None
         assert lookup.vector is not None
         entry_id = chosen.candidate.entry_id
-        row, purges, epoch = self.hot.get(entry_id), self._purges, self.judge.epoch
+        row, purges, epoch = self.hot.get(entry_id), self.purges, self.judge.epoch
         entry = row.entry if row is not None else await self._store.get(entry_id)
         if entry is None:
             self.index.remove([entry_id])
@@ -240,6 +247,9 @@ class Pipeline:
         similarity, vetoes = self.index.compare(lookup.vector, opinion.signature, draft.embedding, draft.signature)
         if not abs(similarity - chosen.candidate.similarity) <= ROUNDING or vetoes != chosen.candidate.vetoes:
             return "changed"
+        row = row if row is not None else self.warm(entry, purges)
+        if (reason := policy.unfit(row.answer, query)) is not None:
+            return reason
         if self.judge.is_refused(query.fingerprint, draft.fingerprint):
             return "refused_before"
         asked = time.perf_counter()
@@ -247,9 +257,9 @@ class Pipeline:
         lookup.steps_ms["guard"] = lookup.steps_ms.get("guard", 0.0) + (time.perf_counter() - asked) * 1e3
         if against:
             return against
-        if (purges, epoch) != (self._purges, self.judge.epoch):  # while the guard was asked; its answer is remembered
+        if (purges, epoch) != (self.purges, self.judge.epoch):  # while the guard was asked; its answer is remembered
             return await self._pass_gate(chosen, opinion, query, client, lookup)
-        return row if row is not None else self._warm(entry, purges)
+        return row
 
     async def ask_guard(self, judged: Judged, opinion: Opinion, asked: str, kept: str) -> str:
         """What the pair guard has against serving `kept`'s answer for `asked`, or ""."""
@@ -274,10 +284,10 @@ class Pipeline:
         if again is not None and not query.controls.only_if_cached:
             _ = self._tasks.spawn(self._ask_again(query, client, lookup, again), "audit")
 
-    def _warm(self, entry: Entry, purges: int) -> HotRow:
+    def warm(self, entry: Entry, purges: int) -> HotRow:
         """A row to serve, kept in memory unless a purge came while it was read."""
         answer = decode_answer(entry.draft.answer, orjson.loads)
-        return self.hot.put(entry, answer) if purges == self._purges else HotRow(entry, answer)
+        return self.hot.put(entry, answer) if purges == self.purges else HotRow(entry, answer)
 
     # -- serve ----------------------------------------------------------------------------------------------------
 
@@ -293,7 +303,7 @@ class Pipeline:
         if head is None or form.second != second:
             head = form.head = self._hit_head(query, client, row, hit, form.baseline_nusd)
             form.second = second
-        body = form.template.fill("chatcmpl-" + client.request_id, second)
+        body = form.template.fill(client.request_id, second)
         age_s = freshness.age_s(row.entry.draft.created_ms, client.ts_ms)
         self._books.hit(form.recurring, client, steps_ms, query.scope, age_s, form.baseline_nusd)
         return Replay(head, client.request_id, body)
@@ -313,13 +323,13 @@ class Pipeline:
             saved_nusd=baseline_nusd,
             cost_nusd=0,
         )
-        headers.append(("Content-Type", EVENT_STREAM if query.stream else JSON))
-        return Head(headers)
+        headers.append(("Content-Type", _content_type(query)))
+        return Head(headers, query.dialect.id_header)
 
     def _template(self, query: Query, answer: Answer) -> Template:
-        if query.stream:
-            return render_stream(answer, query.wants_usage, self._usage_on_hit)
-        return render_whole(answer, self._usage_on_hit)
+        return query.dialect.render(
+            answer, stream=query.stream, wants_usage=query.wants_usage, usage_mode=self._usage_on_hit
+        )
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
@@ -327,10 +337,15 @@ class Pipeline:
         if not query.controls.read or query.eligibility.level is Level.NONE:
             return None
         flight = self.flights.get(query.fingerprint)
-        return flight if flight is not None and flight.joinable else None
+        if flight is None or not flight.joinable:
+            return None
+        asked, own = flight.context.query.output_limit, query.output_limit
+        return flight if own is None or (asked is not None and asked <= own) else None
 
-    async def _forward(self, query: Query, client: Client, lookup: Lookup) -> Replay | Relay:
+    async def forward(self, query: Query, client: Client, lookup: Lookup) -> Replay | Relay:
         shared = query.eligibility.level is not Level.NONE and query.controls.read
+        current = self.flights.get(query.fingerprint)
+        shared = shared and (current is None or not current.joinable)  # it goes on for those it suits
         fetch = Fetch(query, client, lookup, time.perf_counter())
         flight = self._take_off(fetch, shared=shared)
         if shared:
@@ -371,7 +386,7 @@ class Pipeline:
     async def _join(self, flight: Flight[Fetch], query: Query, client: Client) -> Replay | Relay:
         """Share a forward in flight: its bytes when both stream alike, its answer once it is whole when not."""
         seat = flight.join()
-        if flight.context.query.stream == query.stream:
+        if _same_bytes(flight.context.query, query):
             return await self._board(flight, seat, query, client, Miss("collapsed"), collapsed=True)
         try:
             while await seat.next():  # read and let go: the answer is with the flight
@@ -385,18 +400,21 @@ class Pipeline:
             raise
         finally:
             seat.leave()
-        if (answer := flight.context.answer) is None:
+        answer = flight.context.answer
+        if answer is None:
             if (other := self._joinable(query)) is not None:  # one of those who waited asks again, for all of them
                 return await self._join(other, query, client)
-            return await self._forward(query, client, Lookup(Miss(flight.context.unstored)))
+            return await self.forward(query, client, Lookup(Miss(flight.context.unstored)))
+        if (reason := policy.unfit(answer, query)) is not None:
+            return await self.forward(query, client, Lookup(Miss(reason)))
         return self._serve_shared(flight.context, answer, query, client)
 
     def _serve_shared(self, fetch: Fetch, answer: Answer, query: Query, client: Client) -> Replay:
         headers = verdict_headers(Miss("collapsed"), upstream=query.upstream, fwd_status=200, collapsed=True)
-        headers.append(("Content-Type", EVENT_STREAM if query.stream else JSON))
-        body = self._template(query, answer).fill("chatcmpl-" + client.request_id, client.ts_ms // 1000)
+        headers.append(("Content-Type", _content_type(query)))
+        body = self._template(query, answer).fill(client.request_id, client.ts_ms // 1000)
         self._books.forwarded(query, client, Miss("collapsed"), fetch, "ok", 200, None, collapsed=True)
-        return Replay(Head(headers), client.request_id, body)
+        return Replay(Head(headers, query.dialect.id_header), client.request_id, body)
 
     async def _board(
         self,
@@ -422,7 +440,8 @@ class Pipeline:
                 ),
             )
             raise
-        is_stream = query.stream and response.status == 200 and response.content_type == "text/event-stream"
+        dialect = query.dialect
+        is_stream = query.stream and response.status == 200 and response.content_type == dialect.stream_type
         headers = verdict_headers(
             verdict,
             request_id=client.request_id,
@@ -447,10 +466,11 @@ class Pipeline:
 
         return Relay(
             seat,
+            dialect,
             response.status,
             headers,
             response.content_length,
-            UsageFilter(not query.wants_usage, query.n, orjson.loads) if is_stream else None,
+            dialect.filter(wants_usage=query.wants_usage, n=query.n) if is_stream else None,
             settle,
         )
 
@@ -470,16 +490,19 @@ class Pipeline:
         response = flight.response
         status = 0 if response is None else response.status
         body = b"" if flight.trimmed else flight.body
-        is_stream = response is not None and response.content_type == "text/event-stream"
+        is_stream = response is not None and response.content_type == query.dialect.stream_type
         recording: Recording | None = None
         if status == 200 and query.eligibility.level is Level.NONE:
-            fetch.usage = find_usage(body)
+            fetch.usage = query.dialect.find_usage(body)
         elif status == 200:
-            recording = record(body, is_stream=is_stream, n=query.n, loads=orjson.loads)
+            recording = query.dialect.record(body, is_stream=is_stream, n=query.n, keeps_id=query.keeps_id)
             fetch.usage = recording.usage
         fetch.unstored = self._why_unstored(flight, recording)
         if recording is not None and not fetch.unstored:
-            fetch.answer = recording.answer
+            answer = recording.answer
+            if answer is not None and answer.usage is None and query.output_limit is not None:
+                answer = replace(answer, limit=query.output_limit)
+            fetch.answer = answer
         fetch.call = self._books.call_of(fetch, status, flight.size_bytes, is_stream=is_stream, won=flight.complete)
         if fetch.again is not None:
             self._books.audited(fetch)
@@ -517,16 +540,21 @@ class Pipeline:
         identity = "" if self.embedder is None else self.embedder.identity
         draft = draft_of(fetch, answer, identity, self.rules, int(self._clock() * 1000))
         try:
-            purges = self._purges
+            purges = self.purges
             entry, replaced = await self._store.put(draft)
-            while purges != self._purges:  # a purge came meanwhile: it may have taken this one along
-                purges = self._purges
+            while purges != self.purges:  # a purge came meanwhile: it may have taken this one along
+                purges = self.purges
                 if await self._store.get(entry.id) is None:
                     return
             if replaced:
                 self.forget(replaced)
             self.hot.put(entry, answer)
-            if self.index is not None and lookup.vector is not None and lookup.signature is not None:
+            if (
+                self.index is not None
+                and lookup.vector is not None
+                and lookup.signature is not None
+                and not answer.opaque  # what is signed is for the very same question
+            ):
                 self.index.add(entry.id, query.scope, lookup.vector, lookup.signature, draft.expires_ms)
             self.auditor.stored(lookup.opinion, fetch.again, query, fetch.client.headers, entry, answer)
         except ports.CACHE_FAULTS as fault:
@@ -554,10 +582,24 @@ class Pipeline:
 
     def forget(self, entry_ids: Sequence[int]) -> None:
         """Drop entries that SQL no longer has from memory and index."""
-        self._purges += bool(entry_ids)
+        self.purges += bool(entry_ids)
         self.hot.forget(entry_ids)
         if self.index is not None:
             self.index.remove(entry_ids)
+
+
+def _content_type(query: Query) -> str:
+    return f"{query.dialect.stream_type}; charset=utf-8" if query.stream else JSON
+
+
+def _same_bytes(one: Query, other: Query) -> bool:
+    """Whether the reply to one can be relayed to the other as it arrives."""
+    return (
+        one.stream == other.stream
+        and one.endpoint == other.endpoint
+        and one.dialect is other.dialect
+        and one.output_limit == other.output_limit
+    )
 
 
 def _is_fresh(entry: Entry, query: Query, client: Client) -> bool:

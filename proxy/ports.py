@@ -224,7 +224,15 @@ class EntryStore(Protocol):
         """The entry of this exact identity, its checksum verified (a damaged row reads as absent and is counted)."""
         ...
 
+    async def find_many(self, fingerprints: Sequence[bytes]) -> Sequence[Entry]:
+        """As `find`, for many at once: those that are there, in any order, by one query at most."""
+        ...
+
     async def get(self, entry_id: int) -> Entry | None: ...
+
+    def mark_used(self, entry_id: int, now_ms: int) -> None:
+        """Remember that an entry gave a part of an answer: what is used is not evicted. Never blocks, never raises."""
+        ...
 
     async def put(self, draft: Draft) -> Stored:
         """Commit: returns when the row is durable. Raises CacheFault (store_busy) at once when the queue is full."""
@@ -277,8 +285,12 @@ class UpstreamResponse(Protocol):
 class Upstream(Protocol):
     """Forwards to the model servers."""
 
-    def route(self, path: str, headers: Mapping[str, str]) -> str:
-        """Name of the configured upstream that serves this path."""
+    def route(self, path: str, headers: Mapping[str, str], model: str = "") -> str:
+        """Name of the configured upstream that serves this path, and this model where the body names one."""
+        ...
+
+    def place(self, upstream: str) -> str:
+        """Where it is: part of the scope, so that two dialects of one model server share its answers."""
         ...
 
     async def open(

@@ -90,9 +90,11 @@ class Texts:
         if backend.batch_limit > 1:
             backend.batch_limit = BATCH
 
-    def prepare(self, texts: Iterable[str], what: str = "embedding") -> float:
-        """Embed what is not known yet, equal lengths together; seconds spent."""
+    def prepare(self, texts: Iterable[str], what: str = "embedding", *, with_states: bool = False) -> float:
+        """Embed what is not known yet, equal lengths together; seconds spent. `with_states` keeps the token states of
+        the same pass, 1.5 KiB a token, until `drop_states`."""
         started = time.perf_counter()
+        encode = self.backend.encode_states if with_states and self.can_verify else self._encode_plain
         new = [text for text in dict.fromkeys(texts) if text not in self._vectors]
         by_length: dict[int, list[tuple[str, list[int]]]] = {}
         for text in new:
@@ -106,12 +108,21 @@ class Texts:
         for waiting in by_length.values():
             for at in range(0, len(waiting), self.backend.batch_limit):
                 part = waiting[at : at + self.backend.batch_limit]
-                vectors = self.backend.encode_tokens([ids for _, ids in part])
-                for (text, _), vector in zip(part, vectors, strict=True):
-                    self._vectors[text] = vector.copy()
+                vectors, states = encode([ids for _, ids in part])
+                for i, (text, _) in enumerate(part):
+                    self._vectors[text] = vectors[i].copy()
+                    if states is not None:
+                        self._states[text] = states[i]
                 bar.advance(len(part))
         bar.close()
         return time.perf_counter() - started
+
+    def _encode_plain(self, ids: Sequence[list[int]]) -> tuple[NDArray[np.float32], None]:
+        return self.backend.encode_tokens(ids), None
+
+    def drop_states(self) -> None:
+        """Forget token states; they are computed anew where they are asked for."""
+        self._states.clear()
 
     def vector(self, text: str) -> NDArray[np.float32] | None:
         """None for a text longer than the window."""

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+from proxy.core.dialects.dialect import Dialect, StreamFilter
 from proxy.core.errors import IbidError, UpstreamError
 
 
 class Head:
-    """Response headers, all but `x-request-id`. `wire` is the handler's: the same once more as it spells them."""
+    """Response headers, all but those that name the request: `x-request-id`, and `id_header` where the dialect has one
+    of its own. `wire` is the handler's: the same once more as it spells them."""
 
-    __slots__ = ("pairs", "wire")
+    __slots__ = ("id_header", "pairs", "wire")
 
-    def __init__(self, pairs: list[tuple[str, str]]) -> None:
+    def __init__(self, pairs: list[tuple[str, str]], id_header: str = "") -> None:
         self.pairs = pairs
+        self.id_header = id_header
         self.wire: bytes | None = None
 
 
@@ -24,6 +27,10 @@ class Replay(NamedTuple):
     head: Head
     request_id: str
     body: bytes
+
+    def saying(self, explanation: tuple[str, str]) -> Replay:
+        """The same with one more header."""
+        return self._replace(head=Head([*self.head.pairs, explanation], self.head.id_header))
 
 
 class Source(Protocol):
@@ -36,19 +43,6 @@ class Source(Protocol):
     def leave(self) -> None: ...
 
 
-class StreamFilter(Protocol):
-    """Turns the upstream's event stream into the one the client asked for; see `openai_chat.UsageFilter`."""
-
-    def feed(self, chunk: bytes) -> bytes: ...
-
-    def end(self) -> bytes: ...
-
-    @property
-    def complete(self) -> bool: ...
-
-    failed: bool
-
-
 class Relay:
     """A reply that follows a forward. Whoever receives it must `close` it, however the client's side went.
 
@@ -56,19 +50,22 @@ class Relay:
     """
 
     __slots__ = (
-        "_ended", "_filter", "_seat", "_settle", "broken", "closed", "content_length", "first_byte_s", "headers",
+        "_ended", "_filter", "_seat", "_settle", "broken", "closed", "content_length", "dialect", "first_byte_s",
+        "headers",
         "is_stream", "status",
     )  # fmt: skip
 
     def __init__(
         self,
         seat: Source,
+        dialect: Dialect,
         status: int,
         headers: list[tuple[str, str]],
         content_length: int | None,
         stream_filter: StreamFilter | None,
         settle: Callable[[Relay, str], None],
     ) -> None:
+        self.dialect = dialect
         self.status = status
         self.headers = headers
         self.content_length = content_length
@@ -107,6 +104,15 @@ class Relay:
         except UpstreamError as error:
             self.broken = error
             raise
+
+    def saying(self, explanation: tuple[str, str]) -> Relay:
+        """The same with one more header."""
+        self.headers.append(explanation)
+        return self
+
+    def last_words(self, error: IbidError) -> bytes:
+        """What tells the client in the stream that it broke; b"" where the dialect cannot say it."""
+        return self.dialect.stream_error(error, after=-1 if self._filter is None else self._filter.number)
 
     def close(self, outcome: str) -> None:
         """`outcome`: "ok", "error" or "cancelled"."""

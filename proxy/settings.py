@@ -61,6 +61,11 @@ class UpstreamSettings:
 
     base_url: str = option("", "address of the server, with or without its /v1; no credential, query or fragment")
     dialect: Literal["openai", "anthropic", "gemini", "ollama"] = option("openai", "wire format it speaks")
+    models: tuple[str, ...] = option(
+        (), "models it serves, with * and ?; none: those no other one of its dialect names"
+    )
+    key_env: str | None = option(None, "environment variable of the key it is sent; unset: the client's own")
+    key: str | None = field(default=None, repr=False, metadata={"environment_only": True})
     prices_as: str | None = option(None, "provider whose list prices apply; unset: the one of the upstream's name")
 
 
@@ -181,6 +186,7 @@ RULES_WHY: Mapping[str, str] = {
     "semantic_temperature_max": "explicit temperature above this: exact only, the client wants variety",
     "cache_seeded": "exact hits even for a request that gives a seed",
     "cache_tools": "exact hits for requests that carry tools and were answered in text",
+    "cache_tool_calls": "exact hits whose answer is a tool call, with new ids: a repeated question repeats the call",
     "semantic": "look for reworded questions at all",
     "min_words": "shorter prompts say too little to compare",
     "near_floor": "similarity from which a miss is listed as a near-miss",

@@ -109,7 +109,7 @@ class Telemetry(Collector):
 
         `steps_ms` has keys of STEPS; the caller must not change it afterwards (the line is formatted later).
         """
-        tier = _TIERS.get(outcome.mechanism, "other")
+        tier = "" if outcome.is_partial else _TIERS.get(outcome.mechanism, "other")
         key = (outcome.cache_status, tier, outcome.reason, str(outcome.status))
         requests = self._requests
         if key in requests:

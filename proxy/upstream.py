@@ -11,7 +11,8 @@ import asyncio
 import io
 import re
 from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import aiohttp
@@ -26,8 +27,9 @@ from aiohttp.streams import StreamReader
 from yarl import URL
 
 from proxy.breaker import Breaker
+from proxy.core.dialects.routes import family_of
 from proxy.core.errors import BadRequest, ConfigError, UpstreamError
-from proxy.core.identity import forwardable
+from proxy.core.identity import CREDENTIALS, forwardable
 
 RETRY_PAUSE_S = 0.05
 WRITTEN_AT_ONCE_BYTES = 1 << 20  # above it aiohttp warns of a stalled loop
@@ -49,17 +51,19 @@ _BARE = re.compile(
     r"assistants|threads|vector_stores|uploads)(/|\?|$)"
 )
 _VERSION = re.compile(r"/v\d[^/]*(/|$)")
-_OLLAMA = re.compile(r"/api/(chat|generate|embed|embeddings|tags|show|ps|version|pull|push|create|copy|delete|blobs)\b")
 _PLAIN_TARGET = re.compile(r"/[\x21-\x7e]*")
 
 
 @dataclass(frozen=True, slots=True)
 class UpstreamAddress:
-    """One configured model server. The first of a dialect serves it."""
+    """One configured model server. Of a dialect's, the first that names the model serves it, else the first without
+    names."""
 
     name: str
     base_url: str  # with or without its /v1
     dialect: str  # "openai" | "anthropic" | "gemini" | "ollama"
+    models: tuple[str, ...] = ()  # patterns of `fnmatch`; none: what no other upstream of the dialect names
+    key: str | None = field(default=None, repr=False)  # sent instead of the client's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +87,21 @@ def everything_at(base_url: str) -> tuple[UpstreamAddress, ...]:
     return (UpstreamAddress("upstream", base_url, "openai"),)
 
 
+_KEY_HEADERS = {"anthropic": (b"x-api-key", b""), "gemini": (b"x-goog-api-key", b"")}
+
+
 class Address:
     """Where an upstream is, and the URL of a path there. Raises ConfigError for a base that is not plain http(s)."""
 
-    __slots__ = ("_host", "_is_complete", "_known", "_root", "breaker", "name")
+    __slots__ = ("_host", "_is_complete", "_known", "_root", "breaker", "key", "name", "place")
 
     def __init__(self, configured: UpstreamAddress, breaker: Breaker) -> None:
         self.name = configured.name
         self.breaker = breaker
+        self.key: tuple[bytes, bytes] | None = None
+        if configured.key is not None:
+            name, prefix = _KEY_HEADERS.get(configured.dialect, (b"authorization", b"Bearer "))
+            self.key = name, prefix + configured.key.encode("ascii")
         try:
             base = URL(configured.base_url)
             has_host = bool(base.scheme in ("http", "https") and base.raw_host and base.port)
@@ -105,8 +116,18 @@ class Address:
         # "/v1" at the end is the part every client repeats; another version ("/v4", "/v1beta/openai") stands for it.
         path = path.removesuffix("/v1")
         self._is_complete = _VERSION.search(path) is not None
-        self._root = str(base.origin()) + path
+        self._root = self.place = str(base.origin()) + path
         self._known: dict[str, URL] = {}
+
+    def with_key(
+        self, headers: Sequence[tuple[bytes, bytes]], path_qs: str
+    ) -> tuple[Sequence[tuple[bytes, bytes]], str]:
+        """Headers and target with this upstream's key where the client's were."""
+        assert self.key is not None
+        others = [header for header in headers if header[0].lower() not in CREDENTIALS]
+        path, mark, query = path_qs.partition("?")
+        kept = "&".join(pair for pair in query.split("&") if not pair.startswith("key="))
+        return (*others, self.key), path + mark + kept if kept else path
 
     def url_of(self, path_qs: str) -> URL:
         """The URL to ask for what a client asked of us. Its scheme, host and port are always the configured ones."""
@@ -312,13 +333,18 @@ class Upstreams:
         self._extra_headers = extra_headers
         self._tick_s = tick_s
         self._addresses: dict[str, Address] = {}
-        self._by_dialect: dict[str, str] = {}
+        self._by_dialect: dict[str, str] = {}  # those that name no models
+        self._by_model: list[UpstreamAddress] = []
+        self._routes: dict[tuple[str, str], str] = {}
         for configured in addresses:
             if configured.name in self._addresses:
                 raise ConfigError(f"upstream {configured.name!r} is configured twice")
             breaker = Breaker(configured.name, self.loop.time)
             self._addresses[configured.name] = Address(configured, breaker)
-            self._by_dialect.setdefault(configured.dialect, configured.name)
+            if configured.models:
+                self._by_model.append(configured)
+            else:
+                self._by_dialect.setdefault(configured.dialect, configured.name)
         if not self._addresses:
             raise ConfigError("no upstream is configured")
         self._fallback = self._by_dialect.get("openai", next(iter(self._addresses)))
@@ -348,9 +374,21 @@ class Upstreams:
         if self._session is not None:
             await self._session.close()
 
-    def route(self, path: str, headers: Mapping[str, str]) -> str:
+    def route(self, path: str, headers: Mapping[str, str], model: str = "") -> str:
         """Name of the upstream that serves this path: `anthropic-version` decides where dialects share paths."""
-        return self._by_dialect.get(dialect_of(path, headers), self._fallback)
+        family = family_of(path, headers)
+        found = self._routes.get((family, model))
+        if found is None:
+            if len(self._routes) >= ADDRESSES_KEPT:
+                self._routes.clear()
+            named = (one.name for one in self._by_model if one.dialect == family and _is_one_of(model, one.models))
+            found = next(named, None) or self._by_dialect.get(family, self._fallback)
+            self._routes[family, model] = found
+        return found
+
+    def place(self, upstream: str) -> str:
+        """Its address, without version and credentials: upstreams of one place are one model server."""
+        return self._addresses[upstream].place
 
     def breaker(self, upstream: str) -> Breaker:
         return self._addresses[upstream].breaker
@@ -365,6 +403,8 @@ class Upstreams:
     ) -> OpenResponse:
         """Send and wait for the head. See `ports.Upstream.open`; also raises BadRequest for a path that is none."""
         address = self._addresses[upstream]
+        if address.key is not None:
+            headers, path_qs = address.with_key(headers, path_qs)
         url = address.url_of(path_qs)
         breaker = address.breaker
         is_probe = breaker.admit()
@@ -506,14 +546,8 @@ class _Upload:
             raise
 
 
-def dialect_of(path: str, headers: Mapping[str, str]) -> str:
-    if "anthropic-version" in headers or path.startswith(("/v1/messages", "/messages")):
-        return "anthropic"
-    if path.startswith("/v1beta/") or ":generateContent" in path or ":streamGenerateContent" in path:
-        return "gemini"
-    if "x-goog-api-key" in headers:
-        return "gemini"
-    return "ollama" if _OLLAMA.match(path) else "openai"
+def _is_one_of(model: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(model, pattern) for pattern in patterns)
 
 
 _names: dict[str, str] = {}  # as received → as the client gets it, "" when it does not

@@ -79,6 +79,8 @@ def answer_at_once(request: web.BaseRequest, replay: Replay) -> web.StreamRespon
     head, request_id, body = replay
     if request.version != HttpVersion11 or not request.keep_alive or len(body) > AT_ONCE_LIMIT_BYTES:
         headers = [*head.pairs, ("x-request-id", request_id), ("Server", SERVER)]
+        if head.id_header:
+            headers.append((head.id_header, request_id))
         return web.Response(headers=headers, body=body)
     wire = head.wire
     if wire is None:
@@ -86,5 +88,8 @@ def answer_at_once(request: web.BaseRequest, replay: Replay) -> web.StreamRespon
         wire = head.wire = (
             f"HTTP/1.1 200 OK\r\n{''.join(lines)}Date: {rfc822_formatted_time()}\r\nServer: {SERVER}\r\n"
         ).encode()
-    whole = b"%bx-request-id: %b\r\nContent-Length: %d\r\n\r\n%b" % (wire, request_id.encode(), len(body), body)
+    named = request_id.encode()
+    if head.id_header:
+        named = b"%b\r\n%b: %b" % (named, head.id_header.encode(), named)
+    whole = b"%bx-request-id: %b\r\nContent-Length: %d\r\n\r\n%b" % (wire, named, len(body), body)
     return cast(web.StreamResponse, WireResponse(whole, len(body)))

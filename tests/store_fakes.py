@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from proxy.core.errors import CacheFault
@@ -15,11 +16,19 @@ class FakeEntryStore:
     def __init__(self) -> None:
         self.rows: dict[int, Entry] = {}
         self.fault: CacheFault | None = None
+        self.used: dict[int, int] = {}
         self._last_id = 0
 
     async def find(self, fingerprint: bytes) -> Entry | None:
         self._check()
         return next((row for row in self.rows.values() if row.draft.fingerprint == fingerprint), None)
+
+    async def find_many(self, fingerprints: Sequence[bytes]) -> Sequence[Entry]:
+        self._check()
+        return [row for row in self.rows.values() if row.draft.fingerprint in fingerprints]
+
+    def mark_used(self, entry_id: int, now_ms: int) -> None:
+        self.used[entry_id] = now_ms
 
     async def get(self, entry_id: int) -> Entry | None:
         self._check()

@@ -236,8 +236,10 @@ def test_the_example_file_gives_the_defaults() -> None:
 
 def test_the_example_file_is_valid_with_every_comment_opened(tmp_path: Path) -> None:
     opened = re.sub(r"(?m)^# (\[[a-z].*\]|[a-z_]+ = .*)$", r"\1", EXAMPLE.read_text())
-    settings = load(written(tmp_path, opened), HOME)
+    settings = load(written(tmp_path, opened), {**HOME, "EXAMPLE_API_KEY": "sk-example"})
     assert settings.upstreams["example"].base_url == "https://models.example/v1"
+    assert settings.upstreams["example"].key == "sk-example"
+    assert "sk-example" not in repr(settings)
     assert settings.prices["openai/gpt-example"].output_usd_per_mtok == Decimal("8.00")
     assert settings.data_dir == Path("/var/lib/ibid")
 

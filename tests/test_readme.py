@@ -23,7 +23,15 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 WORD = re.compile(r"[a-z][a-z0-9_]*")
 POLICY = ROOT / "proxy/core/policy.py"
-RECORD = ROOT / "proxy/core/dialects/openai_record.py"
+DIALECTS = ROOT / "proxy/core/dialects"
+RECORDS = (
+    DIALECTS / "openai_record.py",
+    DIALECTS / "anthropic_record.py",
+    DIALECTS / "gemini_answer.py",
+    DIALECTS / "ollama_answer.py",
+    DIALECTS / "completions_answer.py",
+    DIALECTS / "responses_record.py",
+)
 REASONED = {"Miss", "Bypass", "_refuse"}
 
 
@@ -56,7 +64,7 @@ def nodes_of(*paths: Path) -> Iterator[ast.AST]:
 def reasons_in_code() -> set[str]:
     """Every word the program says as a reason, read from its syntax tree."""
     found: set[str] = set()
-    for node in nodes_of(POLICY, RECORD):
+    for node in nodes_of(POLICY, *RECORDS):
         if isinstance(node, ast.Yield | ast.Return):
             found |= words([node.value])
         elif isinstance(node, ast.Assign) and words(node.targets) == set() and isinstance(node.value, ast.Dict):
@@ -64,7 +72,7 @@ def reasons_in_code() -> set[str]:
                 found |= words(node.value.values)
         elif isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "known" for t in node.targets):
             found |= words([node.value])
-    for node in nodes_of(POLICY, RECORD, *sorted((ROOT / "proxy").glob("*.py"))):
+    for node in nodes_of(POLICY, *RECORDS, *sorted((ROOT / "proxy").glob("*.py"))):
         if isinstance(node, ast.Call):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if name in REASONED:

@@ -5,14 +5,17 @@
         ... up.url, up.requests, up.meter
 
 Without a script it is an OpenAI-compatible chat server whose answers carry a counter, so a test can tell a stored
-answer from a new one. `python -m tests.upstream --port 0` prints its address and runs until stopped.
+answer from a new one, and an embeddings server whose vectors anyone can recompute. `python -m tests.upstream --port 0`
+prints its address and runs until stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import gzip
+import hashlib
 import json
 import socket
 import struct
@@ -21,6 +24,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from aiohttp import web
 
 MODELS = ("gpt-4o-mini", "gpt-4o")
@@ -70,6 +74,18 @@ class Chat:
 
 
 @dataclass
+class Vectors:
+    """An answer to `/embeddings`: a vector for each input that anyone can recompute, see `vector_for`."""
+
+    dimension: int = 8
+    model: str | None = None
+    usage: bool = True
+    base64: bool = True  # False: floats, whatever the format asked for
+    bend: Callable[[dict[str, Any]], Any] = lambda body: body  # the last word on the body
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
 class Json:
     status: int
     body: Any
@@ -107,7 +123,7 @@ class Raw:
     release: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-Reply = Chat | Json | Body | Stream | Raw
+Reply = Chat | Vectors | Json | Body | Stream | Raw
 Script = Reply | Callable[[Seen], Reply | Awaitable[Reply]]
 
 
@@ -116,6 +132,7 @@ class ScriptedUpstream:
 
     def __init__(self, default: Script | None = None, host: str = "127.0.0.1", port: int = 0) -> None:
         self.default = default or Chat()
+        self.vectors: Reply = Vectors()  # answers `/embeddings` when nothing is scripted
         self.requests: list[Seen] = []
         self.meter = Meter()
         self.nonce = 0
@@ -180,13 +197,16 @@ class ScriptedUpstream:
         if not self._scripts and request.path.endswith("/models"):
             models = [{"id": m, "object": "model", "created": 1, "owned_by": "tests"} for m in MODELS]
             return web.json_response({"object": "list", "data": models})
-        reply = self._scripts.popleft() if self._scripts else self.default
+        default = self.vectors if request.path.endswith("/embeddings") else self.default
+        reply = self._scripts.popleft() if self._scripts else default
         if callable(reply):
             made = reply(seen)
             reply = await made if isinstance(made, Awaitable) else made
         match reply:
             case Chat():
                 return await self._chat(request, seen, reply)
+            case Vectors():
+                return self._embed(seen, reply)
             case Json():
                 return web.json_response(reply.body, status=reply.status, headers=reply.headers)
             case Body():
@@ -231,6 +251,27 @@ class ScriptedUpstream:
             response = web.json_response(whole, headers=chat.headers)
         self.meter.completed += 1
         return response
+
+    def _embed(self, seen: Seen, vectors: Vectors) -> web.Response:
+        body = seen.json
+        asked = body["input"]
+        inputs = [asked] if isinstance(asked, str) or isinstance(asked[0], int) else asked
+        self.nonce += 1
+        self.meter.calls += 1
+        tokens = sum(tokens_in(one) for one in inputs)
+        self.meter.input_tokens += tokens
+        self.meter.completed += 1
+        rows = []
+        for index, one in enumerate(inputs):
+            packed = vector_for(one, body.get("dimensions") or vectors.dimension)
+            spelled: Any = base64.b64encode(packed).decode()
+            if body.get("encoding_format") != "base64" or not vectors.base64:
+                spelled = [float(str(x)) for x in np.frombuffer(packed, "<f4")]  # the shortest decimals
+            rows.append({"object": "embedding", "index": index, "embedding": spelled})
+        whole: dict[str, Any] = {"object": "list", "data": rows, "model": vectors.model or body.get("model")}
+        if vectors.usage:
+            whole["usage"] = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return web.json_response(vectors.bend(whole), headers=vectors.headers)
 
     async def _stream(self, request: web.BaseRequest, stream: Stream) -> web.StreamResponse:
         response = web.StreamResponse(headers={**stream.headers, "Content-Type": stream.content_type})
@@ -297,6 +338,17 @@ def usage_of(messages: Sequence[Mapping[str, Any]], text: str) -> dict[str, Any]
     prompt = sum(len(_text_of(message).split()) + 4 for message in messages)
     completion = len(text.split())
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def tokens_in(asked: str | Sequence[int]) -> int:
+    """Words of a text, or the tokens themselves."""
+    return len(asked.split()) if isinstance(asked, str) else len(asked)
+
+
+def vector_for(asked: str | Sequence[int], dimension: int = 8) -> bytes:
+    """The vector of an input as little-endian float32: finite, and another one for every input and length."""
+    noise = hashlib.shake_256(json.dumps([asked, dimension]).encode()).digest(4 * dimension)
+    return (np.frombuffer(noise, "<u4") / 2.0**31 - 1).astype("<f4").tobytes()
 
 
 def event(data: Mapping[str, Any] | str) -> bytes:

@@ -8,7 +8,8 @@ from typing import Any
 
 from proxy.core.model import Answer, Usage
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)
 
 
 def encode_answer(answer: Answer, dumps: Callable[[Any], bytes] | None = None) -> bytes:
@@ -29,6 +30,9 @@ def encode_answer(answer: Answer, dumps: Callable[[Any], bytes] | None = None) -
         "choice": dict(answer.choice),
         "extra": dict(answer.extra),
         "pieces": answer.pieces,
+        "dialect": answer.dialect,
+        "limit": answer.limit,
+        "opaque": answer.opaque,
     }
     return (dumps or to_json)(record)
 
@@ -37,8 +41,8 @@ def decode_answer(raw: bytes, loads: Callable[[bytes], Any] = json.loads) -> Ans
     """The Answer these bytes say. Raises ValueError when they are not of `encode_answer`."""
     try:
         record = loads(raw)
-        if record["v"] != FORMAT:
-            raise ValueError(f"answer format {record['v']!r} is not {FORMAT}")
+        if record["v"] not in READABLE:
+            raise ValueError(f"answer format {record['v']!r} is none of {READABLE}")
         usage = record["usage"]
         return Answer(
             message=record["message"],
@@ -49,6 +53,9 @@ def decode_answer(raw: bytes, loads: Callable[[bytes], Any] = json.loads) -> Ans
             extra=record["extra"],
             pieces=tuple(record["pieces"]),
             choice=record["choice"],
+            dialect=record.get("dialect", "openai"),
+            limit=record.get("limit"),
+            opaque=record.get("opaque", False),
         )
     except (KeyError, TypeError, RecursionError) as fault:
         raise ValueError("not an encoded answer") from fault

@@ -5,6 +5,7 @@ RFC 9111 §5.2.1 for the directives, RFC 9211 for Cache-Status, RFC 8941 for its
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -41,6 +42,31 @@ _NAMES = frozenset(
         b"x-cache-explain",
     }
 )
+_PEERS: Mapping[bytes, str] = {
+    b"cf-aig-skip-cache": "off",
+    b"cf-aig-cache-ttl": "ttl",
+    b"cf-aig-cache-key": "key",
+    b"x-portkey-cache-force-refresh": "refresh",
+    b"x-portkey-cache-namespace": "key",
+    b"helicone-cache-enabled": "on",
+    b"helicone-cache-seed": "key",
+    b"x-bf-cache-key": "key",
+    b"x-bf-cache-ttl": "ttl",
+    b"x-bf-cache-type": "type",
+    b"x-bf-cache-no-store": "no_store",
+    b"x-vsr-cache-control": "control",
+    b"x-openrouter-cache": "on",
+    b"x-openrouter-cache-ttl": "ttl",
+    b"x-openrouter-cache-clear": "refresh",
+    b"x-higress-skip-ai-cache": "off",
+}
+"""What other gateways call it → what it means here, so that moving to ibid is a change of base URL.
+
+A key of the client's own becomes a namespace: it keeps requests apart and never joins them. Thresholds are not here:
+ibid takes none.
+"""
+
+_DURATION = re.compile(r"([0-9]{1,9})(s|m|h)?")
 _DIRECTIVE = re.compile(r'\s*([!#$%&\'*+\-.^_`|~0-9A-Za-z]+)(?:\s*=\s*("(?:[^"\\]|\\.)*"|[^\s,"]*))?\s*(?:,|$)|\s*,')
 _SECONDS = re.compile(r"[0-9]{1,18}")
 _FRACTION = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,18})?(?:[eE]-?[0-9]{1,2})?|\.[0-9]{1,18}")
@@ -96,7 +122,7 @@ def controls_of(headers: Iterable[tuple[bytes, bytes]], body_twin: object = None
     A client can only narrow: where two places disagree the narrower holds. Raises BadRequest (`invalid_value`, naming
     the header or `cache.<member>`) for a value that cannot be read; unknown Cache-Control directives are ignored.
     """
-    found = [(lowered, value) for name, value in headers if (lowered := name.lower()) in _NAMES]
+    found = [(low, value) for name, value in headers if (low := name.lower()) in _NAMES or low in _PEERS]
     if not found and body_twin is None:
         return DEFAULT_CONTROLS
     wishes = _Wishes()
@@ -106,7 +132,9 @@ def controls_of(headers: Iterable[tuple[bytes, bytes]], body_twin: object = None
             text = value.decode("ascii").strip()
         except UnicodeDecodeError:
             _refuse(param, "ASCII")
-        if param == "cache-control":
+        if name in _PEERS:
+            _read_peer(_PEERS[name], text, param, wishes)
+        elif param == "cache-control":
             _read_cache_control(text, wishes)
         else:
             _read_header(param, text, wishes)
@@ -177,10 +205,53 @@ def _read_header(param: str, text: str, wishes: _Wishes) -> None:
                 _refuse(param, "1 to 256 printable characters")
             wishes.only("user", text, param)
         case _:
-            if text.lower() in _TRUE:
+            if _truth(text, param):
                 wishes.ask("explain")
-            elif text.lower() not in _FALSE:
-                _refuse(param, "1 or 0")
+
+
+def _read_peer(meaning: str, text: str, param: str, wishes: _Wishes) -> None:
+    match meaning:
+        case "ttl":
+            found = _DURATION.fullmatch(text.lower())
+            if found is None:
+                _refuse(param, "seconds, or a number with s, m or h")
+            wishes.at_most("ttl_s", min(float(found[1]) * {"m": 60, "h": 3600}.get(found[2], 1), SECONDS_MAX))
+        case "key":
+            _read_namespace(text if _NAMESPACE.fullmatch(text) else _digest(text), param, wishes)
+        case "type":
+            if text.lower() == "direct":
+                wishes.mode("exact", param)
+            elif text.lower() not in ("semantic", ""):
+                _refuse(param, "direct or semantic")
+        case "control":
+            for part in filter(None, (part.strip().lower() for part in text.split(","))):
+                said, _, argument = part.partition("=")
+                if said == "bypass":
+                    wishes.mode("off", param)
+                elif said == "ttl":
+                    wishes.at_most("ttl_s", _seconds(argument, param))
+                else:
+                    _read_directive(said, argument or None, wishes)
+        case _:
+            is_true = _truth(text, param)
+            if meaning == "on" and not is_true:
+                wishes.mode("off", param)
+            elif meaning == "no_store" and is_true:
+                wishes.deny("write")
+            elif meaning in ("off", "refresh") and is_true:
+                wishes.mode(meaning, param)
+
+
+def _digest(text: str) -> str:
+    return "key." + hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _truth(text: str, param: str) -> bool:
+    if text.lower() in _TRUE:
+        return True
+    if text.lower() not in _FALSE:
+        _refuse(param, "true or false")
+    return False
 
 
 def _read_namespace(text: str, param: str, wishes: _Wishes) -> None:
@@ -311,6 +382,11 @@ def verdict_headers(
     if request_id is not None:
         headers.append(("x-request-id", request_id))
     return headers
+
+
+def partial_header(served: int, asked: int) -> tuple[str, str]:
+    """How many of a request's inputs the cache answered."""
+    return ("x-cache-partial", f"{served}/{asked}")
 
 
 def _forwarded(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from proxy.core.errors import UpstreamError
 
 LINE_LIMIT_BYTES = 1024 * 1024
-EVENT_LIMIT_BYTES = 4 * LINE_LIMIT_BYTES  # an event of many lines, each within the line limit
+EVENT_LINES = 4  # an event of many lines, each within the line limit, is at most as long as so many of the longest
 DONE = b"[DONE]"
 
 _BOM = b"\xef\xbb\xbf"
@@ -42,15 +42,16 @@ def read_event(block: bytes) -> Event | None:
 class EventSplitter:
     """Cuts a stream into whole events, each with its own bytes and the blank line that ends it."""
 
-    __slots__ = ("bom", "held", "started")
+    __slots__ = ("_limit", "bom", "held", "started")
 
-    def __init__(self) -> None:
+    def __init__(self, line_limit_bytes: int = LINE_LIMIT_BYTES) -> None:
+        self._limit = line_limit_bytes
         self.held = b""  # bytes of an unfinished event
         self.started = False  # past the place where a byte order mark may stand
         self.bom = b""  # a byte order mark found at the start; not part of any event
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """Events that became whole. Raises UpstreamError(upstream_protocol_error) for a line over 1 MiB."""
+        """Events that became whole. Raises UpstreamError(upstream_protocol_error) for a line over the limit."""
         buffer = self.held + chunk if self.held else chunk
         if not self.started:
             if len(buffer) < 3 and _BOM.startswith(buffer):
@@ -69,8 +70,8 @@ class EventSplitter:
                 events.append(buffer[start : boundary.end()])
                 start = boundary.end()
             self.held = buffer[start:]
-        if len(buffer) > LINE_LIMIT_BYTES:
-            _check_lengths([*events, self.held])
+        if len(buffer) > self._limit:
+            _check_lengths([*events, self.held], self._limit)
         return events
 
     def end(self) -> bytes:
@@ -124,9 +125,10 @@ class EventDecoder:
         return [event.data] if event is not None and (whole or event.data == DONE) else []
 
 
-def _check_lengths(blocks: list[bytes]) -> None:
+def _check_lengths(blocks: list[bytes], limit: int) -> None:
     for block in blocks:
-        if len(block) <= LINE_LIMIT_BYTES:
+        if len(block) <= limit:
             continue
-        if len(block) > EVENT_LIMIT_BYTES or any(len(line) > LINE_LIMIT_BYTES for line in _LINE_END.split(block)):
-            raise UpstreamError("the upstream sent an event line over 1 MiB", code="upstream_protocol_error")
+        if len(block) > EVENT_LINES * limit or any(len(line) > limit for line in _LINE_END.split(block)):
+            said = f"the upstream sent an event line over {limit >> 20} MiB"
+            raise UpstreamError(said, code="upstream_protocol_error")

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from proxy.core.facts import Facts
 from proxy.core.jsontext import canonical
-from proxy.core.model import Controls
+from proxy.core.model import Controls, Input
 
-KEY_VERSION = 1
+KEY_VERSION = 2
 """Raised when the same request would get another digest: entries of older versions are then never found."""
 
 _NO_CONTROLS = Controls()
@@ -30,7 +30,7 @@ def scope_of(
     headers: Sequence[tuple[str, str]] = (),
     query: str = "",
 ) -> bytes:
-    """32 bytes: tenant, end user, upstream, operation, namespace, headers, query string, model, context, settings.
+    """32 bytes: tenant, end user, upstream's place, operation, namespace, headers, query, model, context, settings.
 
     `headers` as of `identity.scope_headers`; `query` is the target's query string as received. Of the controls only
     namespace and user take part. The prompt does not.
@@ -54,6 +54,9 @@ def scope_of(
     return hashlib.sha256(canonical(parts)).digest()
 
 
-def fingerprint_of(scope: bytes, prompt: str | None) -> bytes:
-    """32 bytes: exact identity. Over the text as it is, never normalised; None when the context holds all of it."""
+def fingerprint_of(scope: bytes, prompt: Input | None) -> bytes:
+    """32 bytes: exact identity. Over the text as it is, never normalised; None when the context holds all of it.
+
+    Token ids are another prompt than the text they stand for.
+    """
     return hashlib.sha256(b"fingerprint\x00" + scope + canonical(prompt)).digest()

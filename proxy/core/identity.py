@@ -58,6 +58,8 @@ DELIVERY_HEADERS = frozenset(
         b"idempotency-key",  # names the attempt
         b"traceparent",  # name the trace
         b"tracestate",
+        b"anthropic-version",  # the form of request and answer
+        b"anthropic-dangerous-direct-browser-access",  # says where the program runs
         b"x-goog-api-client",  # library versions
         b"x-ms-client-request-id",  # names the attempt
         b"x-ms-useragent",
@@ -119,12 +121,15 @@ def credential(headers: Iterable[tuple[bytes, bytes]], *, anonymous: bool = Fals
 
 
 def tenant_of(secret: bytes, who: Credential) -> str:
-    """HMAC-SHA-256 over the whole credential, 64 hex digits. `secret` is the installation's own, never empty."""
+    """HMAC-SHA-256 over the whole credential, 64 hex digits. `secret` is the installation's own, never empty.
+
+    One key in `Authorization` and in `x-api-key` is one tenant: which header carries it is the dialect's habit.
+    """
     if not secret:
         raise ValueError("the installation's secret is empty")
     mac = hmac.new(secret, b"tenant\x00", hashlib.sha256)
-    for name, value in who.secrets:
-        mac.update(b"%d:%b%d:%b" % (len(name), name, len(value), value))
+    for value in sorted({value for _, value in who.secrets}):
+        mac.update(b"%d:%b" % (len(value), value))
     return mac.hexdigest()
 
 

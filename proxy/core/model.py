@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from proxy.core.dialects.dialect import Dialect
+
+
+Input = str | tuple[int, ...]
+"""What one vector is asked for: a text, or the ids of its tokens."""
 
 
 class Level(StrEnum):
@@ -60,11 +67,20 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Batch:
+    """The inputs of an embedding request; the rest of it is in its Query."""
+
+    inputs: tuple[Input, ...]  # as asked, repeats included
+    fingerprints: tuple[bytes, ...]  # one each; () when nothing is looked up
+    encoding_format: str  # "float" | "base64", as the client reads it
+    is_open: bool  # all of the request is understood: an upstream may be asked in either format
+
+
+@dataclass(frozen=True, slots=True)
 class Query:
     """What a client asked, parsed and classified. Equal bytes from equal credentials give an equal Query."""
 
-    dialect: str  # "openai"
-    operation: str  # "chat"
+    dialect: Dialect
     endpoint: str  # "/v1/chat/completions"
     upstream: str  # configured upstream's name
     tenant: str  # 64 hex digits
@@ -80,15 +96,20 @@ class Query:
     forward_body: bytes  # as it goes upstream: usage asked for, body twin removed, otherwise the client's bytes
     n: int = 1  # choices asked for
     wants_json: bool = False  # the answer was asked to be JSON (response_format json_object or json_schema)
+    output_limit: int | None = None  # tokens
+    has_stops: bool = False  # texts were named that end the answer
+    batch: Batch | None = None  # of an embedding request
+    keeps_id: bool = False  # see `Facts`
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One complete model output, dialect-neutral enough to be replayed streamed or whole.
+    """One complete model output, to be replayed streamed or whole, in the dialect that recorded it or in another.
 
-    `message` is the assistant message with every field the upstream sent (content, reasoning, refusal,
-    annotations...). `pieces` are the lengths, in characters of `message["content"]`, of the content deltas
-    as they were streamed; empty when the answer was not streamed.
+    `message` is the assistant message in OpenAI's words with every field the upstream sent (content, reasoning,
+    refusal, annotations...). `pieces` are the lengths, in characters of `message["content"]`, of the content deltas
+    as they were streamed; empty when the answer was not streamed. `raw_usage`, `extra` and `choice` are in the words of
+    `dialect`; what of them another dialect cannot say, see `Dialect.expresses`.
     """
 
     message: Mapping[str, Any]
@@ -99,6 +120,9 @@ class Answer:
     extra: Mapping[str, Any] = field(default_factory=dict)  # other top-level fields, e.g. system_fingerprint
     pieces: tuple[int, ...] = ()
     choice: Mapping[str, Any] = field(default_factory=dict)  # other fields of its one choice, e.g. logprobs: null
+    dialect: str = "openai"  # that recorded it
+    limit: int | None = None  # the output limit it ended under, where no usage says how long it is
+    opaque: bool = False  # carries signed or encrypted parts: for the very same question only
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +286,11 @@ class Outcome(NamedTuple):
     total_ms: float
 
     @property
+    def is_partial(self) -> bool:
+        """The cache gave a part of the answer and an upstream call the rest: inputs of an embedding request."""
+        return self.mechanism == "cache.exact" and bool(self.calls)
+
+    @property
     def recurring(self) -> tuple[Any, ...]:
         """All that is the same whenever this happens again."""
         return self[2:-2]
@@ -302,6 +331,7 @@ class Rules:
     semantic_temperature_max: float = 0.3
     cache_seeded: bool = False  # exact hits for a request with a seed
     cache_tools: bool = True  # exact hits for requests that carry tools and were answered in text
+    cache_tool_calls: bool = False  # exact hits whose answer is a tool call, with new ids
     semantic: bool = True
     min_words: int = 3
     near_floor: float = 0.80

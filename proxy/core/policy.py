@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import date
+from typing import Any
 
 from proxy.core.facts import Facts
 from proxy.core.model import (
@@ -22,6 +23,9 @@ from proxy.core.model import (
     Usage,
 )
 from proxy.core.words import READ_LIMIT_CHARS, Reading, read_prompt
+
+FORMATS = ("float", "base64")
+"""Spellings of a vector, both of float32 numbers."""
 
 # -- what may be looked up ---------------------------------------------------------------------------------------------
 
@@ -69,6 +73,8 @@ def _forbidding(facts: Facts, controls: Controls, rules: Rules) -> Iterator[str]
         yield "seed"  # a given sample was asked for
     if facts.prompt is not None and _is_longer(facts.prompt, rules.prompt_limit_bytes):
         yield "prompt_too_large"
+    if facts.inputs and facts.encoding_format not in FORMATS:
+        yield "encoding_format"  # vectors that cannot be read
 
 
 def _limiting(facts: Facts, controls: Controls, rules: Rules, reading: Reading | None) -> Iterator[str]:
@@ -89,6 +95,8 @@ def _limiting(facts: Facts, controls: Controls, rules: Rules, reading: Reading |
         yield "audio"
     if facts.has_files:
         yield "files"
+    if facts.opaque:
+        yield "thinking"  # what is signed belongs to the very question it was thought for
     if facts.unknown:
         yield "unknown_field"
     if facts.prompt is None or reading is None:
@@ -176,6 +184,22 @@ def error_bound(rules: Rules, controls: Controls) -> float:
     return min(rules.max_error_rate, controls.max_error)
 
 
+UNFIT = frozenset({"max_tokens", "not_expressible"})
+
+
+def unfit(answer: Answer, query: Query) -> str | None:
+    """None when a stored answer may be given to this query as it is, else the reason why not."""
+    if query.output_limit is not None:
+        length = answer.limit if answer.usage is None else answer.usage.output_tokens
+        if length is None or length > query.output_limit:
+            return "max_tokens"
+    if answer.dialect != query.dialect.name and not query.dialect.expresses(
+        answer, has_stops=query.has_stops, keeps_id=query.keeps_id
+    ):
+        return "not_expressible"
+    return None
+
+
 # -- what may be stored ------------------------------------------------------------------------------------------------
 
 FINISHED = frozenset({"stop", "end_turn", "stop_sequence"})
@@ -219,13 +243,7 @@ def storable(
     was never reached. `header` looks up one response header, the lines of a repeated one joined by ", ". `aliases`
     names the models an upstream may answer with for a model asked.
     """
-    if query.eligibility.level is Level.NONE:
-        return query.eligibility.reason or "bypass"
-    if not query.controls.write:
-        return "no_store"
-    if status != 200:
-        return "non_200"
-    if (reason := _header_against(header)) is not None:
+    if (reason := _request_or_head_against(query, status, header)) is not None:
         return reason
     if answer is None:
         return "truncated"
@@ -237,11 +255,44 @@ def storable(
         return "ttl_zero"
     if (reason := _answer_against(answer, rules)) is not None:
         return reason
-    if query.wants_json and not _is_json(answer.message.get("content")):
+    if query.wants_json and not answer.message.get("tool_calls") and not _is_json(answer.message.get("content")):
         return "invalid_json"
     if not _is_model(query.model, answer.model, (aliases or {}).get(query.model, ())):
         return "model_mismatch"
     return None
+
+
+def storable_vectors(
+    model: str,
+    query: Query,
+    rules: Rules,
+    *,
+    status: int,
+    row_bytes: int,
+    header: Callable[[str], str | None],
+    aliases: Mapping[str, Collection[str]] | None = None,
+) -> str | None:
+    """None when the rows of an embedding answer may be kept, else the reason why not.
+
+    `model` is what answered, `row_bytes` the size of one of its equal rows.
+    """
+    if (reason := _request_or_head_against(query, status, header)) is not None:
+        return reason
+    if row_bytes > rules.answer_limit_bytes:
+        return "too_large"
+    if ttl_s(query.eligibility, query.controls, rules) <= 0:
+        return "ttl_zero"
+    if not _is_model(query.model, model, (aliases or {}).get(query.model, ())):
+        return "model_mismatch"
+    return None
+
+
+def _request_or_head_against(query: Query, status: int, header: Callable[[str], str | None]) -> str | None:
+    if query.eligibility.level is Level.NONE:
+        return query.eligibility.reason or "bypass"
+    if not query.controls.write:
+        return "no_store"
+    return "non_200" if status != 200 else _header_against(header)
 
 
 def _header_against(header: Callable[[str], str | None]) -> str | None:
@@ -263,12 +314,15 @@ def _header_against(header: Callable[[str], str | None]) -> str | None:
 
 def _answer_against(answer: Answer, rules: Rules) -> str | None:
     message = answer.message
-    if message.get("tool_calls") or message.get("function_call"):
-        return "tool_calls"
+    calls = message.get("tool_calls")
+    if (calls and not rules.cache_tool_calls) or message.get("function_call"):
+        return "tool_calls"  # would repeat side effects
     if message.get("refusal"):
         return "refusal"
     if message.get("audio"):
         return "audio_output"
+    if calls and answer.finish_reason in FINISHED | {"tool_calls"}:
+        return None if _calls_are_readable(calls) else "tool_calls"
     if answer.finish_reason not in FINISHED:
         return _FINISHES.get(answer.finish_reason, "finish_other") if answer.finish_reason else "truncated"
     content = message.get("content")
@@ -277,6 +331,10 @@ def _answer_against(answer: Answer, rules: Rules) -> str | None:
     if _is_longer(content, rules.answer_limit_bytes):
         return "too_large"
     return None
+
+
+def _calls_are_readable(calls: Any) -> bool:
+    return all(_is_json(call["function"]["arguments"] or "{}") for call in calls)
 
 
 def _is_json(content: object) -> bool:
@@ -302,7 +360,9 @@ _BYTES_PER_TOKEN = 4  # of English JSON text
 _BYTES_PER_CHUNK = 200  # of an event stream, which frames about one token an event
 
 
-def estimate_usage(request_body: bytes, response_bytes: int, is_stream: bool) -> Usage:
-    """Token counts when an upstream reports none: an estimate by size, booked as such."""
+def estimate_usage(request_body: bytes, response_bytes: int, is_stream: bool, *, has_output: bool = True) -> Usage:
+    """Token counts when an upstream reports none: an estimate by size, booked as such. Vectors are no tokens."""
+    if not has_output:
+        return Usage(len(request_body) // _BYTES_PER_TOKEN + 1, 0)
     per_token = _BYTES_PER_CHUNK if is_stream else _BYTES_PER_TOKEN
     return Usage(len(request_body) // _BYTES_PER_TOKEN + 1, response_bytes // per_token + 1)

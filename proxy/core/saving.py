@@ -122,6 +122,7 @@ def settle(outcome: Outcome, price: Pricing) -> Settlement:
 
     Baseline, the request with ibid removed (reference protocols §3.5):
     - answered without the provider asked for (a `mechanism`): the visible usage at the requested model's list price;
+    - answered in part without it (embeddings): the whole visible usage at that price, against its call for the rest;
     - forwarded: the client's own call at the default tier. A call that failed or was cancelled would have cost the
       same without ibid, so it is its own baseline and saves nothing.
     Usage or price unknown: 0, with the basis saying so; never a guess.
@@ -208,7 +209,7 @@ def _request_row(o: Outcome, baseline: _Priced, actual_nusd: int) -> tuple[Any, 
         usage.input_tokens, usage.output_tokens, usage.cache_read_tokens, usage.cache_write_tokens
     )  # fmt: skip
     asked = "forward" if o.calls else "refused"  # refused: only-if-cached, and nothing was
-    lane = o.mechanism or _LANES.get(o.cache_status, asked)
+    lane = asked if o.is_partial else o.mechanism or _LANES.get(o.cache_status, asked)
     return (
         o.request_id, o.ts_ms, day_of(o.ts_ms), o.tenant, o.namespace, o.tag, o.dialect, o.endpoint, int(o.stream),
         o.model_requested, o.model_served, o.upstream, lane, o.outcome, o.cache_status, o.reason, o.status,

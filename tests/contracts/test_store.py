@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from proxy.store.store import open_store
@@ -49,3 +51,26 @@ async def test_touch_changes_only_the_end_of_freshness(entries):
     await entries.touch(stored.entry.id, NOON_MS + 7 * HOUR_MS)
     assert (await entries.get(stored.entry.id)).draft == draft(expires_ms=NOON_MS + 7 * HOUR_MS)
     await entries.touch(999, NOON_MS)
+
+
+async def test_many_are_found_at_once(entries):
+    names = [f"n{i}" for i in range(700)]  # more than one batch of the writer
+    stored = await asyncio.gather(*[entries.put(draft(name)) for name in names])
+    await entries.put(draft("other"))
+    found = await entries.find_many([digest(name) for name in ["never", *names[::2], "neither"]])
+    assert sorted(entry.id for entry in found) == sorted(kept.entry.id for kept in stored[::2])
+    assert {entry.draft.fingerprint: entry for entry in found}[digest("n0")] == stored[0].entry
+    assert list(await entries.find_many([])) == []
+    assert list(await entries.find_many([digest("never")])) == []
+
+
+async def test_an_entry_asked_for_twice_is_found_once(entries):
+    stored = await entries.put(draft())
+    assert list(await entries.find_many([digest("a"), digest("a")])) == [stored.entry]
+
+
+async def test_use_is_noted_without_asking_whether_it_is_there(entries):
+    stored = await entries.put(draft())
+    entries.mark_used(stored.entry.id, NOON_MS)
+    entries.mark_used(999, NOON_MS)
+    assert await entries.get(stored.entry.id) == stored.entry

@@ -250,3 +250,59 @@ def test_nano_dollars_are_written_exactly() -> None:
         "1.000000000",
         "-1.500000001",
     ]
+
+
+OFF = Controls(read=False, write=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("cf-aig-skip-cache", "true", OFF),
+        ("cf-aig-skip-cache", "false", Controls()),
+        ("cf-aig-cache-ttl", "3600", Controls(ttl_s=3600.0)),
+        ("cf-aig-cache-key", "faq", Controls(namespace="faq")),
+        ("x-portkey-cache-force-refresh", "true", Controls(read=False, refresh=True)),
+        ("x-portkey-cache-namespace", "faq", Controls(namespace="faq")),
+        ("Helicone-Cache-Enabled", "false", OFF),
+        ("Helicone-Cache-Enabled", "true", Controls()),
+        ("Helicone-Cache-Seed", "user-7", Controls(namespace="user-7")),
+        ("x-bf-cache-key", "session-1", Controls(namespace="session-1")),
+        ("x-bf-cache-ttl", "5m", Controls(ttl_s=300.0)),
+        ("x-bf-cache-type", "direct", Controls(exact_only=True)),
+        ("x-bf-cache-type", "semantic", Controls()),
+        ("x-bf-cache-no-store", "true", Controls(write=False)),
+        ("x-vsr-cache-control", "no-store", OFF),
+        ("x-vsr-cache-control", "bypass", OFF),
+        ("x-vsr-cache-control", "no-cache, ttl=60", Controls(read=False, refresh=True, ttl_s=60.0)),
+        ("x-vsr-cache-control", "max-age=30", Controls(max_age_s=30.0)),
+        ("X-OpenRouter-Cache", "false", OFF),
+        ("X-OpenRouter-Cache-Clear", "true", Controls(read=False, refresh=True)),
+        ("x-higress-skip-ai-cache", "on", OFF),
+    ],
+)
+def test_what_other_gateways_call_it_means_the_same_here(name: str, value: str, expected: Controls) -> None:
+    assert controls_of([(name.encode(), value.encode())]) == expected
+
+
+def test_a_key_of_the_clients_own_keeps_requests_apart_whatever_it_is() -> None:
+    found = [controls_of([(b"cf-aig-cache-key", key)]).namespace for key in (b"a b", b"a  b", b"{}", b"plain")]
+    assert len(set(found)) == 4
+    assert found[-1] == "plain"
+    with pytest.raises(BadRequest):
+        controls_of([(b"cf-aig-cache-key", b"a"), (b"x-cache-namespace", b"b")])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("x-bf-cache-ttl", "soon"),
+        ("x-bf-cache-type", "fuzzy"),
+        ("cf-aig-skip-cache", "maybe"),
+        ("x-vsr-cache-control", "ttl=x"),
+    ],
+)
+def test_a_value_nobody_can_read_is_refused_by_the_name_it_came_under(name: str, value: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        controls_of([(name.encode(), value.encode())])
+    assert (caught.value.code, caught.value.status) == ("invalid_value", 400)

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.core.dialects.openai_chat import OpenAIChat
 from proxy.core.facts import Facts
-from proxy.core.model import Answer, Controls, Eligibility, Level, Query, Rules
-from proxy.core.policy import EDGE_COOKIES, classify, estimate_usage, storable, ttl_s
+from proxy.core.model import Answer, Controls, Eligibility, Level, Query, Rules, Usage
+from proxy.core.policy import EDGE_COOKIES, classify, estimate_usage, storable, ttl_s, unfit
 from proxy.core.words import READ_LIMIT_CHARS, is_card, is_iban, odd_characters, read_prompt
 
 RULES, FREE = Rules(), Controls()
@@ -303,7 +304,7 @@ def test_lifetimes() -> None:
 
 ANSWER = Answer({"role": "assistant", "content": "Paris."}, "stop", "gpt-4o-mini-2024-07-18", None, None)
 QUERY = Query(
-    "openai", "chat", "/v1/chat/completions", "openai", "t", "gpt-4o-mini", False, False, "p", b"s" * 32, b"f" * 32,
+    OpenAIChat(), "/v1/chat/completions", "openai", "t", "gpt-4o-mini", False, False, "p", b"s" * 32, b"f" * 32,
     Eligibility(Level.FULL), FREE, b"{}", b"{}",
 )  # fmt: skip
 
@@ -399,6 +400,40 @@ def test_json_that_was_asked_for_must_be_json() -> None:
     assert kept(query=asked) == "invalid_json"
     assert kept(replace(ANSWER, message={"content": '{"city": "Paris"}'}), asked) is None
     assert kept(replace(ANSWER, message={"content": "[" * 100_000}), asked) == "invalid_json"
+
+
+CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+
+
+def test_a_tool_call_is_kept_only_where_the_operator_wants_it() -> None:
+    called = replace(ANSWER, message={"content": None, "tool_calls": [CALL]}, finish_reason="tool_calls")
+    broken = {**CALL, "function": {"name": "weather", "arguments": '{"city'}}
+    wanted = replace(RULES, cache_tool_calls=True)
+    for rules, answer, expected in (
+        (RULES, called, "tool_calls"),
+        (wanted, called, None),
+        (wanted, replace(called, message={"content": None, "tool_calls": [broken]}), "tool_calls"),
+        (wanted, replace(called, finish_reason="length"), "finish_length"),
+    ):
+        assert storable(answer, QUERY, rules, status=200, size_bytes=1, header={}.get) == expected
+
+
+@pytest.mark.parametrize(
+    ("length", "made_under", "asked_for", "reason"),
+    [
+        (50, None, None, None),
+        (50, None, 50, None),
+        (50, None, 49, "max_tokens"),
+        (None, None, 50, "max_tokens"),  # how long it is nobody knows
+        (None, 50, 50, None),
+        (None, 50, 49, "max_tokens"),
+        (None, 50, None, None),
+    ],
+)
+def test_an_answer_serves_every_limit_it_stays_under(length, made_under, asked_for, reason) -> None:
+    usage = None if length is None else Usage(10, length)
+    answer = replace(ANSWER, usage=usage, limit=made_under)
+    assert unfit(answer, replace(QUERY, output_limit=asked_for)) == reason
 
 
 def test_an_alias_may_answer_when_the_operator_says_so() -> None:

@@ -80,6 +80,17 @@ def test_a_hit_saves_what_the_answer_would_have_cost():
     assert request_of(settled)["lane"] == "cache.exact"
 
 
+def test_an_answer_from_the_cache_in_part_is_a_forward_that_saved_that_part():
+    asked = call("rest", usage=Usage(10, 0))
+    settled = settle(
+        outcome(mechanism="cache.exact", reason="partial", usage=Usage(100, 0), calls=(asked,)), list_price
+    )
+    (step,) = steps_of(settled)
+    assert (step["mechanism"], step["before_nusd"], step["after_nusd"]) == ("cache.exact", 100_000, 10_000)
+    row = request_of(settled)
+    assert (row["lane"], row["baseline_nusd"], row["actual_nusd"]) == ("forward", 100_000, 10_000)
+
+
 def test_a_plain_forward_saves_nothing_and_has_no_step():
     settled = settle(outcome(), list_price)
     row = request_of(settled)

@@ -421,7 +421,7 @@ async def test_ids_of_answers_are_fresh_whatever_the_client_sends(ibid: Running)
 
 
 async def test_an_answer_has_one_request_id_ours_and_names_the_upstreams_apart(ibid: Running) -> None:
-    for target, body in (("/v1/chat/completions", question()), ("/v1/embeddings", b"{}")):
+    for target, body in (("/v1/chat/completions", question()), ("/v1/moderations", b"{}")):
         ibid.up.script(Json(200, {"id": "x"}, headers={"X-Request-ID": "req_upstream"}))
         reply = await ibid.ask(body, target=target)
         assert sum(line.lower().startswith("x-request-id:") for line in reply.lines) == 1

@@ -14,7 +14,8 @@ from proxy.core.errors import UpstreamError
 from tests.upstream import Body, ScriptedUpstream, Stream
 
 TRANSCRIPTS = Path(__file__).parents[1] / "transcripts"
-ID, CREATED = "chatcmpl-000102030405060708090a0b0c0d0e", 1_800_000_000
+TOKEN, CREATED = "000102030405060708090a0b0c0d0e", 1_800_000_000
+ID = "chatcmpl-" + TOKEN
 ASK = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
 
 
@@ -46,7 +47,7 @@ async def test_a_streamed_replay_reads_as_the_original(up, client, stem):
     answer = recorded(stem)
     include_usage = stem == "usage"
     original = await streamed(up, client, (TRANSCRIPTS / f"{stem}.sse").read_bytes())
-    replay = await streamed(up, client, render_stream(answer, include_usage).fill(ID, CREATED))
+    replay = await streamed(up, client, render_stream(answer, include_usage).fill(TOKEN, CREATED))
     assert {(c.id, c.created, c.object) for c in replay} == {(ID, CREATED, "chat.completion.chunk")}
     if stem in ("whole", "usage"):
         same = [chunk.model_copy(update={"id": ID, "created": CREATED}).to_dict() for chunk in original]
@@ -64,7 +65,7 @@ async def test_a_whole_replay_reads_as_the_original(up, client):
     original = await client.chat.completions.create(**ASK)
     raw = await client.chat.completions.with_raw_response.create(**ASK)
     answer = read_whole(raw.http_response.content)
-    up.script(Body(body=render_whole(answer).fill(ID, CREATED)))
+    up.script(Body(body=render_whole(answer).fill(TOKEN, CREATED)))
     replay = await client.chat.completions.create(**ASK)
     assert (replay.id, replay.created) == (ID, CREATED)
     expected = raw.parse().model_copy(update={"id": ID, "created": CREATED}).to_dict()
@@ -74,7 +75,7 @@ async def test_a_whole_replay_reads_as_the_original(up, client):
 
 async def test_one_entry_serves_both_forms(up, client):
     answer = recorded("usage")
-    up.script(Body(body=render_whole(answer).fill(ID, CREATED)))
+    up.script(Body(body=render_whole(answer).fill(TOKEN, CREATED)))
     whole = await client.chat.completions.create(**ASK)
     assert whole.choices[0].message.content == answer.message["content"]
     assert whole.usage.prompt_tokens_details.cached_tokens == 4

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from yarl import URL
 
 from proxy.breaker import Breaker
+from proxy.core.dialects.routes import family_of
 from proxy.core.errors import BadRequest, ConfigError, UpstreamError
-from proxy.upstream import Address, OpenResponse, UpstreamAddress, UpstreamLimits, Upstreams, dialect_of, everything_at
+from proxy.upstream import Address, OpenResponse, UpstreamAddress, UpstreamLimits, Upstreams, everything_at
 
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
@@ -651,7 +652,49 @@ def test_base_that_is_not_plain_http_is_refused(base: str) -> None:
     ],
 )
 def test_dialect_follows_path_and_version_header(path: str, headers: dict[str, str], dialect: str) -> None:
-    assert dialect_of(path, headers) == dialect
+    assert family_of(path, headers) == dialect
+
+
+async def test_of_one_dialect_the_upstream_that_names_the_model_serves_it() -> None:
+    upstreams = Upstreams(
+        (
+            UpstreamAddress("cloud", "http://cloud", "openai"),
+            UpstreamAddress("small", "http://small", "openai", ("llama-*", "qwen?")),
+            UpstreamAddress("claude", "http://claude", "anthropic"),
+        )
+    )
+    asked = {"gpt-5": "cloud", "llama-3": "small", "qwen3": "small", "qwen30": "cloud", "": "cloud"}
+    assert {model: upstreams.route("/v1/chat/completions", {}, model) for model in asked} == asked
+    assert upstreams.route("/v1/messages", {}, "llama-3") == "claude"
+    assert (upstreams.place("cloud"), upstreams.place("small")) == ("http://cloud", "http://small")
+
+
+@pytest.mark.parametrize(
+    ("dialect", "name", "value"),
+    [
+        ("openai", "authorization", "Bearer sk-ours"),
+        ("anthropic", "x-api-key", "sk-ours"),
+        ("gemini", "x-goog-api-key", "sk-ours"),
+        ("ollama", "authorization", "Bearer sk-ours"),
+    ],
+)
+async def test_an_upstream_with_a_key_of_its_own_never_sees_the_clients(dialect: str, name: str, value: str) -> None:
+    mock = Mock(says(OK))
+    await mock.start()
+    address = UpstreamAddress("own", f"http://127.0.0.1:{mock.port}", dialect, key="sk-ours")
+    assert "sk-ours" not in repr(address)
+    upstreams = Upstreams((address,))
+    await upstreams.start()
+    try:
+        brought = ((b"Authorization", b"Bearer theirs"), (b"x-api-key", b"theirs"), (b"x-goog-api-key", b"theirs"))
+        response = await upstreams.open("own", "POST", "/v1/x?key=theirs&alt=sse", brought, b"{}")
+        assert await read(response) == b"{}"
+    finally:
+        await upstreams.close()
+        await mock.stop()
+    assert b"theirs" not in mock.heads[0]
+    assert mock.names()[name] == value
+    assert mock.heads[0].startswith(b"POST /v1/x?alt=sse ")
 
 
 async def test_route_names_the_configured_upstream() -> None:

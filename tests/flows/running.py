@@ -29,6 +29,8 @@ ROOT = Path(__file__).parents[2]
 MODEL = "gpt-4o-mini"
 TOKEN = "flow-tests-admin-token-0123456789abcdef"
 CHAT = "/v1/chat/completions"
+EMBEDDINGS = "/v1/embeddings"
+EMBEDDER = "text-embedding-3-small"
 EXACT_ONLY: Mapping[str, Mapping[str, Any]] = {"cache": {"semantic": False}}
 UNAUDITED: Mapping[str, Any] = {"audit_share": 0}  # unless a test says otherwise: the upstream's meter counts calls
 
@@ -146,6 +148,23 @@ class Client:
         **fields: Any,
     ) -> Reply:
         return await self.send(chat_body(prompt, **fields), key=key, headers=headers)
+
+    async def embed(
+        self,
+        asked: Any,
+        *,
+        path: str = EMBEDDINGS,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        **fields: Any,
+    ) -> Reply:
+        """Ask for vectors. A field that is None is left out."""
+        body = {"model": EMBEDDER, "input": asked, **fields}
+        data = json.dumps({name: value for name, value in body.items() if value is not None}).encode()
+        sent = CIMultiDict({"Authorization": f"Bearer {key or self.key}", "Content-Type": "application/json"})
+        sent.extend(headers or {})
+        async with self.session.post(self.url + path, data=data, headers=sent) as response:
+            return Reply(response.status, response.headers, await response.read())
 
     async def admin(self, method: str, path: str, body: Any = None) -> Any:
         """What the admin listener answers; the call must succeed."""

@@ -1,9 +1,10 @@
 """Drives the official `openai` client through lists of steps and prints what it made of the answers, as lines of JSON.
 
 Run by path with the interpreter that has the client's major version to test; imports nothing of this repository.
-Standard input, a line each time: {"base_url", "key", "steps": [{"prompt", "stream"?, "usage"?, "headers"?}]}. Standard
-output, a line for it: {"version", "results"}, one result per step, {"objects": [...], "types": [...], "cache": x-cache}
-or {"error": {...}}. Ends with its standard input.
+Standard input, a line each time: {"base_url", "key", "steps": [{"prompt", "stream"?, "usage"?, "headers"?}]}, or
+{"inputs", "format"?} as a step that asks for vectors. Standard output, a line for it: {"version", "results"}, one
+result per step, {"objects": [...], "types": [...], "cache": x-cache}, {"vectors", "tokens", "cache", "partial"} or
+{"error": {...}}. Ends with its standard input.
 """
 
 from __future__ import annotations
@@ -15,7 +16,23 @@ from typing import Any
 import openai
 
 
+def embed(client: openai.OpenAI, step: dict[str, Any]) -> dict[str, Any]:
+    ask: dict[str, Any] = {"model": "text-embedding-3-small", "input": step["inputs"]}
+    if step.get("format"):
+        ask["encoding_format"] = step["format"]
+    raw = client.embeddings.with_raw_response.create(**ask)
+    parsed = raw.parse()
+    return {
+        "vectors": [row.embedding for row in parsed.data],
+        "tokens": parsed.usage.total_tokens,
+        "cache": raw.headers.get("x-cache"),
+        "partial": raw.headers.get("x-cache-partial"),
+    }
+
+
 def run(client: openai.OpenAI, step: dict[str, Any]) -> dict[str, Any]:
+    if "inputs" in step:
+        return embed(client, step)
     ask: dict[str, Any] = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": step["prompt"]}]}
     if step.get("stream"):
         ask["stream"] = True

@@ -54,6 +54,23 @@ async def test_a_lookalike_is_no_hit_and_names_its_guard(ibid, up):
     assert 'ibid_guard_veto_total{guard="direction"} 2.0' in await ibid.admin("GET", "/metrics")
 
 
+async def test_a_client_is_told_how_its_verdict_came_about_when_it_asks(ibid, up):
+    explained = {"x-cache-explain": "1"}
+    first = await ibid.ask(ASKED, headers=explained)
+    await ibid.settled()
+    told = json.loads(first.headers["x-cache-explain"])
+    assert (told["level"], told["verdict"]) == ("full", "no_candidate")
+    for prompt, tier in ((ASKED, "exact"), (REWORDED, "semantic"), (REWORDED, "semantic")):
+        hit = await ibid.ask(prompt, headers=explained, stream=True)
+        assert hit.tier == tier
+    (candidate,) = json.loads(hit.headers["x-cache-explain"])["candidates"]
+    assert (candidate["entry"], candidate["vetoes"], candidate["standing"]) == (hit.entry, [], "start")
+    other = await ibid.ask("How do I repair 3 leaking garden hoses?", headers=explained)
+    assert "numbers" in json.loads(other.headers["x-cache-explain"])["candidates"][0]["vetoes"]
+    untold = await ibid.ask(ASKED)
+    assert (untold.cache, "x-cache-explain" in untold.headers) == ("HIT", False)
+
+
 async def test_other_tenant_never_sees_it(ibid, up):
     up.default = told_apart
     await ibid.fill(ASKED, key="sk-a")

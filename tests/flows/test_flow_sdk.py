@@ -173,3 +173,21 @@ async def test_our_own_errors_read_as_the_providers(exact, up, client):
     assert missing["error"]["class"] == "InternalServerError"
     assert (refused["error"]["status"], refused["error"]["param"]) == (400, "x-cache-ttl")
     assert up.requests == []
+
+
+async def test_the_client_reads_the_same_vectors_whatever_was_seen_of_them(exact, up, client):
+    inputs = [f"passage {i} of a corpus" for i in range(20)]
+    steps = [{"inputs": inputs, "format": form} for form in (None, "float", "base64")]
+    direct = await drive(client, up.url, steps)
+    await drive(client, exact.url, [{"inputs": inputs[::2]}])
+    await exact.settled()
+    (partial,) = await drive(client, exact.url, steps[:1])
+    await exact.settled()
+    hits = await drive(client, exact.url, steps)
+    tokens = [{"inputs": asked} for asked in ([1, 2, 3], [[4, 5], [6]])]
+    assert (partial["cache"], partial["partial"]) == ("MISS", "10/20")
+    assert [hit["cache"] for hit in hits] == ["HIT"] * 3
+    assert partial["vectors"] == direct[0]["vectors"]
+    assert [(hit["vectors"], hit["tokens"]) for hit in hits] == [(one["vectors"], one["tokens"]) for one in direct]
+    told = [answer["vectors"] for answer in await drive(client, exact.url, tokens)]
+    assert told == [answer["vectors"] for answer in await drive(client, up.url, tokens)]

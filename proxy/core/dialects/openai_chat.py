@@ -7,12 +7,18 @@ part of the identity; only a type that no server could understand is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from proxy.core.dialects.dialect import EVENT_STREAM, Loads, Recording, StreamFilter, Template, UsageMode
+from proxy.core.dialects.openai_filter import UsageFilter
+from proxy.core.dialects.openai_record import find_usage, record
+from proxy.core.dialects.openai_replay import render_stream, render_whole
 from proxy.core.errors import BadRequest, IbidError
 from proxy.core.facts import Facts
 from proxy.core.jsontext import add_member, drop_member, members, set_member
+from proxy.core.model import Answer, Usage
 
 MESSAGE_LIMIT = 2048
 CHOICE_LIMIT = 128
@@ -84,6 +90,8 @@ _SPEAKING = _ROLES - _NULLABLE_ROLES
 _MESSAGE_FIELDS = frozenset(
     {"role", "content", "name", "tool_calls", "tool_call_id", "function_call", "refusal", "audio", "annotations"}
 )
+_LIMITS = ("max_completion_tokens", "max_tokens")
+_ELSEWHERE = DELIVERY_FIELDS | {"messages", "model", *_LIMITS}  # of `Facts`
 _ASK_FOR_USAGE = b'{"include_usage":true}'
 _PARTS = frozenset({"text", "refusal", "image_url", "input_audio", "file"})
 
@@ -92,15 +100,10 @@ def read(body: Mapping[str, Any]) -> Facts:
     """What the request says. Raises BadRequest (invalid_type, invalid_value) naming the parameter."""
     model = body.get("model")
     if not isinstance(model, str) or not model:
-        raise _invalid_type("model", "a non-empty string")
+        raise invalid_type("model", "a non-empty string")
     messages = _messages(body.get("messages"))
-    for name, value in body.items():
-        types = _TYPES.get(name)
-        if types is None or value is None:
-            continue
-        if not isinstance(value, types) or (type(value) is bool and types is not _BOOLEAN):
-            raise _invalid_type(name, " or ".join(_JSON_NAMES[t] for t in types if not (t is int and float in types)))
-    prompt, context = _split(messages)
+    check_types(body, _TYPES)
+    prompt, context = split_prompt(messages)
     roles = [message["role"] for message in messages]
     users = roles.count("user")
     parts = [part for message in messages if isinstance(message.get("content"), list) for part in message["content"]]
@@ -111,12 +114,12 @@ def read(body: Mapping[str, Any]) -> Facts:
         model=model,
         prompt=prompt,
         context=context,
-        settings={k: v for k, v in body.items() if k not in DELIVERY_FIELDS and k != "messages" and k != "model"},
+        settings=_settings(body),
         unknown=tuple(_unknown(body, messages)),
         stream=body.get("stream") is True,
         wants_usage=stream_options.get("include_usage") is True,
         temperature=body.get("temperature"),
-        n=_choices(body),
+        n=choices_of(body),
         seed=body.get("seed"),
         has_tools=bool(body.get("tools") or body.get("functions")),
         tool_results="tool" in roles or "function" in roles or any([m.get(c) for m in messages for c in _CALLS]),
@@ -129,10 +132,29 @@ def read(body: Mapping[str, Any]) -> Facts:
         logprobs=body.get("logprobs") is True or bool(body.get("top_logprobs")),
         store=body.get("store") is True,
         response_format=_format(body.get("response_format")),
-        end_user=_end_user(body),
+        output_limit=min((body[name] for name in _LIMITS if body.get(name) is not None), default=None),
+        has_stops=bool(body.get("stop")),
+        end_user=end_user_of(body),
         first_turn=users == 1 and _ASKING.issuperset(roles),
         user_turns=users,
     )
+
+
+def check_types(body: Mapping[str, Any], known: Mapping[str, tuple[type, ...]]) -> None:
+    """Raises BadRequest for a field that is of none of its types; null always passes."""
+    for name, value in body.items():
+        types = known.get(name)
+        if types is None or value is None:
+            continue
+        if not isinstance(value, types) or (type(value) is bool and bool not in types):
+            raise invalid_type(name, " or ".join(_JSON_NAMES[t] for t in types if not (t is int and float in types)))
+
+
+def _settings(body: Mapping[str, Any]) -> dict[str, Any]:
+    settings = {name: value for name, value in body.items() if name not in _ELSEWHERE}
+    if isinstance(stop := settings.get("stop"), str):
+        settings["stop"] = [stop]
+    return settings
 
 
 def forward_body(raw: bytes, parsed: Mapping[str, Any]) -> bytes:
@@ -167,37 +189,38 @@ def stream_error(error: IbidError) -> bytes:
     return b"data: " + error_body(error) + b"\n\n"
 
 
-def _invalid_type(param: str, wanted: str) -> BadRequest:
+def invalid_type(param: str, wanted: str) -> BadRequest:
     return BadRequest(f"Invalid type for '{param}': expected {wanted}.", code="invalid_type", param=param)
 
 
 def _messages(messages: object) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not 1 <= len(messages) <= MESSAGE_LIMIT:
-        raise _invalid_type("messages", f"an array of 1 to {MESSAGE_LIMIT} messages")
+        raise invalid_type("messages", f"an array of 1 to {MESSAGE_LIMIT} messages")
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise _invalid_type(f"messages[{i}]", "object")
+            raise invalid_type(f"messages[{i}]", "object")
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str):
-            raise _invalid_type(f"messages[{i}].role", "string")
+            raise invalid_type(f"messages[{i}].role", "string")
         if isinstance(content, list):
             for j, part in enumerate(content):
                 _check_part(part, f"messages[{i}].content[{j}]")
         elif not isinstance(content, str) and (content is not None or role in _SPEAKING):
-            raise _invalid_type(f"messages[{i}].content", "string or array")
+            raise invalid_type(f"messages[{i}].content", "string or array")
     return messages
 
 
 def _check_part(part: object, path: str) -> None:
     if not isinstance(part, dict):
-        raise _invalid_type(path, "object")
+        raise invalid_type(path, "object")
     if not isinstance(part.get("type"), str):
-        raise _invalid_type(f"{path}.type", "string")
+        raise invalid_type(f"{path}.type", "string")
     if part["type"] == "text" and not isinstance(part.get("text"), str):
-        raise _invalid_type(f"{path}.text", "string")
+        raise invalid_type(f"{path}.text", "string")
 
 
-def _choices(body: Mapping[str, Any]) -> int:
+def choices_of(body: Mapping[str, Any]) -> int:
+    """`n`. Raises BadRequest (invalid_value)."""
     n = body.get("n")
     if n is None:
         return 1
@@ -206,16 +229,21 @@ def _choices(body: Mapping[str, Any]) -> int:
     return n
 
 
-def _split(messages: list[dict[str, Any]]) -> tuple[str | None, tuple[Mapping[str, Any], ...]]:
+def split_prompt(messages: Sequence[dict[str, Any]]) -> tuple[str | None, tuple[Mapping[str, Any], ...]]:
     """The prompt and what stands around it. A lone text part says the same as a string."""
-    *earlier, last = messages
+    *earlier, last = (_plain(message) for message in messages)
     content = last.get("content")
-    if isinstance(content, list) and len(content) == 1 and content[0].keys() == {"type", "text"}:
-        content = content[0]["text"]
     if last["role"] != "user" or not isinstance(content, str):
-        return None, tuple(messages)
+        return None, (*earlier, last)
     rest = {k: v for k, v in last.items() if k not in ("role", "content")}
     return content, (*earlier, rest) if rest else tuple(earlier)
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    if isinstance(content, list) and len(content) == 1 and content[0].keys() == {"type", "text"}:
+        return {**message, "content": content[0]["text"]}
+    return message
 
 
 def _unknown(body: Mapping[str, Any], messages: list[dict[str, Any]]) -> Iterator[str]:
@@ -242,8 +270,72 @@ def _format(response_format: Mapping[str, Any] | None) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
-def _end_user(body: Mapping[str, Any]) -> str:
+def end_user_of(body: Mapping[str, Any]) -> str:
+    """Whom a body names, under any of its three names; "" for nobody."""
     metadata = body.get("metadata") or {}
     named = (body.get("user"), body.get("safety_identifier"), metadata.get("user_id"))
     people = list(dict.fromkeys(name for name in named if isinstance(name, str) and name))
     return people[0] if len(people) == 1 else json.dumps(people) if people else ""
+
+
+class OpenAIChat:
+    """`Dialect` of OpenAI chat completions."""
+
+    name = "openai"
+    operation = "chat"
+    heartbeat: bytes | None = b": ping\n"
+    """A single LF: every SDK that speaks this dialect accepts it, also after an `id:` line."""
+    stream_type = EVENT_STREAM
+    id_header = ""
+
+    def __init__(self, loads: Loads = json.loads) -> None:
+        self._loads = loads
+
+    def read(self, body: Mapping[str, Any], *, model: str = "", stream: bool = False) -> Facts:
+        """See `read`; a model in the path (Azure's deployments) stands for the body's."""
+        return read({**body, "model": model} if model else body)
+
+    def forward_body(self, raw: bytes, parsed: Mapping[str, Any]) -> bytes:
+        return forward_body(raw, parsed)
+
+    def record(self, body: bytes, *, is_stream: bool, n: int, keeps_id: bool = False) -> Recording:
+        return record(body, is_stream=is_stream, n=n, loads=self._loads)
+
+    def find_usage(self, body: bytes) -> Usage | None:
+        return find_usage(body)
+
+    def filter(self, *, wants_usage: bool, n: int) -> StreamFilter:
+        return UsageFilter(not wants_usage, n, self._loads)
+
+    def expresses(self, answer: Answer, *, has_stops: bool, keeps_id: bool = False) -> bool:
+        """All but native parts: thinking with its signature, citations, server tools."""
+        return answer.dialect == self.name or not (answer.opaque or answer.choice)
+
+    def render(self, answer: Answer, *, stream: bool, wants_usage: bool, usage_mode: UsageMode) -> Template:
+        if answer.dialect != self.name:
+            answer = translated(answer)
+        return render_stream(answer, wants_usage, usage_mode) if stream else render_whole(answer, usage_mode)
+
+    def error_body(self, error: IbidError, request_id: str = "") -> bytes:
+        return error_body(error)
+
+    def stream_error(self, error: IbidError, request_id: str = "", *, after: int = -1) -> bytes:
+        return stream_error(error)
+
+
+def translated(answer: Answer) -> Answer:
+    """Another dialect's answer in this one's words."""
+    usage = answer.usage
+    counts: dict[str, Any] | None = None
+    if usage is not None:
+        details = {"cached_tokens": usage.cache_read_tokens}
+        if usage.cache_write_tokens:
+            details["cache_write_tokens"] = usage.cache_write_tokens
+        counts = {
+            "prompt_tokens": usage.input_tokens,
+            "completion_tokens": usage.output_tokens,
+            "total_tokens": usage.input_tokens + usage.output_tokens,
+            "prompt_tokens_details": details,
+        }
+    finish = "stop" if answer.finish_reason == "stop_sequence" else answer.finish_reason
+    return replace(answer, finish_reason=finish, raw_usage=counts, extra={}, choice={})

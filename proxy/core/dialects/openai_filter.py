@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from proxy.core.dialects.openai_record import Loads
+from proxy.core.dialects.dialect import Loads
 from proxy.core.eventstream import DONE, LINE_LIMIT_BYTES, EventSplitter, read_event
 
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
@@ -15,6 +15,7 @@ _FINISH = re.compile(rb'"finish_reason"\s*:\s*"')
 LAST = 4  # events at the end of a stream that say other things: finish, usage, [DONE]
 _MARKS = (b"[DONE]", b'"error"')
 _ODD = (b'"error"', b'"choices":[]')
+_UNASKED = (b',"usage":null', b', "usage": null')
 _GOES_ON = b'"finish_reason":null'
 _SPELLINGS = (  # a member, how it is usually spelled where nothing is to be done, and where something is
     (b'"finish_reason"', (b'"finish_reason":null', b'"finish_reason": null'),
@@ -69,11 +70,13 @@ def _plain_until(chunk: bytes) -> int:
 class UsageFilter:
     """What of an upstream's stream reaches the client, in whole events, and whether the stream came to its end.
 
-    With `strip`, the usage chunk that only the proxy asked for is left out. `[DONE]` is withheld when a choice has no
-    finish_reason, because a client would take it for success. Everything else passes verbatim, data after `[DONE]`
-    included. Only whole events leave, so a heartbeat or an error event may be written between any two results.
+    With `strip`, the usage chunk that only the proxy asked for is left out, and the nulls that announce it. `[DONE]`
+    is withheld when a choice has no finish_reason, because a client would take it for success. Everything else passes
+    verbatim, data after `[DONE]` included. Only whole events leave, so a heartbeat or an error event may be written
+    between any two results.
     """
 
+    number = -1
     __slots__ = (
         "_done",
         "_finished",
@@ -106,6 +109,13 @@ class UsageFilter:
 
     def feed(self, chunk: bytes) -> bytes:
         """Bytes for the client now, maybe none. Raises UpstreamError(upstream_protocol_error), a line over 1 MiB."""
+        passed = self._passed(chunk)
+        if self._strip:  # a quote inside a string is escaped, so this is a member and nobody's text
+            for unasked in _UNASKED:
+                passed = passed.replace(unasked, b"")
+        return passed
+
+    def _passed(self, chunk: bytes) -> bytes:
         if self._may_skip and not self._splitter.held and self._is_plain(chunk):
             return chunk
         splitter = self._splitter

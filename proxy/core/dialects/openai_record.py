@@ -15,22 +15,21 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any
 
 from proxy.core.answer import to_json
+from proxy.core.dialects.dialect import Loads, Recording
 from proxy.core.errors import UpstreamError
 from proxy.core.eventstream import DONE, LINE_LIMIT_BYTES, EventDecoder
 from proxy.core.model import Answer, Usage
-
-Loads = Callable[[bytes], Any]
 
 _BATCH_BYTES = 64 * 1024  # raw bytes parsed at once: about 0.5 ms
 _TOP_FIELDS = frozenset({"id", "object", "created", "model", "choices", "usage", "error", "obfuscation"})
 _CHOICE_FIELDS = frozenset({"index", "delta", "message", "finish_reason"})
 _TEXT_FIELDS = frozenset({"reasoning_content", "reasoning", "thinking"})  # streamed in parts to be joined
 _DETAIL_TEXTS = frozenset({"text", "summary", "data"})  # joined within one entry of reasoning_details
-_CALLS = frozenset({"tool_calls", "function_call"})
 _FINISHES = {"tool_calls": "tool_calls", "function_call": "tool_calls", "length": "finish_length"}
+_CALL_FIELDS = frozenset({"index", "id", "type", "function"})
 
 _CONTENT = re.compile(rb'"content"\s*:\s*"((?:[^"\\]|\\.)+)"')
 _STRING = re.compile(rb'(?:[^"\\\x00-\x1f]|\\.)*')  # inside of a JSON string
@@ -98,7 +97,7 @@ def _storable(
     loads: Loads,
     pieces: tuple[int, ...] = (),
 ) -> Answer | str:
-    if any(message.get(name) for name in _CALLS):
+    if message.get("function_call"):
         return "tool_calls"
     if message.get("refusal"):
         return "refusal"
@@ -108,13 +107,16 @@ def _storable(
         return "logprobs"
     if finish_reason is None:
         return "truncated"
-    if not isinstance(finish_reason, str) or finish_reason != "stop":
+    calls = message.get("tool_calls")
+    if calls and not are_calls(calls):
+        return "tool_calls"
+    if not isinstance(finish_reason, str) or finish_reason not in ("stop", "tool_calls" if calls else "stop"):
         known = "finish_content_filter" if finish_reason == "content_filter" else "finish_other"
         return _FINISHES.get(finish_reason, known) if isinstance(finish_reason, str) else "garbage"
     content = message.get("content")
     if content is not None and not isinstance(content, str):
         return "content_type"
-    if content is None or not content.strip():
+    if not calls and (content is None or not content.strip()):
         return "empty"
     if not isinstance(model, str) or not (raw_usage is None or isinstance(raw_usage, dict)):
         return "garbage"
@@ -126,6 +128,19 @@ def _storable(
     return Answer(message, finish_reason, model, read_usage(raw_usage), raw_usage, extra, pieces, choice)
 
 
+def are_calls(calls: object) -> bool:
+    """Whether these are tool calls as a replay can write them: functions with a name, an id and arguments."""
+    return isinstance(calls, list) and all(
+        isinstance(call, dict)
+        and call.get("type", "function") == "function"
+        and isinstance(call.get("id"), str)
+        and isinstance(function := call.get("function"), dict)
+        and isinstance(function.get("name"), str)
+        and isinstance(function.get("arguments"), str)
+        for call in calls
+    )
+
+
 class Recorder:
     """Assembles one streamed answer. `feed` is an append; parsing happens by the batch and in `finish`.
 
@@ -133,6 +148,7 @@ class Recorder:
     """
 
     __slots__ = (
+        "_calls",
         "_choice",
         "_chunks",
         "_contents",
@@ -168,6 +184,7 @@ class Recorder:
         self._pieces: list[int] = []  # lengths
         self._texts: dict[str, list[str]] = {}
         self._fields: dict[str, Any] = {}
+        self._calls: dict[int, dict[str, Any]] = {}
         self._choice: dict[str, Any] = {}
         self._extra: dict[str, Any] = {}
         self._usage: object = None
@@ -255,8 +272,11 @@ class Recorder:
             self._refuse("truncated")
         if self.refusal_reason is not None:
             return self.refusal_reason
-        texts = {name: "".join(parts) for name, parts in self._texts.items()}
-        content = {"content": "".join(self._contents)}
+        texts: dict[str, Any] = {name: "".join(parts) for name, parts in self._texts.items()}
+        content: dict[str, Any] = {"content": "".join(self._contents)}
+        if self._calls:
+            content["content"] = content["content"] or None
+            texts["tool_calls"] = [self._calls[index] for index in sorted(self._calls)]
         answer = _storable(
             message={"role": "assistant", **self._fields, **content, **texts},
             finish_reason=self._finish,
@@ -274,7 +294,9 @@ class Recorder:
     def _refuse(self, reason: str) -> None:
         if self.refusal_reason is None:
             self.refusal_reason = reason
-        for kept in (self._contents, self._pieces, self._texts, self._fields, self._choice, self._extra):
+        for kept in (
+            self._contents, self._pieces, self._texts, self._fields, self._calls, self._choice, self._extra,
+        ):  # fmt: skip
             kept.clear()
 
     def _parse(self) -> None:
@@ -382,7 +404,11 @@ class Recorder:
         known = self._fields.get(name)
         if name == "role":
             self._fields[name] = value
-        elif name in _CALLS and value:
+        elif name == "tool_calls" and value:
+            self._length += size
+            if not isinstance(value, list) or not all(self._join_call(call) for call in value):
+                self._refuse("tool_calls")
+        elif name == "function_call" and value:
             self._refuse("tool_calls")
         elif name == "refusal" and value:
             self._refuse("refusal")
@@ -408,6 +434,31 @@ class Recorder:
         else:
             self._refuse("unknown_delta")
 
+    def _join_call(self, part: Any) -> bool:
+        """Add one streamed part of a tool call: the first brings id and name, those after it more of its arguments."""
+        if not isinstance(part, dict) or not part.keys() <= _CALL_FIELDS:
+            return False
+        index, function = part.get("index", 0), part.get("function")
+        if type(index) is not int or not isinstance(function, dict | None):
+            return False
+        function = function or {}
+        call = self._calls.get(index)
+        arguments = function.get("arguments") or ""
+        if not isinstance(arguments, str):
+            return False
+        if call is None:
+            self._calls[index] = {
+                "id": part.get("id"),
+                "type": part.get("type") or "function",
+                "function": {**function, "arguments": arguments},
+            }
+            return True
+        told = (part.get("id"), call["id"]), (function.get("name"), call["function"].get("name"))
+        if any(new not in (None, "", known) for new, known in told):
+            return False
+        call["function"]["arguments"] += arguments
+        return True
+
 
 def _join_detail(known: list[Any], detail: Any) -> bool:
     """Add one streamed entry of reasoning_details, joined by index and type; False when that is not possible."""
@@ -429,14 +480,6 @@ def _join_detail(known: list[Any], detail: Any) -> bool:
     return True
 
 
-class Recording(NamedTuple):
-    """What a complete body said. `usage` is there also when the answer is not storable: it was paid for."""
-
-    answer: Answer | None
-    refusal_reason: str
-    usage: Usage | None
-
-
 def record(body: bytes, *, is_stream: bool, n: int = 1, loads: Loads = json.loads) -> Recording:
     """Read a body that ended cleanly, streamed or whole."""
     if is_stream:
@@ -450,7 +493,7 @@ def record(body: bytes, *, is_stream: bool, n: int = 1, loads: Loads = json.load
     return Recording(None, answer, find_usage(body))
 
 
-def find_usage(body: bytes) -> Usage | None:
+def find_usage(body: bytes, read: Callable[[object], Usage | None] = read_usage) -> Usage | None:
     """The last usage object in a body, streamed or whole, complete or cut; None when there is none."""
     at = len(body)
     while (at := body.rfind(b'"usage"', 0, at)) >= 0:
@@ -460,7 +503,7 @@ def find_usage(body: bytes) -> Usage | None:
                 raw, _end = _DECODER.raw_decode(body[start : start + 4096].decode("utf-8", "replace"))
             except (ValueError, RecursionError):
                 continue
-            if (usage := read_usage(raw)) is not None:
+            if (usage := read(raw)) is not None:
                 return usage
     return None
 

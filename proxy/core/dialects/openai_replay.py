@@ -10,44 +10,29 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from json.encoder import encode_basestring
-from typing import Any, Literal
+from typing import Any
 
 from proxy.core.answer import to_json
+from proxy.core.dialects.dialect import Template, UsageMode, call_mark, templated
 from proxy.core.model import Answer
-
-UsageMode = Literal["original", "zero"]
 
 _WORDS = re.compile(r"\s*\S+|\s+\Z")
 _AFTER_CONTENT = frozenset({"annotations"})
 _SEPARATORS = (("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))  # some clients split lines at these
 
 
-class Template:
-    """A rendered answer with holes for its id and time. Immutable and shared between hits."""
-
-    __slots__ = ("nbytes", "parts")
-
-    def __init__(self, parts: tuple[bytes, ...]) -> None:
-        self.parts = parts
-        self.nbytes = sum(map(len, parts))  # without the holes
-
-    def fill(self, answer_id: str, created: int) -> bytes:
-        """The body. `answer_id` as `new_id` makes it, `created` in seconds since the Unix epoch."""
-        return f'"id":"{answer_id}","created":{created}'.encode().join(self.parts)
-
-
-def new_id(token: bytes) -> str:
-    """An answer's id in the provider's form, of at least 12 random bytes."""
-    return "chatcmpl-" + token.hex()
+SEAM = '"id":"chatcmpl-{id}","created":{created}'
+CALL_PREFIX = "call_"
 
 
 def render_whole(answer: Answer, usage_mode: UsageMode = "original") -> Template:
     """The answer as one JSON body. Raises ValueError for what JSON cannot say."""
-    choice = {"index": 0, "message": answer.message, **answer.choice, "finish_reason": answer.finish_reason}
+    message = _with_call_marks(answer.message)
+    choice = {"index": 0, "message": message, **answer.choice, "finish_reason": answer.finish_reason}
     body: dict[str, Any] = {"object": "chat.completion", "model": answer.model, "choices": [choice]}
     if answer.raw_usage is not None:
-        body["usage"] = _counted(answer.raw_usage, usage_mode)
-    return Template((b"{", b"," + to_json({**body, **answer.extra})[1:]))
+        body["usage"] = counted(answer.raw_usage, usage_mode)
+    return templated([b"{", b"," + to_json({**body, **answer.extra})[1:]], SEAM, CALL_PREFIX)
 
 
 def render_stream(answer: Answer, include_usage: bool, usage_mode: UsageMode = "original") -> Template:
@@ -55,33 +40,49 @@ def render_stream(answer: Answer, include_usage: bool, usage_mode: UsageMode = "
     small = {name: value for name, value in answer.extra.items() if not isinstance(value, dict | list)}
     large = {name: value for name, value in answer.extra.items() if isinstance(value, dict | list)}
     nulls = {name: value for name, value in answer.choice.items() if value is None}
-    head = _text({"object": "chat.completion.chunk", "model": answer.model, **small})[1:-1]
-    rest = _text({**nulls, "finish_reason": None})[1:]
+    head = to_text({"object": "chat.completion.chunk", "model": answer.model, **small})[1:-1]
+    rest = to_text({**nulls, "finish_reason": None})[1:]
     usage = ',"usage":null' if include_usage else ""
     before, after = f',{head},"choices":[{{"index":0,"delta":', f",{rest}]{usage}}}"
     events = [f"{before}{delta}{after}" for delta in _deltas(answer)]
-    finish = _text({"index": 0, "delta": {}, **answer.choice, "finish_reason": answer.finish_reason})
+    finish = to_text({"index": 0, "delta": {}, **answer.choice, "finish_reason": answer.finish_reason})
     events.append(f',{head},"choices":[{finish}]{usage}{_more(large)}}}')
     if include_usage and answer.raw_usage is not None:
-        events.append(f',{head},"choices":[],"usage":{_text(_counted(answer.raw_usage, usage_mode))}}}')
+        events.append(f',{head},"choices":[],"usage":{to_text(counted(answer.raw_usage, usage_mode))}}}')
     parts = [event.encode() + b"\n\ndata: {" for event in events[:-1]]
-    return Template((b"data: {", *parts, events[-1].encode() + b"\n\ndata: [DONE]\n\n"))
+    parts = [b"data: {", *parts, events[-1].encode() + b"\n\ndata: [DONE]\n\n"]
+    return templated(parts, SEAM, CALL_PREFIX)
+
+
+def _with_call_marks(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    return {**message, "tool_calls": [{**call, "id": call_mark(i)} for i, call in enumerate(calls)]}
 
 
 def _deltas(answer: Answer) -> Iterator[str]:
     """Deltas in JSON: role, what was thought, the text in its pieces, what came after it."""
     message = answer.message
+    calls = message.get("tool_calls") or ()
     others = {name: value for name, value in message.items() if name not in ("role", "content")}
+    if calls:
+        del others["tool_calls"]
     nulls = {name: None for name, value in others.items() if value is None}
-    yield _text({"role": message.get("role", "assistant"), "content": "", **nulls})
+    yield to_text({"role": message.get("role", "assistant"), "content": "", **nulls})
     late = {name: value for name, value in others.items() if name in _AFTER_CONTENT and value is not None}
     early = {name: value for name, value in others.items() if name not in late and value is not None}
     if early:
-        yield _text(early)
-    for piece in split(message["content"], answer.pieces):
-        yield f'{{"content":{_escaped(encode_basestring(piece))}}}'
+        yield to_text(early)
+    for piece in split(message["content"] or "", answer.pieces):
+        yield f'{{"content":{escaped(encode_basestring(piece))}}}'
+    for i, call in enumerate(calls):
+        function = call["function"]
+        first = {"index": i, "id": call_mark(i), "type": "function", "function": {**function, "arguments": ""}}
+        yield to_text({"tool_calls": [first]})
+        yield to_text({"tool_calls": [{"index": i, "function": {"arguments": function["arguments"]}}]})
     if late:
-        yield _text(late)
+        yield to_text(late)
 
 
 def split(content: str, pieces: tuple[int, ...]) -> list[str]:
@@ -96,22 +97,25 @@ def split(content: str, pieces: tuple[int, ...]) -> list[str]:
     return found
 
 
-def _text(value: Mapping[str, Any]) -> str:
-    return _escaped(to_json(value).decode())
+def to_text(value: Mapping[str, Any]) -> str:
+    """Compact JSON for an event stream. Raises ValueError for what JSON cannot say."""
+    return escaped(to_json(value).decode())
 
 
 def _more(members: Mapping[str, Any]) -> str:
-    return "," + _text(members)[1:-1] if members else ""
+    return "," + to_text(members)[1:-1] if members else ""
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """JSON without the characters at which some clients split lines."""
     for raw, escape in _SEPARATORS:
         if raw in text:
             text = text.replace(raw, escape)
     return text
 
 
-def _counted(usage: Mapping[str, Any], mode: UsageMode) -> Mapping[str, Any]:
+def counted(usage: Mapping[str, Any], mode: UsageMode) -> Mapping[str, Any]:
+    """A usage object as it is told on a hit."""
     return usage if mode == "original" else {name: _zeroed(value) for name, value in usage.items()}
 
 

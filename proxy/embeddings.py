@@ -1,0 +1,591 @@
+"""The life of an embedding request: every input is a question of its own, only those never seen go upstream.
+
+Look up all inputs at once → ask for the missing ones in one call → merge in order → store. An input asked twice in one
+request is looked up, asked for and counted once; between concurrent requests identical inputs are not collapsed: each
+asks for what was not stored when it looked. Vectors are matched by identity only and kept as float32, little endian;
+the same bytes are written as base64 or as the shortest decimals that read back as the same float32.
+
+The upstream is asked for base64, which is smaller and exact. Where it refuses or answers otherwise than it was asked,
+the client's own request goes to it, whole, and that answer is passed on: nobody gets an error that they would not have
+got without ibid. A refusal of the smaller request is therefore told in terms of the client's own one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import contextlib
+import time
+from base64 import b64decode, b64encode
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import orjson
+
+from proxy import ports
+from proxy.books import Books, Client, Fetch, Lookup, added, draft_of
+from proxy.core import freshness, policy
+from proxy.core.dialects.dialect import JSON, UsageMode
+from proxy.core.dialects.openai_embeddings import has_base64, part_body, rows_of, shares, usage_in, usage_object
+from proxy.core.directives import partial_header, usd, verdict_headers
+from proxy.core.errors import BadRequest, CacheFault
+from proxy.core.model import (
+    Answer,
+    Batch,
+    Bypass,
+    Draft,
+    Eligibility,
+    Entry,
+    Hit,
+    Input,
+    Level,
+    Miss,
+    Query,
+    Tier,
+    Usage,
+)
+from proxy.explanation import explanation
+from proxy.hot import HotRow
+from proxy.pipeline import Pipeline
+from proxy.relay import Head, Relay, Replay
+from proxy.tasks import Tasks
+from proxy.telemetry import Telemetry
+
+ROWS_A_TURN = 64  # read or written before the loop gets its turn: 1 to 2 ms at 1536 dimensions
+STORED_AT_ONCE = 128
+WARM_LIMIT = 256  # inputs of a request whose rows stay in memory: a whole corpus would sweep out all others
+BODY_LIMIT_BYTES = 64 * 1024 * 1024  # of an upstream's answer: 2048 rows of 4096 dimensions in base64 are 45 MB
+REFUSALS = frozenset({400, 422})
+PLAIN_LIMIT = 1024
+_OF_THE_BYTES = frozenset(
+    {"content-type", "content-encoding", "etag", "content-md5", "digest", "content-digest", "repr-digest"}
+)
+"""Response headers that speak of the very bytes an upstream sent."""
+
+T = TypeVar("T")
+
+
+class Answered(NamedTuple):
+    """An upstream's answer, understood: one row for each input it was asked for."""
+
+    said: Mapping[str, Any]  # as parsed
+    rows: Sequence[Mapping[str, Any]]
+    vectors: Sequence[str]  # base64 of float32, equally long
+    tokens: Sequence[int] | None  # each row's share of the usage
+    model: str
+    usage: Usage | None
+
+
+class Sent(NamedTuple):
+    """How a call differs from what the client asked."""
+
+    body: bytes
+    is_part: bool  # other inputs: some are stored, or stood there twice
+    is_recoded: bool  # in another format
+
+    @property
+    def is_own(self) -> bool:
+        return not (self.is_part or self.is_recoded)
+
+
+class Embeddings:
+    """Owns nothing it is given. Whole forwards, the hot rows and purges are the pipeline's."""
+
+    def __init__(
+        self,
+        *,
+        pipeline: Pipeline,
+        store: ports.EntryStore,
+        books: Books,
+        upstream: ports.Upstream,
+        telemetry: Telemetry,
+        tasks: Tasks,
+        usage_on_hit: UsageMode = "original",
+        model_aliases: Mapping[str, Collection[str]] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._pipeline = pipeline
+        self._store = store
+        self._books = books
+        self._upstream = upstream
+        self._telemetry = telemetry
+        self._tasks = tasks
+        self._usage_on_hit = usage_on_hit
+        self._model_aliases = model_aliases or {}
+        self._clock = clock
+        self._plain: set[tuple[str, str]] = set()  # upstreams and models that were seen to refuse base64
+
+    # -- the story ----------------------------------------------------------------------------------------------
+
+    async def answer(self, query: Query, client: Client) -> Replay | Relay:
+        """Serve, complete or forward. Raises BadRequest (only-if-cached) and UpstreamError, never a cache fault."""
+        wanted = _distinct(_batch_of(query))
+        lookup, found = await self._look_up(query, client, wanted)
+        reply = await self._reply(query, client, lookup, wanted, found)
+        return reply if not query.controls.explain else reply.saying(explanation(query, lookup))
+
+    async def _reply(
+        self,
+        query: Query,
+        client: Client,
+        lookup: Lookup,
+        wanted: Mapping[bytes, Input],
+        found: dict[bytes, HotRow] | None,
+    ) -> Replay | Relay:
+        if found is not None and len(found) == len(wanted) and not query.controls.shadow:
+            return await self._serve(query, client, lookup, found)
+        if query.controls.only_if_cached:
+            unsent = Fetch(query, client, lookup, time.perf_counter())
+            _ = self._books.forwarded(query, client, lookup.verdict, unsent, "error", 504, None, collapsed=False)
+            raise BadRequest(
+                "Not all in the cache, and the request asked for cached answers only.", status=504, code="not_cached"
+            )
+        if found is None:
+            return await self._forward_whole(query, client, lookup)
+        return await self._complete(query, client, lookup, wanted, {} if query.controls.shadow else found)
+
+    async def _look_up(
+        self, query: Query, client: Client, wanted: Mapping[bytes, Input]
+    ) -> tuple[Lookup, dict[bytes, HotRow] | None]:
+        """The rows that may be served, by fingerprint; None when the cache is not to be used, or cannot be."""
+        if query.eligibility.level is Level.NONE:
+            return Lookup(Bypass(query.eligibility.reason or "bypass")), None
+        if not query.controls.read:
+            return Lookup(Bypass("refresh" if query.controls.refresh else "no_cache")), {}
+        lookup = Lookup(Miss("unseen"))
+        started = time.perf_counter()
+        try:
+            found, has_expired = await self._find(query, client, wanted)
+        except ports.CACHE_FAULTS as fault:
+            reason = _reason_of(fault)
+            self._telemetry.fault(reason)
+            return Lookup(Bypass(reason)), None
+        lookup.steps_ms["exact"] = (time.perf_counter() - started) * 1e3
+        if found and not _are_alike([row.answer for row in found.values()]):
+            lookup.verdict, found = Miss("asked_whole"), {}
+        elif len(found) == len(wanted):
+            lookup.verdict = Hit(_oldest([row.entry for row in found.values()]), Tier.EXACT, 1.0, 1.0)
+        elif found:
+            lookup.verdict = Miss("partial")
+        elif has_expired:
+            lookup.verdict = Miss("expired")
+        return lookup, found
+
+    async def _find(
+        self, query: Query, client: Client, wanted: Mapping[bytes, Input]
+    ) -> tuple[dict[bytes, HotRow], bool]:
+        """Fresh rows of this scope, and whether there were any too old. From memory, then all others by one query."""
+        hot = self._pipeline.hot
+        found: dict[bytes, HotRow] = {}
+        for fingerprint in wanted:
+            row = hot.find(fingerprint)
+            if row is not None and _is_fresh(row.entry, query, client):
+                found[fingerprint] = row
+        left = [fingerprint for fingerprint in wanted if fingerprint not in found]
+        if not left:
+            return found, False
+        purges = self._pipeline.purges if len(left) <= WARM_LIMIT else -1  # never now: what is read is not kept
+        has_expired = False
+        async for entry in in_turns(await self._store.find_many(left)):
+            if entry.draft.scope != query.scope:
+                continue
+            if _is_fresh(entry, query, client):
+                found[entry.draft.fingerprint] = self._pipeline.warm(entry, purges)
+            else:
+                has_expired = True
+        return found, has_expired
+
+    # -- serve ----------------------------------------------------------------------------------------------------
+
+    async def _serve(self, query: Query, client: Client, lookup: Lookup, found: Mapping[bytes, HotRow]) -> Replay:
+        """All of it from entries."""
+        entries = [row.entry for row in found.values()]
+        usage = added(*[entry.draft.usage for entry in entries])
+        model = next(iter(found.values())).answer.model
+        tokens = 0 if usage is None or self._usage_on_hit == "zero" else usage.input_tokens
+        vectors = {fingerprint: _vector_in(row.answer) for fingerprint, row in found.items()}
+        data = await _spelled(_batch_of(query), vectors, {})
+        body = orjson.dumps({"object": "list", "data": data, "model": model, "usage": usage_object(tokens)})
+        for entry in entries:
+            self._store.mark_used(entry.id, client.ts_ms)
+        assert isinstance(lookup.verdict, Hit)
+        headers = verdict_headers(
+            lookup.verdict,
+            upstream=query.upstream,
+            age_s=freshness.age_s(_oldest(entries).draft.created_ms, client.ts_ms),
+            ttl_s=min([freshness.remaining_s(e.draft.created_ms, e.draft.expires_ms, client.ts_ms) for e in entries]),
+            saved_nusd=self._books.price(query, usage, client.ts_ms),
+            cost_nusd=0,
+        )
+        if len(entries) > 1:
+            headers = [header for header in headers if header[0] != "x-cache-entry"]
+        headers.append(("Content-Type", JSON))
+        self._books.served(query, client, entries, model, usage, lookup.steps_ms)
+        return Replay(Head(headers, query.dialect.id_header), client.request_id, body)
+
+    # -- complete ---------------------------------------------------------------------------------------------------
+
+    async def _complete(
+        self,
+        query: Query,
+        client: Client,
+        lookup: Lookup,
+        wanted: Mapping[bytes, Input],
+        found: Mapping[bytes, HotRow],
+    ) -> Replay | Relay:
+        """Ask the upstream, in one call, for what was not found."""
+        missing = {fingerprint: asked for fingerprint, asked in wanted.items() if fingerprint not in found}
+        sent = self._sent(query, tuple(missing.values()))
+        fetch = Fetch(replace(query, forward_body=sent.body), client, lookup, time.perf_counter())
+        response, raw = await self._call(fetch, sent)
+        said = None if raw is None or response.status != 200 else _parsed(raw)
+        fetch.usage = usage_in(said.get("usage")) if isinstance(said, dict) else None
+        size_bytes = BODY_LIMIT_BYTES if raw is None else len(raw)
+        fetch.call = self._books.call_of(fetch, response.status, size_bytes, is_stream=False, won=True)
+        with self._booked(fetch):
+            answered = await _understood(said, tuple(missing.values()), query.model)
+        if raw is None or (answered is None and not _may_pass_on(sent, response.status, said)):
+            reply = await self._forward_whole(query, client, _spent(fetch))
+            if sent.is_recoded and response.status in REFUSALS and isinstance(reply, Relay) and reply.status == 200:
+                self._remember_plain(query)
+            return reply
+        if answered is None:
+            return self._relay(fetch, response, response.headers, raw)
+        if found and not _are_alike([*(row.answer for row in found.values()), *_answers(answered)]):
+            # What is stored is another model's by now: ask for all of it, so that what is stored is alike again.
+            return await self._complete(query, client, _spent(fetch), wanted, {})
+        fetch.answer = next(_answers(answered))
+        fetch.served = added(*[row.entry.draft.usage for row in found.values()])
+        fetch.call = replace(fetch.call, model=answered.model)
+        self._keep_if_storable(fetch, response, tuple(missing), answered)
+        if sent.is_own:
+            return self._relay(fetch, response, response.headers, raw)
+        with self._booked(fetch):
+            body = await self._merged(query, fetch, tuple(missing), answered, found)
+        headers = [header for header in response.headers if header[0].lower() not in _OF_THE_BYTES]
+        headers.append(("Content-Type", JSON))
+        if found:
+            headers.append(partial_header(len(found), len(wanted)))
+            headers.append(("x-cache-saved-usd", usd(self._saved_nusd(fetch))))
+            for row in found.values():
+                self._store.mark_used(row.entry.id, client.ts_ms)
+        return self._relay(fetch, response, headers, body)
+
+    def _sent(self, query: Query, asked: Sequence[Input]) -> Sent:
+        batch = _batch_of(query)
+        is_part = len(asked) < len(batch.inputs)
+        is_recoded = (
+            batch.is_open and batch.encoding_format != "base64" and (query.upstream, query.model) not in self._plain
+        )
+        body = part_body(query.forward_body, asked if is_part else None, "base64" if is_recoded else None)
+        return Sent(body, is_part, is_recoded)
+
+    async def _call(self, fetch: Fetch, sent: Sent) -> tuple[ports.UpstreamResponse, bytes | None]:
+        """The whole answer; its bytes are None beyond BODY_LIMIT_BYTES. A call that fails is booked here."""
+        query, client = fetch.query, fetch.client
+        headers = client.headers
+        if not sent.is_own:  # the key names the client's own body
+            headers = [line for line in headers if line[0].lower() != b"idempotency-key"]
+        response: ports.UpstreamResponse | None = None
+        pieces: list[bytes] = []
+        size_bytes = 0
+        try:
+            response = await self._upstream.open(query.upstream, "POST", client.path_qs, headers, sent.body)
+            fetch.first_byte_s = time.perf_counter()
+            while piece := await response.read_some():
+                pieces.append(piece)
+                size_bytes += len(piece)
+                if size_bytes > BODY_LIMIT_BYTES:
+                    response.abort()
+                    return response, None
+        except BaseException as cause:
+            if response is not None:
+                response.abort()
+            status = 0 if response is None else response.status
+            fetch.call = self._books.call_of(fetch, status, size_bytes, is_stream=False, won=False)
+            self._book_broken(fetch, cause)
+            raise
+        response.release()
+        return response, pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _saved_nusd(self, fetch: Fetch) -> int:
+        """As the ledger has it: the price of all tokens less that of the call's."""
+        query, ts_ms = fetch.query, fetch.client.ts_ms
+        if fetch.served is None or fetch.call is None:
+            return 0
+        whole = added(fetch.served, fetch.call.usage)
+        return self._books.price(query, whole, ts_ms) - self._books.price(query, fetch.call.usage, ts_ms)
+
+    @contextlib.contextmanager
+    def _booked(self, fetch: Fetch) -> Iterator[None]:
+        """A client that leaves after the upstream has answered still leaves a row, and the call its cost."""
+        try:
+            yield
+        except BaseException as cause:
+            self._book_broken(fetch, cause)
+            raise
+
+    def _book_broken(self, fetch: Fetch, cause: BaseException) -> None:
+        outcome = "error" if isinstance(cause, Exception) else "cancelled"
+        status = getattr(cause, "status", 499)
+        verdict = fetch.lookup.verdict
+        self._books.forwarded(fetch.query, fetch.client, verdict, fetch, outcome, status, None, collapsed=False)
+
+    async def _merged(
+        self,
+        query: Query,
+        fetch: Fetch,
+        missing: Sequence[bytes],
+        answered: Answered,
+        found: Mapping[bytes, HotRow],
+    ) -> bytes:
+        """The upstream's answer with the stored rows among its own, in the client's order and format."""
+        vectors = {fingerprint: _vector_in(row.answer) for fingerprint, row in found.items()}
+        vectors.update(zip(missing, answered.vectors, strict=True))
+        rows = dict(zip(missing, answered.rows, strict=True))
+        whole = {**answered.said, "data": await _spelled(_batch_of(query), vectors, rows)}
+        if found:
+            told = answered.said.get("usage")
+            usage = added(answered.usage, None if self._usage_on_hit == "zero" else fetch.served)
+            whole["usage"] = usage_object(
+                0 if usage is None else usage.input_tokens, told if isinstance(told, dict) else None
+            )
+        return orjson.dumps(whole)
+
+    def _relay(
+        self, fetch: Fetch, response: ports.UpstreamResponse, headers: Iterable[tuple[str, str]], body: bytes
+    ) -> Relay:
+        """What the client gets of a call that has ended; booked when it has gone out, or not."""
+        query, client, verdict = fetch.query, fetch.client, fetch.lookup.verdict
+        lines = verdict_headers(
+            verdict,
+            request_id=client.request_id,
+            upstream=query.upstream,
+            fwd_status=response.status,
+            shadow=query.controls.shadow,
+            refresh=query.controls.refresh,
+        )
+        lines += headers
+
+        def settle(relay: Relay, outcome: str) -> None:
+            ttft_ms = None if relay.first_byte_s is None else (relay.first_byte_s - client.started_s) * 1e3
+            cost_nusd = self._books.forwarded(
+                query, client, verdict, fetch, outcome, response.status, ttft_ms, collapsed=False
+            )
+            lines.append(("x-cost-usd", usd(cost_nusd)))  # in time for an answer that is written at once
+
+        return Relay(Read(body), query.dialect, response.status, lines, len(body), None, settle)
+
+    # -- forward whole ----------------------------------------------------------------------------------------------
+
+    async def _forward_whole(self, query: Query, client: Client, lookup: Lookup) -> Replay | Relay:
+        """The client's own request, and the upstream's answer as it arrives: neither looked up nor stored."""
+        plain = replace(query, eligibility=Eligibility(Level.NONE, lookup.verdict.reason))
+        return await self._pipeline.forward(plain, client, lookup)
+
+    def _remember_plain(self, query: Query) -> None:
+        if len(self._plain) >= PLAIN_LIMIT:
+            self._plain.clear()
+        self._plain.add((query.upstream, query.model))
+
+    # -- store ------------------------------------------------------------------------------------------------------
+
+    def _keep_if_storable(
+        self, fetch: Fetch, response: ports.UpstreamResponse, missing: Sequence[bytes], answered: Answered
+    ) -> None:
+        reason = policy.storable_vectors(
+            answered.model,
+            fetch.query,
+            self._pipeline.rules,
+            status=response.status,
+            row_bytes=len(answered.vectors[0]),
+            header=response.header,
+            aliases=self._model_aliases,
+        )
+        if reason is None:
+            _ = self._tasks.spawn(self._keep(fetch, missing, answered), "store")
+        else:
+            self._telemetry.unstored(reason)
+
+    async def _keep(self, fetch: Fetch, missing: Sequence[bytes], answered: Answered) -> None:
+        """Commit the rows. Memory takes them when they are asked for again: most inputs are embedded once."""
+        now_ms = int(self._clock() * 1000)
+        pairs = list(zip(missing, _answers(answered), strict=True))
+        try:
+            for start in range(0, len(pairs), STORED_AT_ONCE):
+                drafts = [self._draft(fetch, *pair, now_ms) for pair in pairs[start : start + STORED_AT_ONCE]]
+                stored = await asyncio.gather(*map(self._store.put, drafts), return_exceptions=True)
+                replaced = [i for kept in stored if isinstance(kept, ports.Stored) for i in kept.replaced]
+                if replaced:
+                    self._pipeline.forget(replaced)
+                for failed in stored:
+                    if isinstance(failed, BaseException):
+                        raise failed
+        except ports.CACHE_FAULTS as fault:
+            self._telemetry.fault(_reason_of(fault))
+
+    def _draft(self, fetch: Fetch, fingerprint: bytes, answer: Answer, now_ms: int) -> Draft:
+        own = replace(fetch, query=replace(fetch.query, fingerprint=fingerprint))
+        return draft_of(own, answer, "", self._pipeline.rules, now_ms)
+
+
+def _spent(fetch: Fetch) -> Lookup:
+    """The lookup once more, after a call in vain: what that cost is booked with the request."""
+    assert fetch.call is not None
+    calls = (*fetch.lookup.spent, replace(fetch.call, won=False))
+    return replace(fetch.lookup, verdict=Miss("asked_whole"), spent=calls)
+
+
+class Read:
+    """`Source` of a body that is all here."""
+
+    __slots__ = ("_at", "_body")
+
+    PIECE_BYTES = 256 * 1024
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+        self._at = 0
+
+    async def next(self) -> bytes:
+        piece = self._body[self._at : self._at + self.PIECE_BYTES]
+        self._at += len(piece)
+        return piece
+
+    async def whole(self) -> bytes:
+        return self._body
+
+    def leave(self) -> None:
+        """Nothing is held."""
+
+
+# -- vectors -----------------------------------------------------------------------------------------------------------
+
+
+def vector_of(embedding: str | list[Any]) -> str | None:
+    """What stands in a row's `embedding` as base64 of little-endian float32; None for anything but finite floats.
+
+    Whole numbers throughout are no such vector: they are components of another type, asked for by a field of its own.
+    """
+    if isinstance(embedding, str):
+        try:
+            raw = b64decode(embedding, validate=True)
+        except (binascii.Error, ValueError):
+            return None
+        if not raw or len(raw) % 4:
+            return None
+        vector = np.frombuffer(raw, "<f4")
+    else:
+        try:
+            wide = np.asarray(embedding)
+        except (ValueError, OverflowError):
+            return None
+        if wide.dtype.kind != "f" or wide.ndim != 1 or not wide.size:
+            return None
+        with np.errstate(over="ignore"):
+            vector = wide.astype("<f4")
+    return b64encode(vector.tobytes()).decode("ascii") if np.isfinite(vector).all() else None
+
+
+def spell(vector: str, encoding_format: str) -> bytes:
+    """A vector as JSON: the base64 it is kept as, or the shortest decimals that read back as the same float32."""
+    if encoding_format == "base64":
+        return b'"%b"' % vector.encode("ascii")
+    return orjson.dumps(np.frombuffer(b64decode(vector), np.float32), option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+async def _spelled(
+    batch: Batch, vectors: Mapping[bytes, str], rows: Mapping[bytes, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """A row for each input of the request, in its order; `rows` are those an upstream sent, whose other fields stay."""
+    spelled: dict[bytes, orjson.Fragment] = {}
+    async for fingerprint, vector in in_turns(vectors.items()):
+        spelled[fingerprint] = orjson.Fragment(spell(vector, batch.encoding_format))
+    return [
+        {**rows.get(fingerprint, {"object": "embedding"}), "index": i, "embedding": spelled[fingerprint]}
+        for i, fingerprint in enumerate(batch.fingerprints)
+    ]
+
+
+async def _understood(said: object, asked: Sequence[Input], model: str) -> Answered | None:
+    """An answer whose rows are one vector for each input, all of one length; None for any other.
+
+    `model` is the one asked, for upstreams that do not name what answered.
+    """
+    rows = rows_of(said, len(asked))
+    if rows is None or not isinstance(said, dict):
+        return None
+    vectors: list[str] = []
+    async for row in in_turns(rows.rows):
+        vector = vector_of(row["embedding"])
+        if vector is None or (vectors and len(vector) != len(vectors[0])):
+            return None
+        vectors.append(vector)
+    tokens = None if rows.usage is None else shares(rows.usage.input_tokens, asked)
+    return Answered(said, rows.rows, vectors, tokens, rows.model or model, rows.usage)
+
+
+async def in_turns(items: Iterable[T]) -> AsyncIterator[T]:
+    """The items, with a turn of the loop for others after every ROWS_A_TURN."""
+    for number, item in enumerate(items, start=1):
+        yield item
+        if not number % ROWS_A_TURN:
+            await asyncio.sleep(0)
+
+
+def _answers(answered: Answered) -> Iterator[Answer]:
+    """Each row as it is stored."""
+    for i, vector in enumerate(answered.vectors):
+        usage = None if answered.tokens is None else Usage(answered.tokens[i], 0)
+        yield Answer({"embedding": vector}, "stop", answered.model, usage, None)
+
+
+def _vector_in(answer: Answer) -> str:
+    vector: str = answer.message["embedding"]
+    return vector
+
+
+def _are_alike(answers: Iterable[Answer]) -> bool:
+    """One model's, of one length: only such vectors can be compared, so only such ones stand in one answer."""
+    return len({(answer.model, len(_vector_in(answer))) for answer in answers}) <= 1
+
+
+def _may_pass_on(sent: Sent, status: int, said: object) -> bool:
+    """Whether an answer that was not understood is what the client would have got without ibid."""
+    if sent.is_own:
+        return True
+    if status != 200:
+        return status not in REFUSALS
+    return not sent.is_part and not has_base64(said)
+
+
+def _parsed(raw: bytes) -> object:
+    """What a body says as JSON; None when it is none."""
+    try:
+        return orjson.loads(raw)
+    except ValueError:
+        return None
+
+
+def _batch_of(query: Query) -> Batch:
+    assert query.batch is not None
+    return query.batch
+
+
+def _distinct(batch: Batch) -> dict[bytes, Input]:
+    """Each input once, in order of its first place; without fingerprints none is looked up."""
+    return dict(zip(batch.fingerprints, batch.inputs, strict=True)) if batch.fingerprints else {}
+
+
+def _oldest(entries: Sequence[Entry]) -> Entry:
+    return min(entries, key=lambda entry: entry.draft.created_ms)
+
+
+def _is_fresh(entry: Entry, query: Query, client: Client) -> bool:
+    return freshness.is_fresh(entry.draft.created_ms, entry.draft.expires_ms, client.ts_ms, query.controls.max_age_s)
+
+
+def _reason_of(fault: BaseException) -> str:
+    return fault.code if isinstance(fault, CacheFault) else "timeout"

@@ -1,0 +1,49 @@
+"""What `x-cache-explain: 1` brings back: how this lookup came to its verdict, as one header of compact JSON.
+
+The client sees its own scope only. `/cache/explain` tells the operator all of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from proxy.books import Lookup
+from proxy.core import policy
+from proxy.core.directives import header_text
+from proxy.core.model import Query
+from proxy.judge import Judged, Opinion, finite
+
+HEADER = "x-cache-explain"
+CANDIDATES = 3  # a header has to fit into 8 KiB with the others
+
+
+def explanation(query: Query, lookup: Lookup) -> tuple[str, str]:
+    """The header's name and value."""
+    eligibility, opinion = query.eligibility, lookup.opinion
+    said: dict[str, Any] = {
+        "scope": query.scope.hex()[:8],
+        "level": eligibility.level.value,
+        "limited_by": eligibility.reason,
+        "verdict": lookup.verdict.reason,
+        "steps_ms": {name: round(spent_ms, 3) for name, spent_ms in lookup.steps_ms.items()},
+    }
+    if opinion is not None:
+        said["max_error"] = opinion.max_error
+        said["proven_from"] = finite(opinion.thresholds.proven)
+        said["provisional_from"] = finite(opinion.thresholds.provisional)
+        said["candidates"] = [_told(judged, opinion) for judged in opinion.judged[:CANDIDATES]]
+    return HEADER, header_text(orjson.dumps(said).decode())
+
+
+def _told(judged: Judged, opinion: Opinion) -> dict[str, Any]:
+    candidate = judged.candidate
+    return {
+        "entry": candidate.entry_id,
+        "similarity": round(candidate.similarity, 4),
+        "probability": round(judged.probability, 4),
+        "vetoes": [name for bit, name in enumerate(policy.GUARDS) if candidate.vetoes >> bit & 1],
+        "standing": None if judged.standing is None else judged.standing.value,
+        "reason": opinion.refused.get(candidate.entry_id) or judged.reason,
+    }

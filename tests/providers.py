@@ -1,0 +1,214 @@
+"""Providers in their own words, for `ScriptedUpstream(default=provider)`: whichever path is asked answers natively.
+
+The text is the same for the same question every time, so that an answer through ibid can be compared with one had
+directly; `pieces` of it are streamed. How a question begins says what comes of it: "call" a tool call, "think" a signed
+thought where the provider has those, "json" an object, "long" 3,000 words, "fail" a 429, "break" a stream without its
+second half.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tests.upstream import Body, Chat, Json, Reply, Seen, Stream, chat_chunks
+
+PIECES = 4
+MODEL = "m-1"
+ARGUMENTS = {"city": "Paris"}
+
+
+def provider(seen: Seen) -> Reply:
+    """The answer of the provider whose path this is."""
+    path = seen.path.partition("?")[0]
+    prompt = prompt_of(seen.json)
+    if prompt.startswith("fail"):
+        return Json(429, _slow_down(path), headers={"Retry-After": "1"})
+    reply = _native(seen, path)
+    if prompt.startswith("break") and isinstance(reply, Stream):
+        return Stream(reply.chunks[: len(reply.chunks) // 2], content_type=reply.content_type)
+    return reply
+
+
+def _native(seen: Seen, path: str) -> Reply:
+    if path.endswith("/messages"):
+        return _anthropic(seen.json)
+    if "enerateContent" in path:
+        return _gemini(seen.json, path)
+    if path in ("/api/chat", "/api/generate"):
+        return _ollama(seen.json, is_chat=path == "/api/chat")
+    return _openai(seen.json)
+
+
+def prompt_of(body: Mapping[str, Any]) -> str:
+    """The last thing said in a body of any dialect."""
+    if "contents" in body:
+        content = body["contents"][-1]["parts"]
+    else:
+        content = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def _slow_down(path: str) -> dict[str, Any]:
+    if path.endswith("/messages"):
+        return {"type": "error", "error": {"type": "rate_limit_error", "message": "Slow down."}}
+    if "enerateContent" in path:
+        return {"error": {"code": 429, "message": "Slow down.", "status": "RESOURCE_EXHAUSTED"}}
+    if path.startswith("/api/"):
+        return {"error": "Slow down."}
+    return {"error": {"message": "Slow down.", "type": "rate_limit", "param": None, "code": "rate_limit"}}
+
+
+def text_for(prompt: str) -> str:
+    if prompt.startswith("json"):
+        return '{"city": "Paris", "days": 3}'
+    if prompt.startswith("long"):
+        return "".join(f"word {i} of a long answer. " for i in range(600))
+    return f"This is what is known about it: {prompt} And that is all there is to say, \u00e9t\u00e9 \U0001f5fc."
+
+
+def pieces_of(text: str) -> list[str]:
+    width = -(-len(text) // PIECES)
+    return [text[start : start + width] for start in range(0, len(text), width)]
+
+
+def _event(data: Mapping[str, Any], *, name: bool = False) -> bytes:
+    head = f"event: {data['type']}\n" if name else ""
+    return f"{head}data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+
+
+def _json(body: Mapping[str, Any]) -> Body:
+    return Body(body=json.dumps(body).encode(), headers={"request-id": "req_upstream", "x-request-id": "req_upstream"})
+
+
+# -- OpenAI -----------------------------------------------------------------------------------------------------------
+
+
+def _openai(body: Mapping[str, Any]) -> Reply:
+    prompt = prompt_of(body)
+    if not prompt.startswith("call"):
+        return _openai_text(body, text_for(prompt))
+    function = {"name": "weather", "arguments": json.dumps(ARGUMENTS)}
+    call = {"id": "call_abc", "type": "function", "function": function}
+    head = {"id": "chatcmpl-1", "created": 1_700_000_000, "model": body["model"]}
+    usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+    if not body.get("stream"):
+        message = {"role": "assistant", "content": None, "tool_calls": [call]}
+        choice = {"index": 0, "message": message, "finish_reason": "tool_calls"}
+        return _json({**head, "object": "chat.completion", "choices": [choice], "usage": usage})
+    first = {"index": 0, **call, "function": {**function, "arguments": ""}}
+    more = {"index": 0, "function": {"arguments": function["arguments"]}}
+
+    def chunk(delta: Mapping[str, Any], finish: str | None = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish}
+        return _event({**head, "object": "chat.completion.chunk", "choices": [choice]})
+
+    last = _event({**head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
+    calls = [chunk({"role": "assistant", "content": None, "tool_calls": [first]}), chunk({"tool_calls": [more]})]
+    counted = [last] if (body.get("stream_options") or {}).get("include_usage") else []
+    return Stream([*calls, chunk({}, "tool_calls"), *counted, b"data: [DONE]\n\n"])
+
+
+def _openai_text(body: Mapping[str, Any], text: str) -> Reply:
+    head = {"id": "chatcmpl-1", "created": 1_700_000_000, "model": body["model"]}
+    usage = {"prompt_tokens": 10, "completion_tokens": 25, "total_tokens": 35}
+    if not body.get("stream"):
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+        return _json({**head, "object": "chat.completion", "choices": [choice], "usage": usage})
+    wanted = (body.get("stream_options") or {}).get("include_usage")
+    return Stream(chat_chunks(head, text, Chat(pieces=PIECES), usage if wanted else None))
+
+
+# -- Anthropic --------------------------------------------------------------------------------------------------------
+
+
+def _anthropic(body: Mapping[str, Any]) -> Reply:
+    prompt = prompt_of(body)
+    blocks: list[dict[str, Any]] = [{"type": "text", "text": text_for(prompt)}]
+    if prompt.startswith("think"):
+        blocks.insert(0, {"type": "thinking", "thinking": "Let me see what that is.", "signature": "c2lnbmVk"})
+    if prompt.startswith("call"):
+        blocks.append({"type": "tool_use", "id": "toolu_abc", "name": "weather", "input": ARGUMENTS})
+    reason = "tool_use" if prompt.startswith("call") else "end_turn"
+    usage = {"input_tokens": 10, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 3, "output_tokens": 25}
+    head = {"id": "msg_1", "type": "message", "role": "assistant", "model": body["model"]}
+    end = {"stop_reason": reason, "stop_sequence": None}
+    if not body.get("stream"):
+        return _json({**head, "content": blocks, **end, "usage": usage})
+    started = {
+        **head,
+        "content": [],
+        "stop_reason": None,
+        "stop_sequence": None,
+        "usage": {**usage, "output_tokens": 1},
+    }
+    events = [{"type": "message_start", "message": started}, {"type": "ping"}]
+    for index, block in enumerate(blocks):
+        events += _block_events(index, block)
+    events += [{"type": "message_delta", "delta": end, "usage": usage}, {"type": "message_stop"}]
+    return Stream([_event(event, name=True) for event in events], headers={"request-id": "req_upstream"})
+
+
+def _block_events(index: int, block: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    empty = {"text": {"text": ""}, "thinking": {"thinking": "", "signature": ""}, "tool_use": {"input": {}}}
+    yield {"type": "content_block_start", "index": index, "content_block": {**block, **empty[block["type"]]}}
+    if block["type"] == "text":
+        deltas = [{"type": "text_delta", "text": piece} for piece in pieces_of(block["text"])]
+    elif block["type"] == "thinking":
+        deltas = [
+            {"type": "thinking_delta", "thinking": block["thinking"]},
+            {"type": "signature_delta", "signature": block["signature"]},
+        ]
+    else:
+        deltas = [{"type": "input_json_delta", "partial_json": json.dumps(block["input"])}]
+    yield from ({"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas)
+    yield {"type": "content_block_stop", "index": index}
+
+
+# -- Gemini -----------------------------------------------------------------------------------------------------------
+
+
+def _gemini(body: Mapping[str, Any], path: str) -> Reply:
+    prompt = prompt_of(body)
+    model = path.partition("/models/")[2].partition(":")[0]
+    said: list[dict[str, Any]] = [{"text": piece} for piece in pieces_of(text_for(prompt))]
+    whole: list[dict[str, Any]] = [{"text": text_for(prompt)}]
+    if prompt.startswith("think"):
+        said[-1]["thoughtSignature"] = whole[-1]["thoughtSignature"] = "c2lnbmVk"
+    if prompt.startswith("call"):
+        said = whole = [{"functionCall": {"name": "weather", "args": ARGUMENTS}}]
+    usage = {"promptTokenCount": 10, "candidatesTokenCount": 25, "totalTokenCount": 35}
+    tail = {"usageMetadata": usage, "modelVersion": model, "responseId": "r1"}
+
+    def candidate(parts: list[dict[str, Any]], **end: Any) -> dict[str, Any]:
+        return {"candidates": [{"content": {"parts": parts, "role": "model"}, "index": 0, **end}], **tail}
+
+    if "streamGenerateContent" not in path:
+        return _json(candidate(whole, finishReason="STOP"))
+    chunks = [candidate([part]) for part in said[:-1]] + [candidate([said[-1]], finishReason="STOP")]
+    return Stream([_event(chunk) for chunk in chunks])
+
+
+# -- Ollama -----------------------------------------------------------------------------------------------------------
+
+
+def _ollama(body: Mapping[str, Any], *, is_chat: bool) -> Reply:
+    prompt = prompt_of(body)
+    head = {"model": body["model"], "created_at": "2026-11-20T19:22:45.499127Z"}
+    end = {
+        "done": True, "done_reason": "stop", "total_duration": 5_000_000, "load_duration": 1_000_000,
+        "prompt_eval_count": 10, "prompt_eval_duration": 1_000_000, "eval_count": 25, "eval_duration": 3_000_000,
+    }  # fmt: skip
+
+    def said(text: str, **more: Any) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, **more}} if is_chat else {"response": text, **more}
+
+    call = {"tool_calls": [{"function": {"name": "weather", "arguments": ARGUMENTS}}]}
+    parts = [said("", **call)] if prompt.startswith("call") else [said(piece) for piece in pieces_of(text_for(prompt))]
+    if body.get("stream") is False:
+        whole = said("", **call) if prompt.startswith("call") else said(text_for(prompt))
+        return _json({**head, **whole, **end})
+    lines = [{**head, **part, "done": False} for part in parts] + [{**head, **said(""), **end}]
+    return Stream([json.dumps(line).encode() + b"\n" for line in lines], content_type="application/x-ndjson")
