@@ -29,6 +29,7 @@ export IBID_TEST_LLM := $(abspath $(MODEL))
 export IBID_TEST_MODELS := $(abspath $(CONVERTED))
 export IBID_OPENAI2_PYTHON := $(abspath $(VENV_OPENAI2)/bin/python)
 export IBID_FRAMEWORKS_PYTHON := $(abspath $(VENV_FRAMEWORKS)/bin/python)
+export IBID_SCHEMATHESIS := $(abspath $(VENV_FRAMEWORKS)/bin/st)
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
@@ -57,8 +58,9 @@ lint: $(DEV_STAMP) ## ruff, mypy strict, import contracts
 	$(BIN)/lint-imports
 
 # Needs node and npm, from version 20 on.
-conformance: $(DEV_STAMP) $(CONVERTED)/.done $(OPENAI2_STAMP) $(FRAMEWORKS_STAMP) $(NODE_STAMP) ## every client against ibid and against the provider
+conformance: $(DEV_STAMP) $(CONVERTED)/.done $(OPENAI2_STAMP) $(FRAMEWORKS_STAMP) $(NODE_STAMP) ## every client against ibid and the provider
 	$(BIN)/python -m tests.conformance $(ARGS)
+	$(BIN)/python -m tests.conformance.schema
 
 bench: $(DEV_STAMP) ## ibid against its floors in turn, as a table of ratios
 	$(BIN)/python -m tests.bench $(ARGS)

@@ -107,10 +107,13 @@ class Operations(Protocol):
         """Ids selected, and unless `dry_run` gone from SQL, index and memory before this returns."""
         ...
 
-    async def explain(self, body: bytes, headers: Mapping[str, str], tenant: str | None) -> Mapping[str, Any]:
+    async def explain(
+        self, path: str, body: bytes, headers: Mapping[str, str], tenant: str | None
+    ) -> Mapping[str, Any]:
         """How a request would be answered: candidates, features, guards, verdict, key diff. Serves and stores nothing.
 
-        `headers` are the caller's without its credential; `tenant` the digest to look under, else the only tenant.
+        `path` is where it would be sent, which names the dialect; `headers` are the caller's without its credential;
+        `tenant` the digest to look under, else the only tenant.
         """
         ...
 
@@ -267,9 +270,9 @@ class Admin:
         values = await self._read(request)
         body = await read_bytes(request)
         if not body:
-            raise BadRequest("send a chat request as the body", code="missing_body", param="messages")
+            raise BadRequest("send a request as the body", code="missing_body", param="messages")
         headers = {name.lower(): value for name, value in request.headers.items() if name.lower() not in _OWN_HEADERS}
-        return reply(await self._do.explain(body, headers, values["tenant"]))
+        return reply(await self._do.explain(values["path"], body, headers, values["tenant"]))
 
     @guarded
     async def feedback(self, request: web.Request) -> web.Response:

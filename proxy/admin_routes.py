@@ -75,8 +75,12 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route("POST", "/cache/flushall", "flushall", "purge everything, as LiteLLM spells it"),
     Route(
-        "POST", "/cache/explain", "explain", "how a chat request would be answered; nothing is served or stored",
-        query=(Param("tenant", "text", "look as this tenant", pattern="[0-9a-f]{64}"),), body=None,
+        "POST", "/cache/explain", "explain", "how a request would be answered; nothing is served or stored",
+        query=(
+            Param("tenant", "text", "look as this tenant", pattern="[0-9a-f]{64}"),
+            Param("path", "text", "where it would be sent, which names its dialect", default="/v1/chat/completions",
+                  pattern="/[!-~]*"),
+        ), body=None,
     ),
     Route(
         "POST", "/cache/feedback", "feedback", "wrong takes an entry out of service, right puts it back",

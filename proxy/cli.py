@@ -90,8 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     command("rebuild-index", _rebuild_index, "build the index from SQL and save it; no server may be running")
     command("stats", _stats, "what a running ibid holds and has done", machine)
     _add_selection(command("entries", _entries, "list stored answers", machine), listing=True)
-    explain = command("explain", _explain, "how a chat request would be answered; nothing is served or stored", machine)
-    explain.add_argument("file", nargs="?", default="-", help="JSON of a chat request (standard input)")
+    explain = command("explain", _explain, "how a request would be answered; nothing is served or stored", machine)
+    explain.add_argument("file", nargs="?", default="-", help="JSON of a request (standard input)")
+    explain.add_argument("--path", metavar="PATH", help="where it would be sent (/v1/chat/completions)")
     explain.add_argument("--tenant", metavar="HEX", help="look as this tenant")
     purge = command("purge", _purge, "remove stored answers; says which unless --yes", machine)
     _add_selection(purge, listing=False)
@@ -227,7 +228,8 @@ def _explain(settings: config.Settings, chosen: argparse.Namespace) -> int:
             body = file.read()
     except OSError as error:
         raise ConfigError(f"{chosen.file}: {error.strerror}") from error
-    path = "/cache/explain" + (f"?{urllib.parse.urlencode({'tenant': chosen.tenant})}" if chosen.tenant else "")
+    wanted = {name: value for name in ("tenant", "path") if (value := getattr(chosen, name))}
+    path = "/cache/explain" + (f"?{urllib.parse.urlencode(wanted)}" if wanted else "")
     explained = ask(settings, "POST", path, body)
     if chosen.json:
         sys.stdout.write(printing.as_json(explained))

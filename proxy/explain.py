@@ -6,19 +6,19 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import orjson
+
 from proxy import ports
 from proxy.core import identity, policy
-from proxy.core.dialects.openai_chat import OpenAIChat
-from proxy.core.dialects.routes import CHAT_PATH
+from proxy.core.answer import decode_answer
 from proxy.core.errors import BadRequest
 from proxy.core.model import Candidate, Level, NearMiss, Query
-from proxy.handlers import Caller, ClientHandler, Target
+from proxy.handlers import Caller, ClientHandler
 from proxy.judge import Judged, Opinion, Place, finite, verdict_of
 from proxy.pipeline import CANDIDATES, Pipeline
 from proxy.store.selection import Filters
 from proxy.store.store import Store
 
-TARGET = Target(CHAT_PATH, CHAT_PATH, "", OpenAIChat())
 TWINS = 20
 
 
@@ -30,8 +30,13 @@ class Explainer:
         self._handler = handler
         self._store = store
 
-    async def explain(self, body: bytes, headers: Mapping[str, str], tenant: str | None) -> Mapping[str, Any]:
+    async def explain(
+        self, path: str, body: bytes, headers: Mapping[str, str], tenant: str | None
+    ) -> Mapping[str, Any]:
         """Raises BadRequest for what the client listener would refuse, and when the tenant must be named."""
+        target = self._handler.target(*_split(path))
+        if target.dialect is None or target.dialect.operation == "embedding":
+            raise BadRequest(f"no question is asked on {path[:80]!r}", code="invalid_value", param="path")
         raw_headers = tuple((name.encode(), value.encode()) for name, value in headers.items())
         caller = Caller(
             tenant or await self._only_tenant(),
@@ -40,13 +45,14 @@ class Explainer:
             is_json=True,
             is_retry=False,
         )
-        query = self._handler.read_query(TARGET, caller, body)
+        query = self._handler.read_query(target, caller, body)
         now_ms = int(time.time() * 1000)
         exact = await self._store.entries.find(query.fingerprint)
         opinion, note = await self._opinion(query, now_ms)
         rules, judge = self._pipeline.rules, self._pipeline.judge
         found = None if opinion is None else opinion.chosen or verdict_of(opinion, rules.near_floor)
-        if exact is not None and exact.draft.expires_ms > now_ms:
+        unfit = None if exact is None else policy.unfit(decode_answer(exact.draft.answer, orjson.loads), query)
+        if exact is not None and exact.draft.expires_ms > now_ms and unfit is None:
             verdict: dict[str, Any] = {"verdict": "hit", "tier": "exact", "entry": exact.id}
         elif query.eligibility.level is Level.NONE:
             verdict = {"verdict": "bypass", "reason": query.eligibility.reason}
@@ -55,7 +61,7 @@ class Explainer:
         elif isinstance(found, NearMiss):
             verdict = {"verdict": "near-miss", "entry": found.entry_id, "reason": found.reason}
         else:
-            reason = note or query.eligibility.reason or ("nothing_alike" if found is None else found.reason)
+            reason = note or unfit or query.eligibility.reason or ("nothing_alike" if found is None else found.reason)
             verdict = {"verdict": "miss", "reason": reason}
         return {
             **verdict,
@@ -148,6 +154,11 @@ class Explainer:
             differs = {name: {"entry": a, "request": b} for name, (a, b) in pairs.items() if a != b}
             found.append({"entry": entry.id, "differs": differs or "earlier messages, settings, headers or end user"})
         return found
+
+
+def _split(target: str) -> tuple[str, str]:
+    path, mark, query = target.partition("?")
+    return path, mark + query
 
 
 def _shown(judged: Judged, opinion: Opinion, names: Sequence[str]) -> dict[str, Any]:

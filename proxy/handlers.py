@@ -171,10 +171,15 @@ class ClientHandler:
     # -- reading --------------------------------------------------------------------------------------------------
 
     def _read_target(self, request: web.BaseRequest) -> Target:
-        path = target_of(request)
-        query = query_of(request)
+        target = self.target(target_of(request), query_of(request))
+        if request.raw_path.startswith("/"):
+            _remember(self._targets, request.raw_path, target)
+        return target
+
+    def target(self, path: str, query: str = "") -> Target:
+        """Where a path leads, and the query behind it, its question mark included."""
         route = self._routes.find(path, query)
-        target = Target(
+        return Target(
             path,
             route.path + query,
             route.scope_query,
@@ -184,9 +189,6 @@ class ClientHandler:
             key_in(query),
             is_keyless=family_of(path, {}) == "ollama",
         )
-        if request.raw_path.startswith("/"):
-            _remember(self._targets, request.raw_path, target)
-        return target
 
     def _read_caller(self, request: web.BaseRequest, target: Target) -> Caller:
         headers = request.raw_headers

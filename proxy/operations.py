@@ -25,7 +25,7 @@ from proxy.store.store import Store
 from proxy.telemetry import Telemetry
 
 SIMULATE_S = 300.0
-Explainer = Callable[[bytes, Mapping[str, str], str | None], Any]
+Explainer = Callable[[str, bytes, Mapping[str, str], str | None], Any]
 
 
 class Operator:
@@ -126,8 +126,10 @@ class Operator:
             await self._store.comparisons.forget(ids)
         return ids
 
-    async def explain(self, body: bytes, headers: Mapping[str, str], tenant: str | None) -> Mapping[str, Any]:
-        explained: Mapping[str, Any] = await self._explain(body, headers, tenant)
+    async def explain(
+        self, path: str, body: bytes, headers: Mapping[str, str], tenant: str | None
+    ) -> Mapping[str, Any]:
+        explained: Mapping[str, Any] = await self._explain(path, body, headers, tenant)
         return explained
 
     async def feedback(self, request_id: str | None, entry_id: int | None, verdict: str) -> Mapping[str, Any] | None:

@@ -180,7 +180,9 @@ class Running:
         self.asked.append((selector, dry_run))
         return [7, 8]
 
-    async def explain(self, body: bytes, headers: Mapping[str, str], tenant: str | None) -> Mapping[str, Any]:
+    async def explain(
+        self, path: str, body: bytes, headers: Mapping[str, str], tenant: str | None
+    ) -> Mapping[str, Any]:
         self.asked.append((body, tenant))
         return {"verdict": "miss", "candidates": [{"id": 1, "similarity": 0.5}]}
 

@@ -21,7 +21,7 @@ from tests.upstream import ScriptedUpstream
 
 CHECKS: Final = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 QUESTIONS: Final = 5
-EXAMPLES: Final = os.environ.get("IBID_SCHEMA_EXAMPLES", "160")  # of each operation and phase; 5,000 cases and more
+EXAMPLES: Final = os.environ.get("IBID_SCHEMA_EXAMPLES", "240")  # of each operation and phase; 5,000 cases and more
 
 
 async def filled(ibid: Ibid) -> None:
@@ -46,7 +46,7 @@ async def main() -> int:
             arguments = [
                 command, "run", f"{ibid.admin_url}/openapi.json", "-H", f"Authorization: Bearer {TOKEN}",
                 "--checks", CHECKS, "-n", EXAMPLES, "--continue-on-failure", "--workers", "1",
-                "--suppress-health-check", "all", *sys.argv[1:],
+                "--suppress-health-check", "all", "--request-timeout", "60", *sys.argv[1:],
             ]  # fmt: skip
             done = await asyncio.to_thread(subprocess.run, arguments, cwd=folder, check=False)
             async with ibid.session.get(f"{ibid.admin_url}/healthz") as alive:

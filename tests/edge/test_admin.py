@@ -71,8 +71,10 @@ class FakeOperations:
         self._note("purge", selector, dry_run)
         return [i for i in selector.ids if i == 9] if selector.ids else list(range(1, 1503))
 
-    async def explain(self, body: bytes, headers: Mapping[str, str], tenant: str | None) -> Mapping[str, Any]:
-        self._note("explain", body, dict(headers), tenant)
+    async def explain(
+        self, path: str, body: bytes, headers: Mapping[str, str], tenant: str | None
+    ) -> Mapping[str, Any]:
+        self._note("explain", path, body, dict(headers), tenant)
         return {"verdict": "miss", "note": CANARY}
 
     async def feedback(self, request_id: str | None, entry_id: int | None, verdict: str) -> Mapping[str, Any] | None:
@@ -459,8 +461,10 @@ async def test_explain_passes_the_body_as_received_and_no_credential(
 ) -> None:
     body = b'{"messages": [{"role":"user","content":"hi"}],  "model":"m"}'
     headers = AUTH | {"Content-Type": "application/json", "x-cache-mode": "exact", "x-api-key": CLIENT_KEY}
-    await answer(await client.post(f"/cache/explain?tenant={'a' * 64}", headers=headers, data=body))
-    ((_, seen, seen_headers, tenant),) = operations.asked
+    where = f"tenant={'a' * 64}&path=/v1/messages"
+    await answer(await client.post(f"/cache/explain?{where}", headers=headers, data=body))
+    ((_, path, seen, seen_headers, tenant),) = operations.asked
+    assert path == "/v1/messages"
     assert seen == body
     assert tenant == "a" * 64
     assert seen_headers["x-cache-mode"] == "exact"

@@ -385,6 +385,16 @@ async def test_a_limit_is_kept_whoever_stored_the_answer(name: str, tmp_path: Pa
         assert beyond.headers["x-cache-reason"] == "max_tokens"
 
 
+async def test_an_operator_sees_how_a_request_of_another_dialect_would_be_answered(tmp_path: Path) -> None:
+    async with served(tmp_path / "data", EXACT_ONLY["cache"]) as (_, ibid):
+        await ask(ibid, OpenAIClient(ibid.url), ASKED)
+        body = {"model": MODEL, "messages": [{"role": "user", "content": ASKED}], "max_tokens": 512}
+        found = await ibid.admin("POST", "/cache/explain?path=/v1/messages", body)
+        assert (found["verdict"], found["tier"]) == ("hit", "exact")
+        short = await ibid.admin("POST", "/cache/explain?path=/v1/messages", {**body, "max_tokens": 3})
+        assert (short["verdict"], short["reason"]) == ("miss", "max_tokens")
+
+
 async def test_two_credentials_never_share_across_dialects(tmp_path: Path) -> None:
     async with served(tmp_path / "data", EXACT_ONLY["cache"]) as (up, ibid):
         await ask(ibid, AnthropicClient(ibid.url), ASKED)
