@@ -20,12 +20,13 @@ from proxy.books import Client
 from proxy.core import fingerprint, identity, jsontext, policy
 from proxy.core.dialects.dialect import Dialect
 from proxy.core.dialects.routes import Routes, family_of, key_in
-from proxy.core.directives import controls_of, verdict_headers
+from proxy.core.directives import controls_of
 from proxy.core.errors import BadRequest, IbidError, UpstreamError
-from proxy.core.model import Batch, Bypass, Call, Controls, Level, Limits, Outcome, Query, Rules
+from proxy.core.model import Batch, Controls, Level, Limits, Query, Rules
 from proxy.embeddings import Embeddings
-from proxy.incoming import body_stream, error_response, query_of, read_body, target_of
+from proxy.incoming import error_response, query_of, read_body, target_of
 from proxy.listener import Admission
+from proxy.passing import PassThrough, passing
 from proxy.pipeline import Pipeline
 from proxy.ports import Ledger, Upstream
 from proxy.relay import Relay, Replay
@@ -39,7 +40,6 @@ WHOLE_LIMIT_BYTES = 1024 * 1024
 MEMO_BODY_BYTES = 16 * 1024
 MEMO_ENTRIES = 2048
 HEARTBEAT_S = 15.0
-_PASSED = Bypass("pass_through")
 
 
 class Target(NamedTuple):
@@ -103,7 +103,7 @@ class ClientHandler:
         self._embeddings = embeddings
         self._upstream = upstream
         self._routes = routes
-        self._ledger = ledger
+        self._passing = PassThrough(upstream, ledger, telemetry, limits, clock)
         self._telemetry = telemetry
         self._rules = rules
         self._limits = limits
@@ -150,7 +150,11 @@ class ClientHandler:
         target = self._targets.get(request.raw_path) or self._read_target(request)
         caller = self._callers.get(request.raw_headers) or self._read_caller(request, target)
         if target.dialect is None:
-            return await self._pass_through(request, request_id, target, caller, started_s)
+            asked = passing(
+                request, request_id=request_id, path=target.path, path_qs=target.path_qs, tenant=caller.tenant,
+                headers=caller.headers, started_s=started_s,
+            )  # fmt: skip
+            return await self._passing.answer(request, asked)
         if request.method != METH_POST:
             raise BadRequest("Use POST here.", code="method_not_allowed", status=405)
         if not caller.is_json:
@@ -314,109 +318,6 @@ class ClientHandler:
         """Called about once a second: keep silent event streams alive. `now_s` is `time.monotonic`."""
         for live in self.streams:
             live.beat(now_s)
-
-    # -- every other path -------------------------------------------------------------------------------------------
-
-    async def _pass_through(
-        self, request: web.BaseRequest, request_id: str, target: Target, caller: Caller, started_s: float
-    ) -> web.StreamResponse:
-        """Bytes untouched in both directions, never whole in memory."""
-        name = self._upstream.route(target.path, request.headers)
-        ts_ms = int(self._clock() * 1000)
-        status, word, first_byte_s = 0, "cancelled", None
-        try:
-            body = body_stream(request, self._limits)
-            answer = await self._upstream.open(name, request.method, target.path_qs, caller.headers, body)
-            status = answer.status
-            first_byte_s = time.perf_counter()
-            headers = [
-                *answer.headers,
-                *verdict_headers(_PASSED, request_id=request_id, upstream=name, fwd_status=status),
-                ("Server", SERVER),
-            ]
-            response = web.StreamResponse(status=status, headers=headers)
-            try:
-                if answer.content_length is not None:
-                    response.content_length = answer.content_length
-                await response.prepare(request)
-                while piece := await answer.read_some():
-                    await response.write(piece)
-                await response.write_eof()
-            except BaseException as cause:
-                answer.abort()
-                if isinstance(cause, UpstreamError):  # the head is out: a cut is the only honest end
-                    word = "error"
-                    response.force_close()
-                    if request.transport is not None:
-                        request.transport.abort()
-                    return response
-                raise
-            answer.release()
-            word = "ok" if status < 400 else "error"
-            return response
-        except UpstreamError as error:
-            status, word = error.status, "error"
-            raise
-        finally:
-            self._book_passed(request_id, target, caller, name, ts_ms, started_s, first_byte_s, status, word)
-
-    def _book_passed(
-        self,
-        request_id: str,
-        target: Target,
-        caller: Caller,
-        upstream: str,
-        ts_ms: int,
-        started_s: float,
-        first_byte_s: float | None,
-        status: int,
-        word: str,
-    ) -> None:
-        total_ms = (time.perf_counter() - started_s) * 1e3
-        ttft_ms = None if first_byte_s is None else (first_byte_s - started_s) * 1e3
-        call = Call(
-            f"{request_id}-p",
-            ts_ms,
-            upstream,
-            "",
-            "pass",
-            "default",
-            word == "ok",
-            None,
-            "none",
-            status,
-            ttft_ms,
-            total_ms,
-        )
-        outcome = Outcome(
-            request_id=request_id,
-            ts_ms=ts_ms,
-            tenant=caller.tenant,
-            namespace="",
-            tag="",
-            dialect="",
-            endpoint=target.path[:200],
-            stream=False,
-            model_requested="",
-            model_served="",
-            upstream=upstream,
-            mechanism=None,
-            outcome=word,
-            cache_status="BYPASS",
-            reason="pass_through",
-            status=status,
-            similarity=None,
-            entry_id=None,
-            retry_of=None,
-            usage=None,
-            usage_basis="none",
-            calls=(call,),
-            ttft_ms=ttft_ms,
-            total_ms=total_ms,
-            baseline_ms=None,
-        )
-        self._ledger.record(outcome)
-        self._telemetry.lookup(outcome)
 
 
 class LiveStream:

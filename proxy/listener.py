@@ -81,6 +81,9 @@ class ClientConnection(web.RequestHandler):
         self._stalled_since = 0.0
 
     def data_received(self, data: bytes) -> None:
+        if self._upgraded:  # a WebSocket's frames are no requests
+            web.RequestHandler.data_received(self, data)
+            return
         before = self._request_count
         web.RequestHandler.data_received(self, data)
         if self._request_count != before and self._open_body is None:
@@ -112,7 +115,7 @@ class ClientConnection(web.RequestHandler):
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection while something is being answered; the request itself must be whole."""
-        if self._is_idle() or (self._open_body is not None and not self._open_body.is_eof()):
+        if self._upgraded or self._is_idle() or (self._open_body is not None and not self._open_body.is_eof()):
             return False
         self._half_closed = True
         self._owner.watch(self)

@@ -282,6 +282,29 @@ class UpstreamResponse(Protocol):
     def release(self) -> None: ...
 
 
+class WebSocket(Protocol):
+    """One side of a WebSocket, as aiohttp has it on either."""
+
+    async def receive(self) -> Any: ...
+
+    async def send_str(self, data: str) -> None: ...
+
+    async def send_bytes(self, data: bytes) -> None: ...
+
+    async def ping(self, message: bytes) -> None: ...
+
+    async def pong(self, message: bytes) -> None: ...
+
+    async def close(self, *, code: int = 1000, message: bytes = b"") -> bool: ...
+
+
+class FarSocket(WebSocket, Protocol):
+    """The upstream's side, its handshake done."""
+
+    @property
+    def protocol(self) -> str | None: ...
+
+
 class Upstream(Protocol):
     """Forwards to the model servers."""
 
@@ -305,4 +328,10 @@ class Upstream(Protocol):
 
         Raises UpstreamError (upstream_unreachable, upstream_timeout, upstream_reset, upstream_redirect, circuit_open).
         """
+        ...
+
+    async def connect(
+        self, upstream: str, path_qs: str, headers: Sequence[tuple[bytes, bytes]], protocols: Sequence[str]
+    ) -> FarSocket:
+        """A WebSocket to the upstream. Raises UpstreamError, also with the status of a refused handshake."""
         ...

@@ -440,6 +440,28 @@ class Upstreams:
         self._reading.add(opened)
         return opened
 
+    async def connect(
+        self, upstream: str, path_qs: str, headers: Sequence[tuple[bytes, bytes]], protocols: Sequence[str]
+    ) -> aiohttp.ClientWebSocketResponse:
+        """A WebSocket to the upstream. See `ports.Upstream.connect`."""
+        assert self._session is not None
+        address = self._addresses[upstream]
+        if address.key is not None:
+            headers, path_qs = address.with_key(headers, path_qs)
+        sent = [line for line in forwardable(headers, self._extra_headers) if line[0].lower() != "content-type"]
+        try:
+            async with asyncio.timeout(self._limits.connect_s + self._limits.idle_s):
+                return await self._session.ws_connect(
+                    address.url_of(path_qs), headers=sent, protocols=protocols, autoping=False, autoclose=False,
+                    max_msg_size=16 << 20,
+                )  # fmt: skip
+        except aiohttp.WSServerHandshakeError as error:
+            message = "The upstream refused the WebSocket."
+            status = error.status if 400 <= error.status < 600 else 502
+            raise UpstreamError(message, code="upstream_refused", status=status) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise _fault(error) from error
+
     async def _send(
         self,
         method: str,
