@@ -62,6 +62,7 @@ SNAPSHOT_NAME = "index.snapshot"
 SECRET_NAME = "installation-secret"
 BEAT_S = 0.02
 HOUSEKEEPING_S = 60.0
+ADMIN_LINE_BYTES = 64 * 1024  # every parameter at its longest, percent-encoded
 FOLLOW_S = 2.0
 
 
@@ -347,7 +348,8 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks) -> tuple[Pipeline, 
 async def open_admin(settings: Settings, operator: Operator, edges: Edges, token: str) -> web.AppRunner:
     """The admin listener, accepting; the caller cleans it up. Raises ConfigError."""
     gate = Gate(token, LOOPBACK_NAMES | {settings.server.admin.host})
-    runner = web.AppRunner(admin.build(operator, edges.telemetry, gate), access_log=None, handle_signals=False)
+    built = admin.build(operator, edges.telemetry, gate)
+    runner = web.AppRunner(built, access_log=None, handle_signals=False, max_line_size=ADMIN_LINE_BYTES)
     await runner.setup()
     site = web.TCPSite(runner, settings.server.admin.host, settings.server.admin.port)
     try:

@@ -21,7 +21,7 @@ from tests.upstream import ScriptedUpstream
 
 CHECKS: Final = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 QUESTIONS: Final = 5
-EXAMPLES: Final = os.environ.get("IBID_SCHEMA_EXAMPLES", "240")  # of each operation and phase; 5,000 cases and more
+EXAMPLES: Final = os.environ.get("IBID_SCHEMA_EXAMPLES", "320")  # of each operation and phase; 5,000 cases and more
 
 
 async def filled(ibid: Ibid) -> None:

@@ -26,6 +26,8 @@ from proxy.admin_schema import LAST_MS, MAX_LIMIT, Param, read_time, read_values
 from proxy.core.errors import BadRequest, CacheFault, ConfigError
 from proxy.logs import set_up, tear_down
 from proxy.telemetry import Telemetry
+from tests.flows.running import TOKEN as FLOW_TOKEN
+from tests.flows.running import running
 
 TOKEN = "correct-horse-battery-staple-0123456789"
 CANARY = "canary-prompt-text"
@@ -633,3 +635,13 @@ async def test_no_canary_reaches_the_log_at_debug_whatever_is_refused_or_breaks(
     assert "an admin route failed" in text
     assert TOKEN not in text
     assert "canary" not in text
+
+
+async def test_every_parameter_may_be_at_its_longest(tmp_path: Path) -> None:
+    """Four bytes a character, each percent-encoded, in every text parameter at once."""
+    async with running(tmp_path / "data", "http://127.0.0.1:9", {"cache": {"semantic": False}}) as ibid:
+        longest = "\U0001f5fc" * 200
+        query = {name: longest for name in ("namespace", "model", "tag", "q")}
+        headers = {"Authorization": f"Bearer {FLOW_TOKEN}"}
+        async with ibid.session.get(ibid.admin_url + "/cache/entries", params=query, headers=headers) as response:
+            assert (response.status, response.content_type) in ((200, "application/json"), (400, "application/json"))
