@@ -58,8 +58,9 @@ lint: $(DEV_STAMP) ## ruff, mypy strict, import contracts
 	$(BIN)/lint-imports
 
 # Needs node and npm, from version 20 on.
-conformance: $(DEV_STAMP) $(CONVERTED)/.done $(OPENAI2_STAMP) $(FRAMEWORKS_STAMP) $(NODE_STAMP) ## every client against ibid and the provider
+conformance: $(DEV_STAMP) $(MODEL) $(CONVERTED)/.done $(OPENAI2_STAMP) $(FRAMEWORKS_STAMP) $(NODE_STAMP) ## every client against ibid and the provider
 	$(BIN)/python -m tests.conformance $(ARGS)
+	$(BIN)/python -m tests.conformance --llm $(ARGS)
 	$(BIN)/python -m tests.conformance.schema
 
 bench: $(DEV_STAMP) ## ibid against its floors in turn, as a table of ratios

@@ -30,12 +30,15 @@ class DidNotStart(RuntimeError):
 
 
 @contextlib.contextmanager
-def running(model: Path, log: TextIO, *, threads: int = 1) -> Iterator[str]:
+def running(model: Path, log: TextIO, *, threads: int = 1, temperature: float | None = None) -> Iterator[str]:
     """Address of a server in a process of its own, `http://127.0.0.1:PORT`, stopped by its own pid on exit.
 
-    `log` takes its output and is owned by the caller. Raises DidNotStart.
+    `log` takes its output and is owned by the caller; `temperature` holds where a request names none. Raises
+    DidNotStart.
     """
     command = [sys.executable, str(Path(__file__).resolve()), str(model), "--threads", str(threads)]
+    if temperature is not None:
+        command += ["--temperature", str(temperature)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         yield _address(process)
@@ -59,7 +62,7 @@ def _address(process: subprocess.Popen[str]) -> str:
     raise DidNotStart(f"the local LLM server ended with status {process.wait()}")
 
 
-def _serve(model: Path, port: int, threads: int) -> None:
+def _serve(model: Path, port: int, threads: int, temperature: float | None) -> None:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -73,6 +76,8 @@ def _serve(model: Path, port: int, threads: int) -> None:
     params.cpuparams.n_threads = threads
     params.cpuparams_batch.n_threads = threads
     params.sampling.seed = 7
+    if temperature is not None:
+        params.sampling.temp = temperature
     params.offline = True
     params.ui = False
     params.verbosity = 1
@@ -100,10 +105,11 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--temperature", type=float)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that started this one
-    _serve(arguments.model, arguments.port, arguments.threads)
+    _serve(arguments.model, arguments.port, arguments.threads, arguments.temperature)
     return 0
 
 

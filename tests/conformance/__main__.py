@@ -2,6 +2,7 @@
 
     make conformance                        # installs the clients, runs all of them
     python -m tests.conformance --only js   # those whose name begins so
+    python -m tests.conformance --llm       # the same against a real server, llama.cpp, as far as it goes
 
 A scripted server speaks as each provider; each client asks it directly and through ibid, and what the client makes of
 the two is compared field by field, ids and times apart. Whether ibid asked the provider is read from the provider's own
@@ -19,9 +20,12 @@ import tempfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
+from deploy.local_llm import MODEL_NAME
+from deploy.local_llm import running as llm_running
 from tests.flows.running import Ibid, running
+from tests.llm import WEIGHTS
 from tests.providers import MODEL, provider
 from tests.upstream import ScriptedUpstream
 
@@ -32,11 +36,34 @@ SCHEMA: Final = {
     "required": ["city", "days"],
     "additionalProperties": False,
 }
-VOLATILE: Final = frozenset({"created", "service_tier", "system_fingerprint", "id", "_request_id", "request_id"})
-ASKED: Final = "How do I repair a leaking garden hose?"
-REWORDED: Final = "How can I repair a leaking garden hose?"
-STREAMED: Final = "How do I fold a paper crane?"
+VOLATILE: Final = frozenset(
+    {"created", "service_tier", "system_fingerprint", "id", "_request_id", "request_id",
+     # of the real server: times, and what its own prefix cache spared it
+     "timings", "prompt_tokens_details", "cache_read_input_tokens", "input_token_details", "input_tokens",
+     "prompt_progress"}
+)  # fmt: skip
 FOLLOWERS: Final = 20
+
+
+class Talk(NamedTuple):
+    """What is asked of a server, and what of it it can do."""
+
+    model: str
+    asked: str
+    reworded: str
+    streamed: str
+    together: str
+    refused: str
+    scenarios: Sequence[str]
+
+
+@dataclass
+class Server:
+    """The provider: where it is, how it is talked to, and what counts the requests it gets."""
+
+    url: str
+    talk: Talk
+    count: Callable[[], Awaitable[int]]
 
 
 @dataclass
@@ -46,9 +73,10 @@ class Client:
     name: str
     command: Sequence[str]
     lacks: frozenset[str] = frozenset()  # what it cannot be asked
+    speaks: str = "openai"
     child: asyncio.subprocess.Process | None = None
 
-    async def ask(self, url: str, key: str, prompt: str, **task: Any) -> list[dict[str, Any]]:
+    async def ask(self, url: str, key: str, model: str, prompt: str, **task: Any) -> list[dict[str, Any]]:
         if self.child is None:
             pipe = asyncio.subprocess.PIPE
             self.child = await asyncio.create_subprocess_exec(
@@ -56,7 +84,7 @@ class Client:
             )
         assert self.child.stdin is not None
         assert self.child.stdout is not None
-        whole = {"url": url, "key": key, "model": MODEL, "prompt": prompt, "stream": False, "tools": False,
+        whole = {"url": url, "key": key, "model": model, "prompt": prompt, "stream": False, "tools": False,
                  "schema": None, "times": 1, **task}  # fmt: skip
         self.child.stdin.write(json.dumps(whole).encode() + b"\n")
         async with asyncio.timeout(60):
@@ -78,20 +106,24 @@ class Bench:
     """What a scenario has to work with."""
 
     client: Client
-    up: ScriptedUpstream
+    server: Server
     ibid: Ibid
     key: str
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def talk(self) -> Talk:
+        return self.server.talk
+
     async def direct(self, prompt: str, **task: Any) -> dict[str, Any]:
-        return (await self.client.ask(self.up.url, self.key, prompt, **task))[0]
+        return (await self.client.ask(self.server.url, self.key, self.talk.model, prompt, **task))[0]
 
     async def through(self, prompt: str, *, calls: int, **task: Any) -> list[dict[str, Any]]:
         """Ask through ibid; `calls` is how many requests must reach the provider for it."""
-        before = len(self.up.requests)
-        said = await self.client.ask(self.ibid.url, self.key, prompt, **task)
+        before = await self.server.count()
+        said = await self.client.ask(self.ibid.url, self.key, self.talk.model, prompt, **task)
         await self.ibid.settled()
-        if (made := len(self.up.requests) - before) != calls:
+        if (made := await self.server.count() - before) != calls:
             self.notes.append(f"{made} calls instead of {calls}: {prompt[:30]!r}")
         return said
 
@@ -116,28 +148,28 @@ def steady(value: Any) -> Any:
 
 
 async def miss(bench: Bench) -> None:
-    direct = await bench.direct(ASKED)
-    (said,) = await bench.through(ASKED, calls=1)
+    direct = await bench.direct(bench.talk.asked)
+    (said,) = await bench.through(bench.talk.asked, calls=1)
     bench.claim("error" not in direct, f"the provider itself fails: {direct}")
     bench.same(said, direct, "miss")
 
 
 async def hit(bench: Bench) -> None:
-    direct = await bench.direct(ASKED)
-    (said,) = await bench.through(ASKED, calls=0)
+    direct = await bench.direct(bench.talk.asked)
+    (said,) = await bench.through(bench.talk.asked, calls=0)
     bench.same(said, direct, "hit")
 
 
 async def streamed_miss(bench: Bench) -> None:
-    direct = await bench.direct(STREAMED, stream=True)
-    (said,) = await bench.through(STREAMED, calls=1, stream=True)
+    direct = await bench.direct(bench.talk.streamed, stream=True)
+    (said,) = await bench.through(bench.talk.streamed, calls=1, stream=True)
     bench.same(said, direct, "streamed miss")
 
 
 async def streamed_hit(bench: Bench) -> None:
     """What was streamed comes again in the same pieces, and ends as it ended; counters told on the way are not kept."""
-    direct = await bench.direct(STREAMED, stream=True)
-    (said,) = await bench.through(STREAMED, calls=0, stream=True)
+    direct = await bench.direct(bench.talk.streamed, stream=True)
+    (said,) = await bench.through(bench.talk.streamed, calls=0, stream=True)
     told, expected = said.get("objects", []), direct["objects"]
     bench.same(said.get("text"), direct["text"], "text of a streamed hit")
     bench.same(told[-1:], expected[-1:], "last event of a streamed hit")
@@ -145,14 +177,13 @@ async def streamed_hit(bench: Bench) -> None:
 
 
 async def semantic(bench: Bench) -> None:
-    (said,) = await bench.through(REWORDED, calls=0)
-    bench.same(said.get("text"), (await bench.direct(ASKED))["text"], "semantic hit")
+    (said,) = await bench.through(bench.talk.reworded, calls=0)
+    bench.same(said.get("text"), (await bench.direct(bench.talk.asked))["text"], "semantic hit")
 
 
 async def collapse(bench: Bench) -> None:
-    asked = "How do I tell a wasp from a bee at first sight?"
-    said = await bench.through(asked, calls=1, times=FOLLOWERS)
-    direct = await bench.direct(asked)
+    said = await bench.through(bench.talk.together, calls=1, times=FOLLOWERS)
+    direct = await bench.direct(bench.talk.together)
     for one in said:
         bench.same(one, direct, "collapsed")
 
@@ -170,7 +201,7 @@ async def structured(bench: Bench) -> None:
     for calls in (1, 0):
         (said,) = await bench.through(asked, calls=calls, schema=SCHEMA)
         bench.same(said, direct, "structured")
-    bench.claim("Paris" in json.dumps(said), "no object came")
+    bench.claim("city" in json.dumps(said), "no object came")
 
 
 async def long(bench: Bench) -> None:
@@ -182,10 +213,10 @@ async def long(bench: Bench) -> None:
 
 async def error(bench: Bench) -> None:
     for stream in (False, True):
-        before = len(bench.up.requests)
-        direct = await bench.direct("fail please", stream=stream)
-        tries = len(bench.up.requests) - before  # some clients try again
-        (said,) = await bench.through("fail please", calls=tries, stream=stream)
+        before = await bench.server.count()
+        direct = await bench.direct(bench.talk.refused, stream=stream)
+        tries = await bench.server.count() - before  # some clients try again; of the real server only ibid's are seen
+        (said,) = await bench.through(bench.talk.refused, calls=tries or 1, stream=stream)
         bench.claim("error" in direct, "the provider's error is none")
         bench.same(said, direct, "error")
 
@@ -225,20 +256,20 @@ def clients() -> list[Client]:
     python, js = str(HERE / "driver.py"), ["node", str(HERE / "driver.mjs")]
     found = [
         Client("openai 3 (py)", [own, python, "openai"]),
-        Client("anthropic (py)", [own, python, "anthropic"]),
-        Client("google-genai (py)", [own, python, "gemini"]),
-        Client("ollama (py)", [own, python, "ollama"]),
+        Client("anthropic (py)", [own, python, "anthropic"], speaks="anthropic"),
+        Client("google-genai (py)", [own, python, "gemini"], speaks="gemini"),
+        Client("ollama (py)", [own, python, "ollama"], speaks="ollama"),
     ]
     if older:
         found.insert(1, Client("openai 2 (py)", [older, python, "openai"]))
     if (HERE / "node_modules").exists():
         named = {"openai": "openai", "@anthropic-ai/sdk": "anthropic", "@google/genai": "gemini", "ollama": "ollama"}
-        found += [Client(f"js {package}", [*js, client]) for package, client in named.items()]
+        found += [Client(f"js {package}", [*js, client], speaks=client) for package, client in named.items()]
     if frameworks:
         found += [
             Client("langchain-openai", [frameworks, python, "langchain-openai"]),
-            Client("langchain-anthropic", [frameworks, python, "langchain-anthropic"]),
-            Client("llama-index", [frameworks, python, "llama-index"]),
+            Client("langchain-anthropic", [frameworks, python, "langchain-anthropic"], speaks="anthropic"),
+            Client("llama-index", [frameworks, python, "llama-index"], speaks="gpt-4o-mini alone"),
             Client("pydantic-ai", [frameworks, python, "pydantic-ai"], TOOLS),
             Client("instructor", [frameworks, python, "instructor"], frozenset(SCENARIOS) - {"structured"}),
         ]
@@ -249,26 +280,72 @@ def _python(variable: str) -> str:
     return os.environ.get(variable, "")
 
 
-async def run(chosen: Sequence[Client], names: Sequence[str]) -> dict[str, dict[str, list[str] | None]]:
-    """Client → scenario → what was wrong; None where it does not apply."""
-    found: dict[str, dict[str, list[str] | None]] = {}
+Found = dict[str, dict[str, list[str] | None]]
+"""Client → scenario → what was wrong; None where it does not apply."""
+
+SCRIPTED: Final = Talk(
+    model=MODEL,
+    asked="How do I repair a leaking garden hose?",
+    reworded="How can I repair a leaking garden hose?",
+    streamed="How do I fold a paper crane?",
+    together="How do I tell a wasp from a bee at first sight?",
+    refused="fail please",
+    scenarios=tuple(SCENARIOS),
+)
+REAL: Final = Talk(  # questions that a model of this size answers and ends
+    model=MODEL_NAME,
+    asked="What is the capital of France? Answer in one word.",
+    reworded="",
+    streamed="How many days are in a week?",
+    together="What is the capital of Italy? Answer in one word.",
+    refused="word " * 6000,
+    scenarios=("miss", "hit", "stream miss", "stream hit", "collapse", "error"),
+)
+"""Left out: what a real server does not do on demand (tool calls, long answers, breaking off), structured output, which
+it takes from OpenAI's clients alone, and semantic hits, whose text would not be that of the other wording."""
+
+
+async def run(chosen: Sequence[Client]) -> Found:
+    """Against the scripted providers."""
     with tempfile.TemporaryDirectory(prefix="ibid-conformance-") as folder:
         async with ScriptedUpstream(provider) as up, running(Path(folder) / "data", up.url) as ibid:
-            for number, client in enumerate(chosen):
-                row = found[client.name] = {}
+
+            async def count() -> int:
+                return len(up.requests)
+
+            return await compare(chosen, Server(up.url, SCRIPTED, count), ibid)
+
+
+async def run_real(chosen: Sequence[Client]) -> Found:
+    """Against llama.cpp, which speaks OpenAI and Anthropic."""
+    with tempfile.TemporaryDirectory(prefix="ibid-conformance-") as folder, (Path(folder) / "llm.log").open("w") as log:
+        with llm_running(WEIGHTS, log, temperature=0.0) as address:
+            async with running(Path(folder) / "data", address, {"cache": {"semantic": False}}) as ibid:
+
+                async def count() -> int:
+                    (row,) = await ibid.sql("SELECT COUNT(*) AS made FROM upstream_call")
+                    return int(row["made"])
+
+                return await compare(chosen, Server(address, REAL, count), ibid)
+
+
+async def compare(chosen: Sequence[Client], server: Server, ibid: Ibid) -> Found:
+    found: Found = {}
+    for number, client in enumerate(chosen):
+        row = found[client.name] = {}
+        try:
+            for name in server.talk.scenarios:
+                bench = Bench(client, server, ibid, f"sk-conformance-{number}")
+                if name in client.lacks:
+                    row[name] = None
+                    continue
                 try:
-                    for name in names:
-                        bench = Bench(client, up, ibid, f"sk-conformance-{number}")
-                        if name in client.lacks:
-                            row[name] = None
-                            continue
-                        try:
-                            await SCENARIOS[name](bench)
-                        except (TimeoutError, RuntimeError, LookupError, ValueError) as fault:
-                            bench.notes.append(f"{type(fault).__name__}: {fault}")
-                        row[name] = bench.notes
-                finally:
-                    await client.close()
+                    await SCENARIOS[name](bench)
+                except (TimeoutError, RuntimeError, LookupError, ValueError) as fault:
+                    bench.notes.append(f"{type(fault).__name__}: {fault}")
+                row[name] = bench.notes
+        finally:
+            await client.close()
     return found
 
 
@@ -283,9 +360,13 @@ def table(found: Mapping[str, Mapping[str, list[str] | None]], names: Sequence[s
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.conformance")
     parser.add_argument("--only", default="", help="clients whose name begins so")
+    parser.add_argument("--llm", action="store_true", help="against a real model server instead")
     chosen = parser.parse_args()
-    names = list(SCENARIOS)
-    found = asyncio.run(run([c for c in clients() if c.name.startswith(chosen.only)], names))
+    named = [client for client in clients() if client.name.startswith(chosen.only)]
+    if chosen.llm:
+        named = [client for client in named if client.speaks in ("openai", "anthropic")]
+    names = (REAL if chosen.llm else SCRIPTED).scenarios
+    found = asyncio.run((run_real if chosen.llm else run)(named))
     sys.stdout.write(table(found, names) + "\n")
     wrong = [(c, name, note) for c, row in found.items() for name in names for note in row[name] or ()]
     for client, name, note in wrong:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from proxy.core.answer import to_json
@@ -27,6 +28,9 @@ FINISHES = {
     "max_tokens": "length",
 }
 """Anthropic's word → ours; `refusal`, `pause_turn`, `model_context_window_exceeded` and what is new stay themselves."""
+
+COUNTED_LAST = "counted_last"
+"""In `extra`: the counters that the last event told, where it left some to the first one. Clients add them up."""
 
 _TOP_FIELDS = frozenset(
     {"id", "type", "role", "model", "content", "stop_reason", "stop_sequence", "usage", "created", "request_id"}
@@ -161,8 +165,8 @@ def _call(block: Mapping[str, Any]) -> dict[str, Any] | None:
 class Recorder:
     """Assembles one streamed answer. After a refusal nothing is kept."""
 
-    __slots__ = ("_blocks", "_decoder", "_inputs", "_length", "_limit", "_loads", "_message", "_open", "_pieces",
-                 "_stopped", "refusal_reason")  # fmt: skip
+    __slots__ = ("_blocks", "_counted_last", "_decoder", "_inputs", "_length", "_limit", "_loads", "_message", "_open",
+                 "_pieces", "_stopped", "refusal_reason")  # fmt: skip
 
     def __init__(self, limit_bytes: int = LINE_LIMIT_BYTES, loads: Loads = json.loads) -> None:
         self.refusal_reason: str | None = None
@@ -176,6 +180,7 @@ class Recorder:
         self._pieces: list[int] = []  # lengths of the text deltas
         self._length = 0
         self._stopped = False
+        self._counted_last: list[str] = []
 
     def feed(self, chunk: bytes) -> None:
         """The next bytes as the upstream sent them, before any filter."""
@@ -204,6 +209,8 @@ class Recorder:
         answer = _storable(self._message, self._blocks, tuple(self._pieces), self._loads)
         if isinstance(answer, str):
             self._refuse(answer)
+        elif set(self._counted_last) != set(answer.raw_usage or ()):
+            return replace(answer, extra={**answer.extra, COUNTED_LAST: self._counted_last})
         return answer
 
     def _refuse(self, reason: str) -> None:
@@ -242,6 +249,7 @@ class Recorder:
         if not isinstance(delta, dict) or not isinstance(usage, dict | None):
             return self._refuse("garbage")
         self._message |= delta
+        self._counted_last = [name for name, value in (usage or {}).items() if value is not None]
         self._message["usage"] = {
             **(self._message.get("usage") or {}),
             **{name: value for name, value in (usage or {}).items() if value is not None},

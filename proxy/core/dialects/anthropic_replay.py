@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from proxy.core.answer import to_json
+from proxy.core.dialects.anthropic_record import COUNTED_LAST
 from proxy.core.dialects.dialect import Template, UsageMode, call_mark, templated
 from proxy.core.dialects.openai_replay import counted, split
 from proxy.core.model import Answer
@@ -34,7 +35,9 @@ def render_stream(answer: Answer, usage_mode: UsageMode = "original") -> Templat
     started = {**usage, "output_tokens": min(1, usage.get("output_tokens") or 0)}
     start: dict[str, Any] = {**_HEAD, "model": answer.model, "content": [], "stop_reason": None, "stop_sequence": None}
     events = [_event("content_block_" + kind, rest) for kind, rest in _block_events(answer)]
-    delta = {"delta": _ending(answer), "usage": usage, **_extra(answer)}
+    counted_last = answer.extra.get(COUNTED_LAST, usage)
+    told = {name: usage[name] for name in counted_last if name in usage}
+    delta = {"delta": _ending(answer), "usage": told, **_extra(answer)}
     events += [_event("message_delta", delta), _event("message_stop", {})]
     head = b'event: message_start\ndata: {"type":"message_start","message":{'
     rest = b"," + to_json({**start, "usage": started})[1:] + b"}\n\n"
@@ -81,7 +84,7 @@ def _ending(answer: Answer) -> dict[str, Any]:
 def _extra(answer: Answer) -> dict[str, Any]:
     if answer.dialect != "anthropic":
         return {}
-    return {name: value for name, value in answer.extra.items() if name != "stop_sequence"}
+    return {name: value for name, value in answer.extra.items() if name not in ("stop_sequence", COUNTED_LAST)}
 
 
 def _usage(answer: Answer) -> Mapping[str, Any]:
