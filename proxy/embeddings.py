@@ -13,22 +13,19 @@ got without ibid. A refusal of the smaller request is therefore told in terms of
 from __future__ import annotations
 
 import asyncio
-import binascii
 import contextlib
 import time
-from base64 import b64decode, b64encode
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
-import numpy as np
 import orjson
 
 from proxy import ports
 from proxy.books import Books, Client, Fetch, Lookup, added, draft_of
 from proxy.core import freshness, policy
 from proxy.core.dialects.dialect import JSON, UsageMode
-from proxy.core.dialects.openai_embeddings import has_base64, part_body, rows_of, shares, usage_in, usage_object
+from proxy.core.dialects.openai_embeddings import has_base64, part_body, usage_in, usage_object
 from proxy.core.directives import partial_header, usd, verdict_headers
 from proxy.core.errors import BadRequest, CacheFault
 from proxy.core.model import (
@@ -44,8 +41,8 @@ from proxy.core.model import (
     Miss,
     Query,
     Tier,
-    Usage,
 )
+from proxy.embedding_rows import Answered, answers_in, are_alike, in_turns, spelled, understood, vector_in
 from proxy.explanation import explanation
 from proxy.hot import HotRow
 from proxy.pipeline import Pipeline
@@ -53,7 +50,6 @@ from proxy.relay import Head, Relay, Replay
 from proxy.tasks import Tasks
 from proxy.telemetry import Telemetry
 
-ROWS_A_TURN = 64  # read or written before the loop gets its turn: 1 to 2 ms at 1536 dimensions
 STORED_AT_ONCE = 128
 WARM_LIMIT = 256  # inputs of a request whose rows stay in memory: a whole corpus would sweep out all others
 BODY_LIMIT_BYTES = 64 * 1024 * 1024  # of an upstream's answer: 2048 rows of 4096 dimensions in base64 are 45 MB
@@ -63,19 +59,6 @@ _OF_THE_BYTES = frozenset(
     {"content-type", "content-encoding", "etag", "content-md5", "digest", "content-digest", "repr-digest"}
 )
 """Response headers that speak of the very bytes an upstream sent."""
-
-T = TypeVar("T")
-
-
-class Answered(NamedTuple):
-    """An upstream's answer, understood: one row for each input it was asked for."""
-
-    said: Mapping[str, Any]  # as parsed
-    rows: Sequence[Mapping[str, Any]]
-    vectors: Sequence[str]  # base64 of float32, equally long
-    tokens: Sequence[int] | None  # each row's share of the usage
-    model: str
-    usage: Usage | None
 
 
 class Sent(NamedTuple):
@@ -163,7 +146,7 @@ class Embeddings:
             self._telemetry.fault(reason)
             return Lookup(Bypass(reason)), None
         lookup.steps_ms["exact"] = (time.perf_counter() - started) * 1e3
-        if found and not _are_alike([row.answer for row in found.values()]):
+        if found and not are_alike([row.answer for row in found.values()]):
             lookup.verdict, found = Miss("asked_whole"), {}
         elif len(found) == len(wanted):
             lookup.verdict = Hit(_oldest([row.entry for row in found.values()]), Tier.EXACT, 1.0, 1.0)
@@ -205,8 +188,8 @@ class Embeddings:
         usage = added(*[entry.draft.usage for entry in entries])
         model = next(iter(found.values())).answer.model
         tokens = 0 if usage is None or self._usage_on_hit == "zero" else usage.input_tokens
-        vectors = {fingerprint: _vector_in(row.answer) for fingerprint, row in found.items()}
-        data = await _spelled(_batch_of(query), vectors, {})
+        vectors = {fingerprint: vector_in(row.answer) for fingerprint, row in found.items()}
+        data = await spelled(_batch_of(query), vectors, {})
         body = orjson.dumps({"object": "list", "data": data, "model": model, "usage": usage_object(tokens)})
         for entry in entries:
             self._store.mark_used(entry.id, client.ts_ms)
@@ -245,7 +228,7 @@ class Embeddings:
         size_bytes = BODY_LIMIT_BYTES if raw is None else len(raw)
         fetch.call = self._books.call_of(fetch, response.status, size_bytes, is_stream=False, won=True)
         with self._booked(fetch):
-            answered = await _understood(said, tuple(missing.values()), query.model)
+            answered = await understood(said, tuple(missing.values()), query.model)
         if raw is None or (answered is None and not _may_pass_on(sent, response.status, said)):
             reply = await self._forward_whole(query, client, _spent(fetch))
             if sent.is_recoded and response.status in REFUSALS and isinstance(reply, Relay) and reply.status == 200:
@@ -253,10 +236,10 @@ class Embeddings:
             return reply
         if answered is None:
             return self._relay(fetch, response, response.headers, raw)
-        if found and not _are_alike([*(row.answer for row in found.values()), *_answers(answered)]):
+        if found and not are_alike([*(row.answer for row in found.values()), *answers_in(answered)]):
             # What is stored is another model's by now: ask for all of it, so that what is stored is alike again.
             return await self._complete(query, client, _spent(fetch), wanted, {})
-        fetch.answer = next(_answers(answered))
+        fetch.answer = next(answers_in(answered))
         fetch.served = added(*[row.entry.draft.usage for row in found.values()])
         fetch.call = replace(fetch.call, model=answered.model)
         self._keep_if_storable(fetch, response, tuple(missing), answered)
@@ -342,10 +325,10 @@ class Embeddings:
         found: Mapping[bytes, HotRow],
     ) -> bytes:
         """The upstream's answer with the stored rows among its own, in the client's order and format."""
-        vectors = {fingerprint: _vector_in(row.answer) for fingerprint, row in found.items()}
+        vectors = {fingerprint: vector_in(row.answer) for fingerprint, row in found.items()}
         vectors.update(zip(missing, answered.vectors, strict=True))
         rows = dict(zip(missing, answered.rows, strict=True))
-        whole = {**answered.said, "data": await _spelled(_batch_of(query), vectors, rows)}
+        whole = {**answered.said, "data": await spelled(_batch_of(query), vectors, rows)}
         if found:
             told = answered.said.get("usage")
             usage = added(answered.usage, None if self._usage_on_hit == "zero" else fetch.served)
@@ -412,7 +395,7 @@ class Embeddings:
     async def _keep(self, fetch: Fetch, missing: Sequence[bytes], answered: Answered) -> None:
         """Commit the rows. Memory takes them when they are asked for again: most inputs are embedded once."""
         now_ms = int(self._clock() * 1000)
-        pairs = list(zip(missing, _answers(answered), strict=True))
+        pairs = list(zip(missing, answers_in(answered), strict=True))
         try:
             for start in range(0, len(pairs), STORED_AT_ONCE):
                 drafts = [self._draft(fetch, *pair, now_ms) for pair in pairs[start : start + STORED_AT_ONCE]]
@@ -459,97 +442,6 @@ class Read:
 
     def leave(self) -> None:
         """Nothing is held."""
-
-
-# -- vectors -----------------------------------------------------------------------------------------------------------
-
-
-def vector_of(embedding: str | list[Any]) -> str | None:
-    """What stands in a row's `embedding` as base64 of little-endian float32; None for anything but finite floats.
-
-    Whole numbers throughout are no such vector: they are components of another type, asked for by a field of its own.
-    """
-    if isinstance(embedding, str):
-        try:
-            raw = b64decode(embedding, validate=True)
-        except (binascii.Error, ValueError):
-            return None
-        if not raw or len(raw) % 4:
-            return None
-        vector = np.frombuffer(raw, "<f4")
-    else:
-        try:
-            wide = np.asarray(embedding)
-        except (ValueError, OverflowError):
-            return None
-        if wide.dtype.kind != "f" or wide.ndim != 1 or not wide.size:
-            return None
-        with np.errstate(over="ignore"):
-            vector = wide.astype("<f4")
-    return b64encode(vector.tobytes()).decode("ascii") if np.isfinite(vector).all() else None
-
-
-def spell(vector: str, encoding_format: str) -> bytes:
-    """A vector as JSON: the base64 it is kept as, or the shortest decimals that read back as the same float32."""
-    if encoding_format == "base64":
-        return b'"%b"' % vector.encode("ascii")
-    return orjson.dumps(np.frombuffer(b64decode(vector), np.float32), option=orjson.OPT_SERIALIZE_NUMPY)
-
-
-async def _spelled(
-    batch: Batch, vectors: Mapping[bytes, str], rows: Mapping[bytes, Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """A row for each input of the request, in its order; `rows` are those an upstream sent, whose other fields stay."""
-    spelled: dict[bytes, orjson.Fragment] = {}
-    async for fingerprint, vector in in_turns(vectors.items()):
-        spelled[fingerprint] = orjson.Fragment(spell(vector, batch.encoding_format))
-    return [
-        {**rows.get(fingerprint, {"object": "embedding"}), "index": i, "embedding": spelled[fingerprint]}
-        for i, fingerprint in enumerate(batch.fingerprints)
-    ]
-
-
-async def _understood(said: object, asked: Sequence[Input], model: str) -> Answered | None:
-    """An answer whose rows are one vector for each input, all of one length; None for any other.
-
-    `model` is the one asked, for upstreams that do not name what answered.
-    """
-    rows = rows_of(said, len(asked))
-    if rows is None or not isinstance(said, dict):
-        return None
-    vectors: list[str] = []
-    async for row in in_turns(rows.rows):
-        vector = vector_of(row["embedding"])
-        if vector is None or (vectors and len(vector) != len(vectors[0])):
-            return None
-        vectors.append(vector)
-    tokens = None if rows.usage is None else shares(rows.usage.input_tokens, asked)
-    return Answered(said, rows.rows, vectors, tokens, rows.model or model, rows.usage)
-
-
-async def in_turns(items: Iterable[T]) -> AsyncIterator[T]:
-    """The items, with a turn of the loop for others after every ROWS_A_TURN."""
-    for number, item in enumerate(items, start=1):
-        yield item
-        if not number % ROWS_A_TURN:
-            await asyncio.sleep(0)
-
-
-def _answers(answered: Answered) -> Iterator[Answer]:
-    """Each row as it is stored."""
-    for i, vector in enumerate(answered.vectors):
-        usage = None if answered.tokens is None else Usage(answered.tokens[i], 0)
-        yield Answer({"embedding": vector}, "stop", answered.model, usage, None)
-
-
-def _vector_in(answer: Answer) -> str:
-    vector: str = answer.message["embedding"]
-    return vector
-
-
-def _are_alike(answers: Iterable[Answer]) -> bool:
-    """One model's, of one length: only such vectors can be compared, so only such ones stand in one answer."""
-    return len({(answer.model, len(_vector_in(answer))) for answer in answers}) <= 1
 
 
 def _may_pass_on(sent: Sent, status: int, said: object) -> bool:

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.embeddings import Read, spell, vector_of
+from proxy.embedding_rows import spell, vector_of
+from proxy.embeddings import Read
 
 FLOATS = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=16)
 
