@@ -15,6 +15,7 @@ from proxy.core.dialects.anthropic_filter import MessageFilter
 from proxy.core.dialects.anthropic_record import find_usage, record
 from proxy.core.dialects.anthropic_replay import render_stream, render_whole
 from proxy.core.dialects.dialect import EVENT_STREAM, Loads, Recording, StreamFilter, Template, UsageMode
+from proxy.core.dialects.fields import ARRAY, BOOLEAN, INTEGER, NUMBER, OBJECT, STRING, Types, mistyped
 from proxy.core.errors import BadRequest, IbidError
 from proxy.core.facts import Facts
 from proxy.core.jsontext import drop_member
@@ -31,31 +32,29 @@ DELIVERY_FIELDS = frozenset(
         CACHE_TWIN,
     }
 )
-_NUMBER, _INTEGER, _BOOLEAN, _STRING, _ARRAY, _OBJECT = (float, int), (int,), (bool,), (str,), (list,), (dict,)
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    "cache_control": _OBJECT,
+_TYPES: Types = {
+    "cache_control": OBJECT,
     "container": (str, dict),
-    "context_management": _OBJECT,
-    "diagnostics": _OBJECT,
-    "inference_geo": _STRING,
-    "max_tokens": _INTEGER,
-    "mcp_servers": _ARRAY,
-    "metadata": _OBJECT,
-    "output_config": _OBJECT,
-    "service_tier": _STRING,
-    "speed": _STRING,
-    "stop_sequences": _ARRAY,
-    "stream": _BOOLEAN,
+    "context_management": OBJECT,
+    "diagnostics": OBJECT,
+    "inference_geo": STRING,
+    "max_tokens": INTEGER,
+    "mcp_servers": ARRAY,
+    "metadata": OBJECT,
+    "output_config": OBJECT,
+    "service_tier": STRING,
+    "speed": STRING,
+    "stop_sequences": ARRAY,
+    "stream": BOOLEAN,
     "system": (str, list),
-    "temperature": _NUMBER,
-    "thinking": _OBJECT,
-    "tool_choice": _OBJECT,
-    "tools": _ARRAY,
-    "top_k": _INTEGER,
-    "top_p": _NUMBER,
+    "temperature": NUMBER,
+    "thinking": OBJECT,
+    "tool_choice": OBJECT,
+    "tools": ARRAY,
+    "top_k": INTEGER,
+    "top_p": NUMBER,
 }
 KNOWN_FIELDS = frozenset(_TYPES) | {"messages", "model", CACHE_TWIN}
-_JSON_NAMES = {float: "number", int: "integer", bool: "boolean", str: "string", list: "array", dict: "object"}
 _ELSEWHERE = DELIVERY_FIELDS | {"messages", "model", "system", "max_tokens", "stop_sequences", "tools", "tool_choice"}
 _KINDS = frozenset(
     {"text", "image", "document", "tool_use", "tool_result", "thinking", "redacted_thinking", "search_result"}
@@ -82,12 +81,8 @@ def read(body: Mapping[str, Any]) -> Facts:
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise _invalid_type("model", "a non-empty string")
-    for name, value in body.items():
-        types = _TYPES.get(name)
-        if types is None or value is None:
-            continue
-        if not isinstance(value, types) or (type(value) is bool and types is not _BOOLEAN):
-            raise _invalid_type(name, " or ".join(_JSON_NAMES[t] for t in types if not (t is int and float in types)))
+    if (wrong := mistyped(body, _TYPES)) is not None:
+        raise _invalid_type(*wrong)
     messages = _messages(body.get("messages"))
     kinds = {block["type"] for message in messages for block in _blocks(message)}
     system = _system(body.get("system"))

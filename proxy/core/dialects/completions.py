@@ -12,6 +12,7 @@ from typing import Any
 
 from proxy.core.dialects.completions_answer import record, render_stream, render_whole
 from proxy.core.dialects.dialect import EVENT_STREAM, Loads, Recording, StreamFilter, Template, UsageMode
+from proxy.core.dialects.fields import BOOLEAN, INTEGER, NUMBER, OBJECT, STRING, Types
 from proxy.core.dialects.openai_chat import (
     CACHE_TWIN,
     DELIVERY_FIELDS,
@@ -29,24 +30,23 @@ from proxy.core.errors import IbidError
 from proxy.core.facts import Facts
 from proxy.core.model import Answer, Usage
 
-_NUMBER, _INTEGER, _BOOLEAN, _STRING, _OBJECT = (float, int), (int,), (bool,), (str,), (dict,)
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    "best_of": _INTEGER,
-    "echo": _BOOLEAN,
-    "frequency_penalty": _NUMBER,
-    "logit_bias": _OBJECT,
-    "max_tokens": _INTEGER,
-    "metadata": _OBJECT,
-    "presence_penalty": _NUMBER,
+_TYPES: Types = {
+    "best_of": INTEGER,
+    "echo": BOOLEAN,
+    "frequency_penalty": NUMBER,
+    "logit_bias": OBJECT,
+    "max_tokens": INTEGER,
+    "metadata": OBJECT,
+    "presence_penalty": NUMBER,
     "prompt": (str, list),
-    "seed": _INTEGER,
+    "seed": INTEGER,
     "stop": (str, list),
-    "stream": _BOOLEAN,
-    "stream_options": _OBJECT,
-    "suffix": _STRING,
-    "temperature": _NUMBER,
-    "top_p": _NUMBER,
-    "user": _STRING,
+    "stream": BOOLEAN,
+    "stream_options": OBJECT,
+    "suffix": STRING,
+    "temperature": NUMBER,
+    "top_p": NUMBER,
+    "user": STRING,
 }
 KNOWN_FIELDS = frozenset(_TYPES) | {"model", "n", "logprobs", CACHE_TWIN}
 _ELSEWHERE = DELIVERY_FIELDS | {"model", "prompt", "max_tokens"}  # of `Facts`

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from proxy.core.answer import to_json
 from proxy.core.dialects.dialect import Loads, Recording, StreamFilter, Template, UsageMode
+from proxy.core.dialects.fields import Types, mistyped
 from proxy.core.dialects.ollama_answer import LineFilter, find_usage, record, render
 from proxy.core.errors import BadRequest, IbidError
 from proxy.core.facts import Facts
@@ -28,7 +29,7 @@ DELIVERY_FIELDS = frozenset(
         CACHE_TWIN,
     }
 )
-_TYPES: Mapping[str, tuple[type, ...]] = {
+_TYPES: Types = {
     "context": (list,),
     "format": (str, dict),
     "images": (list,),
@@ -61,10 +62,8 @@ def read(body: Mapping[str, Any], operation: Literal["chat", "generate"]) -> Fac
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise _invalid_type("model", "a non-empty string")
-    for name, value in body.items():
-        types = _TYPES.get(name)
-        if types is not None and value is not None and not isinstance(value, types):
-            raise _invalid_type(name, " or ".join(t.__name__ for t in types))
+    if (wrong := mistyped(body, _TYPES)) is not None:
+        raise _invalid_type(*wrong)
     messages = _messages(body.get("messages")) if operation == "chat" else _asked(body)
     options = dict(body.get("options") or {})
     elsewhere = DELIVERY_FIELDS | {"model", "messages", "prompt", "options"}

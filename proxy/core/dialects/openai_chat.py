@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from proxy.core.dialects.dialect import EVENT_STREAM, Loads, Recording, StreamFilter, Template, UsageMode
+from proxy.core.dialects.fields import ARRAY, BOOLEAN, INTEGER, NUMBER, OBJECT, STRING, Types, mistyped
 from proxy.core.dialects.openai_filter import UsageFilter
 from proxy.core.dialects.openai_record import find_usage, record
 from proxy.core.dialects.openai_replay import render_stream, render_whole
@@ -38,39 +39,38 @@ DELIVERY_FIELDS = frozenset(
     }
 )
 
-_NUMBER, _INTEGER, _BOOLEAN, _STRING, _ARRAY, _OBJECT = (float, int), (int,), (bool,), (str,), (list,), (dict,)
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    "audio": _OBJECT,
-    "frequency_penalty": _NUMBER,
+_TYPES: Types = {
+    "audio": OBJECT,
+    "frequency_penalty": NUMBER,
     "function_call": (str, dict),
-    "functions": _ARRAY,
-    "logit_bias": _OBJECT,
-    "logprobs": _BOOLEAN,
-    "max_completion_tokens": _INTEGER,
-    "max_tokens": _INTEGER,
-    "metadata": _OBJECT,
-    "modalities": _ARRAY,
-    "parallel_tool_calls": _BOOLEAN,
-    "prediction": _OBJECT,
-    "presence_penalty": _NUMBER,
-    "prompt_cache_key": _STRING,
-    "reasoning_effort": _STRING,
-    "response_format": _OBJECT,
-    "safety_identifier": _STRING,
-    "seed": _INTEGER,
-    "service_tier": _STRING,
+    "functions": ARRAY,
+    "logit_bias": OBJECT,
+    "logprobs": BOOLEAN,
+    "max_completion_tokens": INTEGER,
+    "max_tokens": INTEGER,
+    "metadata": OBJECT,
+    "modalities": ARRAY,
+    "parallel_tool_calls": BOOLEAN,
+    "prediction": OBJECT,
+    "presence_penalty": NUMBER,
+    "prompt_cache_key": STRING,
+    "reasoning_effort": STRING,
+    "response_format": OBJECT,
+    "safety_identifier": STRING,
+    "seed": INTEGER,
+    "service_tier": STRING,
     "stop": (str, list),
-    "store": _BOOLEAN,
-    "stream": _BOOLEAN,
-    "stream_options": _OBJECT,
-    "temperature": _NUMBER,
+    "store": BOOLEAN,
+    "stream": BOOLEAN,
+    "stream_options": OBJECT,
+    "temperature": NUMBER,
     "tool_choice": (str, dict),
-    "tools": _ARRAY,
-    "top_logprobs": _INTEGER,
-    "top_p": _NUMBER,
-    "user": _STRING,
-    "verbosity": _STRING,
-    "web_search_options": _OBJECT,
+    "tools": ARRAY,
+    "top_logprobs": INTEGER,
+    "top_p": NUMBER,
+    "user": STRING,
+    "verbosity": STRING,
+    "web_search_options": OBJECT,
 }
 KNOWN_FIELDS = frozenset(_TYPES) | {
     "messages",
@@ -81,7 +81,6 @@ KNOWN_FIELDS = frozenset(_TYPES) | {
     "prompt_cache_retention",
     CACHE_TWIN,
 }
-_JSON_NAMES = {float: "number", int: "integer", bool: "boolean", str: "string", list: "array", dict: "object"}
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _ASKING = frozenset({"system", "developer", "user"})
 _CALLS = ("tool_calls", "function_call")
@@ -140,14 +139,10 @@ def read(body: Mapping[str, Any]) -> Facts:
     )
 
 
-def check_types(body: Mapping[str, Any], known: Mapping[str, tuple[type, ...]]) -> None:
+def check_types(body: Mapping[str, Any], known: Types) -> None:
     """Raises BadRequest for a field that is of none of its types; null always passes."""
-    for name, value in body.items():
-        types = known.get(name)
-        if types is None or value is None:
-            continue
-        if not isinstance(value, types) or (type(value) is bool and bool not in types):
-            raise invalid_type(name, " or ".join(_JSON_NAMES[t] for t in types if not (t is int and float in types)))
+    if (wrong := mistyped(body, known)) is not None:
+        raise invalid_type(*wrong)
 
 
 def _settings(body: Mapping[str, Any]) -> dict[str, Any]:

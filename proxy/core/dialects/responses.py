@@ -14,6 +14,7 @@ from typing import Any
 from proxy.core.answer import to_json
 from proxy.core.dialects import responses_input as said
 from proxy.core.dialects.dialect import EVENT_STREAM, Loads, Recording, StreamFilter, Template, UsageMode
+from proxy.core.dialects.fields import ARRAY, BOOLEAN, INTEGER, NUMBER, OBJECT, STRING, Types
 from proxy.core.dialects.openai_chat import (
     CACHE_TWIN,
     check_types,
@@ -43,36 +44,35 @@ DELIVERY_FIELDS = frozenset(
         CACHE_TWIN,
     }
 )
-_NUMBER, _INTEGER, _BOOLEAN, _STRING, _ARRAY, _OBJECT = (float, int), (int,), (bool,), (str,), (list,), (dict,)
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    "background": _BOOLEAN,
-    "context_management": _ARRAY,
+_TYPES: Types = {
+    "background": BOOLEAN,
+    "context_management": ARRAY,
     "conversation": (str, dict),
-    "include": _ARRAY,
+    "include": ARRAY,
     "input": (str, list),
-    "instructions": _STRING,
-    "max_output_tokens": _INTEGER,
-    "max_tool_calls": _INTEGER,
-    "metadata": _OBJECT,
-    "parallel_tool_calls": _BOOLEAN,
-    "previous_response_id": _STRING,
-    "prompt": _OBJECT,
-    "prompt_cache_key": _STRING,
-    "prompt_cache_options": _OBJECT,
-    "reasoning": _OBJECT,
-    "safety_identifier": _STRING,
-    "service_tier": _STRING,
-    "store": _BOOLEAN,
-    "stream": _BOOLEAN,
-    "stream_options": _OBJECT,
-    "temperature": _NUMBER,
-    "text": _OBJECT,
+    "instructions": STRING,
+    "max_output_tokens": INTEGER,
+    "max_tool_calls": INTEGER,
+    "metadata": OBJECT,
+    "parallel_tool_calls": BOOLEAN,
+    "previous_response_id": STRING,
+    "prompt": OBJECT,
+    "prompt_cache_key": STRING,
+    "prompt_cache_options": OBJECT,
+    "reasoning": OBJECT,
+    "safety_identifier": STRING,
+    "service_tier": STRING,
+    "store": BOOLEAN,
+    "stream": BOOLEAN,
+    "stream_options": OBJECT,
+    "temperature": NUMBER,
+    "text": OBJECT,
     "tool_choice": (str, dict),
-    "tools": _ARRAY,
-    "top_logprobs": _INTEGER,
-    "top_p": _NUMBER,
-    "truncation": _STRING,
-    "user": _STRING,
+    "tools": ARRAY,
+    "top_logprobs": INTEGER,
+    "top_p": NUMBER,
+    "truncation": STRING,
+    "user": STRING,
 }
 KNOWN_FIELDS = frozenset(_TYPES) | {
     "access_programs",
