@@ -256,6 +256,14 @@ def test_a_replay_is_recorded_as_the_answer_it_came_from(path: Path) -> None:
             assert again.pieces == answer.pieces
 
 
+@pytest.mark.parametrize("name", ["gemini", "ollama", "openai"])
+def test_no_character_of_a_replay_ends_a_line_for_a_client_that_splits_at_unicodes_line_ends(name: str) -> None:
+    answer = replace(made(PLAIN), message={"role": "assistant", "content": "a\u2028b\u2029c\x85d"})
+    body = replayed(DIALECTS[name], answer, stream=True)
+    assert body.endswith(b"\n")
+    assert len(body.decode().splitlines()) == body.count(b"\n")
+
+
 @kept
 def test_no_two_replays_share_an_id(path: Path) -> None:
     dialect, answer = spoken(path), recorded(path)

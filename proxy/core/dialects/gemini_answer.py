@@ -13,7 +13,7 @@ from typing import Any
 
 from proxy.core.answer import to_json
 from proxy.core.dialects.dialect import Loads, Recording, Template, UsageMode
-from proxy.core.dialects.openai_replay import counted, split
+from proxy.core.dialects.openai_replay import counted, escaped, split
 from proxy.core.errors import UpstreamError
 from proxy.core.eventstream import LINE_LIMIT_BYTES, EventDecoder, EventSplitter
 from proxy.core.model import Answer, Usage
@@ -214,15 +214,20 @@ def render(answer: Answer, *, stream: bool, usage_mode: UsageMode) -> Template:
         tail = {"usageMetadata": usage, **tail}
     if not stream:
         body = {"candidates": [{"content": {"parts": parts, "role": "model"}, **ending}], **tail}
-        return Template((b"{", b"," + to_json(body)[1:]), SEAM)
+        return Template((b"{", b"," + _json(body)[1:]), SEAM)
     said = [piece for part in parts for piece in _pieces(part, answer.pieces)]
     contents = [{"parts": [part], "role": "model"} for part in said]
     chunks: list[dict[str, Any]] = [
         {"candidates": [{"content": content, "index": 0}], "modelVersion": answer.model} for content in contents[:-1]
     ]
     chunks.append({"candidates": [{"content": contents[-1], **ending}], **tail})
-    bodies = [b"," + to_json(chunk)[1:] + b"\n\n" for chunk in chunks]
+    bodies = [b"," + _json(chunk)[1:] + b"\n\n" for chunk in chunks]
     return Template((b"data: {", *(body + b"data: {" for body in bodies[:-1]), bodies[-1]), SEAM)
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    """Without the characters at which one of its clients' transports ends a line."""
+    return escaped(to_json(value).decode()).encode()
 
 
 def _parts(message: Mapping[str, Any]) -> Any:
