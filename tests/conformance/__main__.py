@@ -299,10 +299,10 @@ REAL: Final = Talk(  # questions that a model of this size answers and ends
     streamed="How many days are in a week?",
     together="What is the capital of Italy? Answer in one word.",
     refused="word " * 6000,
-    scenarios=("miss", "hit", "stream miss", "stream hit", "collapse", "error"),
+    scenarios=("miss", "hit", "stream miss", "stream hit", "collapse", "structured", "error"),
 )
-"""Left out: what a real server does not do on demand (tool calls, long answers, breaking off), structured output, which
-it takes from OpenAI's clients alone, and semantic hits, whose text would not be that of the other wording."""
+"""Left out: what a real server does not do on demand (tool calls, long answers, breaking off), and semantic hits, whose
+text would not be that of the other wording."""
 
 
 async def run(chosen: Sequence[Client]) -> Found:
@@ -365,6 +365,9 @@ def main() -> int:
     named = [client for client in clients() if client.name.startswith(chosen.only)]
     if chosen.llm:
         named = [client for client in named if client.speaks in ("openai", "anthropic")]
+        for client in named:
+            if client.speaks == "anthropic":  # llama.cpp takes a schema from OpenAI's clients alone
+                client.lacks |= {"structured"}
     names = (REAL if chosen.llm else SCRIPTED).scenarios
     found = asyncio.run((run_real if chosen.llm else run)(named))
     sys.stdout.write(table(found, names) + "\n")
