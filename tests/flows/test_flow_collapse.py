@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from tests.flows.running import chat_body, told_apart, until
+from tests.flows.running import chat_body, running, told_apart, until
 from tests.upstream import Chat, Json, Raw
 
 ASKED = "How do I repair a leaking garden hose?"
@@ -194,8 +194,16 @@ async def test_a_failing_upstream_fails_all_alike_and_nothing_is_kept(exact, up,
     assert 502 in {r.status for r in replies}
 
 
-async def test_two_tenants_with_the_same_two_hundred_questions_never_meet(ibid, up):
+@pytest.fixture
+async def patient(data_dir, up):
+    """ibid that waits for its embedder, however busy the machine is."""
+    async with running(data_dir, up.url, {"embedding": {"deadline_ms": 10_000}}) as served:
+        yield served
+
+
+async def test_two_tenants_with_the_same_two_hundred_questions_never_meet(patient, up):
     """Reworded, streamed, at once: every answer carries the credential it was made for and the question it answers."""
+    ibid = patient
     up.default = told_apart
     nouns = (
         "lamp kettle bicycle window door carpet mirror clock piano guitar sofa fridge oven heater fan camera printer"

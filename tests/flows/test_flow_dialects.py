@@ -17,6 +17,7 @@ from google import genai
 from google.genai import errors as genai_errors
 
 from tests.flows.running import EXACT_ONLY, Ibid, running
+from tests.models import converted_data_dir
 from tests.providers import MODEL, provider, text_for
 from tests.upstream import Body, Json, ScriptedUpstream, Stream
 
@@ -154,9 +155,18 @@ every = pytest.mark.parametrize("name", sorted(CLIENTS))
 streamed = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 
 
+def prepare(data_dir: Path) -> None:
+    """A data directory that finds the converted model."""
+    data_dir.mkdir(mode=0o700)
+    (data_dir / "models").symlink_to(converted_data_dir() / "models", target_is_directory=True)
+
+
 @asynccontextmanager
 async def served(data_dir: Path, cache: Mapping[str, Any]) -> AsyncIterator[tuple[ScriptedUpstream, Ibid]]:
-    async with ScriptedUpstream(provider) as up, running(data_dir, up.url, {"cache": cache}) as ibid:
+    if cache.get("semantic", True):
+        prepare(data_dir)
+    sections = {"cache": cache, "embedding": {"deadline_ms": 10_000}}
+    async with ScriptedUpstream(provider) as up, running(data_dir, up.url, sections) as ibid:
         yield up, ibid
 
 
