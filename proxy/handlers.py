@@ -19,6 +19,7 @@ from aiohttp.hdrs import METH_POST
 from proxy.books import Client
 from proxy.core import fingerprint, identity, jsontext, policy
 from proxy.core.dialects.dialect import Dialect
+from proxy.core.dialects.fields import CACHE_TWIN
 from proxy.core.dialects.routes import Routes, family_of, key_in
 from proxy.core.directives import controls_of
 from proxy.core.errors import BadRequest, IbidError, UpstreamError
@@ -35,7 +36,6 @@ from proxy.wire import SERVER, answer_at_once, relay_at_once
 
 log = logging.getLogger(__name__)
 
-CACHE_TWIN = "cache"  # cache controls in a body, whatever its dialect
 WHOLE_LIMIT_BYTES = 1024 * 1024
 MEMO_BODY_BYTES = 16 * 1024
 MEMO_ENTRIES = 2048

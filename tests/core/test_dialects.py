@@ -329,6 +329,8 @@ def test_an_answer_is_said_in_another_dialect_whole_or_not_at_all(name: str, pat
         ("gemini", made({**PLAIN, "reasoning_content": "hm"})),
         ("anthropic", made(PLAIN, usage=None)),  # its clients need the counters
         ("anthropic", made({**CALLING, "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "{"}}]})),
+        ("gemini", made({**CALLING, "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "[1]"}}]})),
+        ("ollama", made({**CALLING, "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "{"}}]})),
         ("ollama", made(PLAIN, choice={"logprobs": {"content": []}})),
         ("openai", made(PLAIN, "anthropic", choice={"content": [{"type": "thinking"}]}, opaque=True)),
         ("ollama", made(PLAIN, "anthropic", opaque=True)),

@@ -14,15 +14,24 @@ from proxy.core.answer import to_json
 from proxy.core.dialects.anthropic_filter import MessageFilter
 from proxy.core.dialects.anthropic_record import find_usage, record
 from proxy.core.dialects.anthropic_replay import render_stream, render_whole
-from proxy.core.dialects.dialect import EVENT_STREAM, Loads, Recording, StreamFilter, Template, UsageMode
-from proxy.core.dialects.fields import ARRAY, BOOLEAN, INTEGER, NUMBER, OBJECT, STRING, Types, mistyped
+from proxy.core.dialects.dialect import EVENT_STREAM, Loads, Recording, StreamFilter, Template, UsageMode, is_plain
+from proxy.core.dialects.fields import (
+    ARRAY,
+    BOOLEAN,
+    CACHE_TWIN,
+    INTEGER,
+    NUMBER,
+    OBJECT,
+    STRING,
+    Types,
+    mistyped,
+    without_twin,
+)
 from proxy.core.errors import BadRequest, IbidError
 from proxy.core.facts import Facts
-from proxy.core.jsontext import drop_member
 from proxy.core.model import Answer, Usage
 
 MESSAGE_LIMIT = 100_000  # the provider's own
-CACHE_TWIN = "cache"
 
 DELIVERY_FIELDS = frozenset(
     {
@@ -250,13 +259,6 @@ def _unknown(body: Mapping[str, Any], messages: list[dict[str, Any]]) -> Iterato
         yield from (f"messages.{i}.content.{j}" for j, b in enumerate(_blocks(message)) if b["type"] not in _KINDS)
 
 
-def _is_json(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text or "{}"), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -285,7 +287,7 @@ class Messages:
         return read({**body, "model": model} if model else body)
 
     def forward_body(self, raw: bytes, parsed: Mapping[str, Any]) -> bytes:
-        return drop_member(raw, CACHE_TWIN) if CACHE_TWIN in parsed else raw
+        return without_twin(raw, parsed)
 
     def record(self, body: bytes, *, is_stream: bool, n: int, keeps_id: bool = False) -> Recording:
         return record(body, is_stream=is_stream, loads=self._loads)
@@ -301,12 +303,9 @@ class Messages:
         and thinking without a signature is none here."""
         if answer.dialect == self.name:
             return True
-        if answer.usage is None or answer.opaque or (has_stops and answer.finish_reason == "stop"):
+        if answer.usage is None or (has_stops and answer.finish_reason == "stop"):
             return False
-        if not all([_is_json(call["function"]["arguments"]) for call in answer.message.get("tool_calls") or ()]):
-            return False
-        told = [name for name, value in answer.message.items() if value not in (None, "", [])]
-        return {"role", "content", "tool_calls"}.issuperset(told) and not any(answer.choice.values())
+        return is_plain(answer)
 
     def render(self, answer: Answer, *, stream: bool, wants_usage: bool, usage_mode: UsageMode) -> Template:
         return render_stream(answer, usage_mode) if stream else render_whole(answer, usage_mode)

@@ -12,9 +12,8 @@ from typing import Any
 
 from proxy.core.dialects.completions_answer import record, render_stream, render_whole
 from proxy.core.dialects.dialect import EVENT_STREAM, Loads, Recording, StreamFilter, Template, UsageMode
-from proxy.core.dialects.fields import BOOLEAN, INTEGER, NUMBER, OBJECT, STRING, Types
+from proxy.core.dialects.fields import BOOLEAN, CACHE_TWIN, INTEGER, NUMBER, OBJECT, STRING, Types
 from proxy.core.dialects.openai_chat import (
-    CACHE_TWIN,
     DELIVERY_FIELDS,
     check_types,
     choices_of,

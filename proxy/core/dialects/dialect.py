@@ -8,8 +8,9 @@ its own name and, being part of the identity, keeps requests apart.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -96,6 +97,22 @@ def templated(parts: Sequence[bytes], seam: str, call_prefix: str) -> Template:
 
 
 _CALL_MARK = re.compile('"([a-z]*_?)\ue000call (\\d+)\ue000"'.encode())
+
+
+def is_plain(answer: Answer, parts: Collection[str] = ("role", "content", "tool_calls")) -> bool:
+    """Whether an answer holds nothing but these parts of a message, so that any dialect that has them can say it all:
+    nothing signed, nothing of its recorder's own, and calls whose arguments are objects."""
+    told = [name for name, value in answer.message.items() if value not in (None, "", [])]
+    if answer.opaque or any(answer.choice.values()) or not all([name in parts for name in told]):
+        return False
+    return all([_is_object(call["function"]["arguments"]) for call in answer.message.get("tool_calls") or ()])
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text or "{}"), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 class StreamFilter(Protocol):

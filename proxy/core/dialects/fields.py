@@ -1,11 +1,16 @@
-"""Types of JSON members, and which member of a body has another than it must."""
+"""Members of a body: which has another type than it must, and the one that is meant for ibid."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Final
 
+from proxy.core.jsontext import drop_member
+
 Types = Mapping[str, tuple[type, ...]]
+
+CACHE_TWIN: Final = "cache"
+"""Cache controls in a body, whatever its dialect; never reaches an upstream."""
 
 NUMBER, INTEGER, BOOLEAN, STRING, ARRAY, OBJECT = (float, int), (int,), (bool,), (str,), (list,), (dict,)
 _NAMES: Final = {float: "number", int: "integer", bool: "boolean", str: "string", list: "array", dict: "object"}
@@ -20,3 +25,8 @@ def mistyped(body: Mapping[str, Any], known: Types) -> tuple[str, str] | None:
         if not isinstance(value, types) or (type(value) is bool and bool not in types):
             return name, " or ".join(_NAMES[t] for t in types if not (t is int and float in types))
     return None
+
+
+def without_twin(raw: bytes, parsed: Mapping[str, Any]) -> bytes:
+    """The body without its cache controls; the very same bytes when it has none."""
+    return drop_member(raw, CACHE_TWIN) if CACHE_TWIN in parsed else raw

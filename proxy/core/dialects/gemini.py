@@ -12,14 +12,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from proxy.core.answer import to_json
-from proxy.core.dialects.dialect import EVENT_STREAM, Loads, Recording, StreamFilter, Template, UsageMode
+from proxy.core.dialects.dialect import EVENT_STREAM, Loads, Recording, StreamFilter, Template, UsageMode, is_plain
+from proxy.core.dialects.fields import CACHE_TWIN, without_twin
 from proxy.core.dialects.gemini_answer import CandidateFilter, find_usage, record, render
 from proxy.core.errors import BadRequest, IbidError
 from proxy.core.facts import Facts
-from proxy.core.jsontext import drop_member
 from proxy.core.model import Answer, Usage
 
-CACHE_TWIN = "cache"
 DELIVERY_QUERY = frozenset({"alt", "$alt", "key", "prettyPrint", "$prettyPrint"})
 """Query parameters that change delivery, or are the credential."""
 
@@ -180,7 +179,7 @@ class Gemini:
         return read(body, model, stream=stream)
 
     def forward_body(self, raw: bytes, parsed: Mapping[str, Any]) -> bytes:
-        return drop_member(raw, CACHE_TWIN) if CACHE_TWIN in parsed else raw
+        return without_twin(raw, parsed)
 
     def record(self, body: bytes, *, is_stream: bool, n: int, keeps_id: bool = False) -> Recording:
         return record(body, is_stream=is_stream, loads=self._loads)
@@ -193,11 +192,7 @@ class Gemini:
 
     def expresses(self, answer: Answer, *, has_stops: bool, keeps_id: bool = False) -> bool:
         """Text and function calls."""
-        if answer.dialect == self.name:
-            return True
-        told = [name for name, value in answer.message.items() if value not in (None, "", [])]
-        plain = {"role", "content", "tool_calls"}.issuperset(told)
-        return plain and not answer.opaque and not any(answer.choice.values())
+        return answer.dialect == self.name or is_plain(answer)
 
     def render(self, answer: Answer, *, stream: bool, wants_usage: bool, usage_mode: UsageMode) -> Template:
         return render(answer, stream=stream, usage_mode=usage_mode)

@@ -11,15 +11,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from proxy.core.answer import to_json
-from proxy.core.dialects.dialect import Loads, Recording, StreamFilter, Template, UsageMode
-from proxy.core.dialects.fields import Types, mistyped
+from proxy.core.dialects.dialect import Loads, Recording, StreamFilter, Template, UsageMode, is_plain
+from proxy.core.dialects.fields import CACHE_TWIN, Types, mistyped, without_twin
 from proxy.core.dialects.ollama_answer import LineFilter, find_usage, record, render
 from proxy.core.errors import BadRequest, IbidError
 from proxy.core.facts import Facts
-from proxy.core.jsontext import drop_member
 from proxy.core.model import Answer, Usage
 
-CACHE_TWIN = "cache"
 NDJSON = "application/x-ndjson"
 
 DELIVERY_FIELDS = frozenset(
@@ -54,6 +52,7 @@ _KNOWN = {
 }  # fmt: skip
 _SAME_NAME = ("temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty", "stop")
 _MESSAGE_FIELDS = frozenset({"role", "content", "thinking", "images", "tool_calls", "tool_name", "tool_call_id"})
+_PARTS = frozenset({"role", "content", "tool_calls", "reasoning", "reasoning_content", "thinking"})
 _ROLES = frozenset({"system", "user", "assistant", "tool"})
 
 
@@ -161,7 +160,7 @@ class Ollama:
         return read(body, self.operation)
 
     def forward_body(self, raw: bytes, parsed: Mapping[str, Any]) -> bytes:
-        return drop_member(raw, CACHE_TWIN) if CACHE_TWIN in parsed else raw
+        return without_twin(raw, parsed)
 
     def record(self, body: bytes, *, is_stream: bool, n: int, keeps_id: bool = False) -> Recording:
         return record(body, self._loads)
@@ -174,11 +173,7 @@ class Ollama:
 
     def expresses(self, answer: Answer, *, has_stops: bool, keeps_id: bool = False) -> bool:
         """Text, what was thought, and tool calls."""
-        if answer.dialect == self.name:
-            return True
-        told = [name for name, value in answer.message.items() if value not in (None, "", [])]
-        said = {"role", "content", "tool_calls", "reasoning", "reasoning_content", "thinking"}
-        return said.issuperset(told) and not answer.opaque and not any(answer.choice.values())
+        return answer.dialect == self.name or is_plain(answer, _PARTS)
 
     def render(self, answer: Answer, *, stream: bool, wants_usage: bool, usage_mode: UsageMode) -> Template:
         return render(answer, is_chat=self.operation == "chat", stream=stream, usage_mode=usage_mode)

@@ -12,18 +12,28 @@ from dataclasses import replace
 from typing import Any
 
 from proxy.core.dialects.dialect import EVENT_STREAM, Loads, Recording, StreamFilter, Template, UsageMode
-from proxy.core.dialects.fields import ARRAY, BOOLEAN, INTEGER, NUMBER, OBJECT, STRING, Types, mistyped
+from proxy.core.dialects.fields import (
+    ARRAY,
+    BOOLEAN,
+    CACHE_TWIN,
+    INTEGER,
+    NUMBER,
+    OBJECT,
+    STRING,
+    Types,
+    mistyped,
+    without_twin,
+)
 from proxy.core.dialects.openai_filter import UsageFilter
 from proxy.core.dialects.openai_record import find_usage, record
 from proxy.core.dialects.openai_replay import render_stream, render_whole
 from proxy.core.errors import BadRequest, IbidError
 from proxy.core.facts import Facts
-from proxy.core.jsontext import add_member, drop_member, members, set_member
+from proxy.core.jsontext import add_member, members, set_member
 from proxy.core.model import Answer, Usage
 
 MESSAGE_LIMIT = 2048
 CHOICE_LIMIT = 128
-CACHE_TWIN = "cache"  # cache controls in the body; never reaches an upstream
 
 DELIVERY_FIELDS = frozenset(
     {
@@ -157,8 +167,7 @@ def forward_body(raw: bytes, parsed: Mapping[str, Any]) -> bytes:
 
     langchain-openai and others leave usage off behind a custom base URL, so it is always asked for.
     """
-    if CACHE_TWIN in parsed:
-        raw = drop_member(raw, CACHE_TWIN)
+    raw = without_twin(raw, parsed)
     if parsed.get("stream") is not True:
         return raw
     if "stream_options" not in parsed:

@@ -14,10 +14,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
-from proxy.core.dialects.openai_chat import CACHE_TWIN, OpenAIChat
+from proxy.core.dialects.fields import CACHE_TWIN, without_twin
+from proxy.core.dialects.openai_chat import OpenAIChat
 from proxy.core.errors import BadRequest
 from proxy.core.facts import Facts
-from proxy.core.jsontext import drop_member, set_member
+from proxy.core.jsontext import set_member
 from proxy.core.model import Input, Usage
 
 INPUT_LIMIT = 2048
@@ -193,7 +194,7 @@ class OpenAIEmbeddings(OpenAIChat):
         return read({**body, "model": model} if model else body)
 
     def forward_body(self, raw: bytes, parsed: Mapping[str, Any]) -> bytes:
-        return drop_member(raw, CACHE_TWIN) if CACHE_TWIN in parsed else raw
+        return without_twin(raw, parsed)
 
     def find_usage(self, body: bytes) -> Usage | None:
         try:

@@ -13,10 +13,9 @@ from typing import Any
 
 from proxy.core.answer import to_json
 from proxy.core.dialects import responses_input as said
-from proxy.core.dialects.dialect import EVENT_STREAM, Loads, Recording, StreamFilter, Template, UsageMode
-from proxy.core.dialects.fields import ARRAY, BOOLEAN, INTEGER, NUMBER, OBJECT, STRING, Types
+from proxy.core.dialects.dialect import EVENT_STREAM, Loads, Recording, StreamFilter, Template, UsageMode, is_plain
+from proxy.core.dialects.fields import ARRAY, BOOLEAN, CACHE_TWIN, INTEGER, NUMBER, OBJECT, STRING, Types, without_twin
 from proxy.core.dialects.openai_chat import (
-    CACHE_TWIN,
     check_types,
     end_user_of,
     error_body,
@@ -28,7 +27,6 @@ from proxy.core.dialects.responses_record import find_usage, record
 from proxy.core.dialects.responses_replay import render_stream, render_whole
 from proxy.core.errors import IbidError
 from proxy.core.facts import Facts
-from proxy.core.jsontext import drop_member
 from proxy.core.model import Answer, Usage
 
 DELIVERY_FIELDS = frozenset(
@@ -175,7 +173,7 @@ class Responses:
         return read({**body, "model": model} if model else body)
 
     def forward_body(self, raw: bytes, parsed: Mapping[str, Any]) -> bytes:
-        return drop_member(raw, CACHE_TWIN) if CACHE_TWIN in parsed else raw
+        return without_twin(raw, parsed)
 
     def record(self, body: bytes, *, is_stream: bool, n: int, keeps_id: bool = False) -> Recording:
         return record(body, is_stream=is_stream, keeps_id=keeps_id, loads=self._loads)
@@ -189,11 +187,7 @@ class Responses:
     def expresses(self, answer: Answer, *, has_stops: bool, keeps_id: bool = False) -> bool:
         """Text and tool calls, for a request whose answer the upstream is not to keep: what another dialect recorded
         has no id that this API could be asked about."""
-        if answer.dialect == self.name:
-            return True
-        told = [name for name, value in answer.message.items() if value not in (None, "", [])]
-        plain = {"role", "content", "tool_calls"}.issuperset(told)
-        return plain and not keeps_id and not answer.opaque and not any(answer.choice.values())
+        return answer.dialect == self.name or (not keeps_id and is_plain(answer))
 
     def render(self, answer: Answer, *, stream: bool, wants_usage: bool, usage_mode: UsageMode) -> Template:
         return render_stream(answer, usage_mode) if stream else render_whole(answer, usage_mode)
