@@ -93,7 +93,7 @@ class Books:
 
     def price(self, query: Query, usage: Usage | None, ts_ms: int) -> int:
         """List price of these tokens at the model asked for, nano-dollars; 0 when either is unknown."""
-        return 0 if usage is None else self._prices.price(query.upstream, query.model, usage, "default", ts_ms).nusd
+        return 0 if usage is None else self._prices.price(query.upstream, query.model, usage, query.tier, ts_ms).nusd
 
     def recurring(self, query: Query, model_served: str, hit: Hit) -> tuple[Any, ...]:
         """What every hit of this kind has in common, see `Outcome.recurring`."""
@@ -347,6 +347,7 @@ def _outcome(
         usage_basis=usage_basis if usage is not None else "none",
         calls=calls,
         baseline_ms=baseline_ms,
+        tier=query.tier,
         ttft_ms=ttft_ms,
         total_ms=total_ms,
     )

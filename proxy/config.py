@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
@@ -14,8 +14,21 @@ from urllib.parse import urlsplit
 from proxy.configfile import Document, Fail, converted, setting_names
 from proxy.core.errors import ConfigError
 from proxy.core.model import Limits, Rules
+from proxy.core.plan import (
+    ALIASES,
+    DEFAULT_PLAN,
+    ORDER,
+    STANDS_IN,
+    Match,
+    Plan,
+    Policy,
+    edited,
+    lanes_of,
+)
+from proxy.lanesettings import LANES, AliasSettings, LaneSettings, PolicySettings
 from proxy.settings import (
     DEFAULT_UPSTREAMS,
+    POLICY,
     RULES_BOUNDS,
     SECTIONS,
     Address,
@@ -46,7 +59,7 @@ def load(flags: Flags, environ: Mapping[str, str]) -> Settings:
     Raises ConfigError; its one-line message names the file and line, the variable, or the flag.
     """
     document = Document.read(flags.config or environ.get("IBID_CONFIG"))
-    document.known("", frozenset({"data_dir", "prices", "upstream", *SECTIONS}))
+    document.known("", frozenset({"data_dir", "prices", "upstream", "lane", "alias", "policy", *SECTIONS}))
     document.known("prices", frozenset({"override"}))
     settings = Settings(
         data_dir=_data_dir(document, flags, environ),
@@ -61,6 +74,9 @@ def load(flags: Flags, environ: Mapping[str, str]) -> Settings:
         store=_store(document, flags, environ),
         prices=_prices(document),
         log=_log(document, environ),
+        lanes=_lanes(document),
+        policies=tuple(_policies(document)),
+        aliases=_aliases(document),
         source=document.path,
     )
     _check_together(settings, document)
@@ -220,6 +236,64 @@ def _prices(document: Document) -> Mapping[str, PriceOverride]:
     return types.MappingProxyType(found)
 
 
+def _lanes(document: Document) -> LaneSettings:
+    document.known("lane", frozenset(LANES))
+    found = {}
+    for name, kind in LANES.items():
+        section = f"lane.{name}"
+        document.known(section, setting_names(kind))
+        found[name] = document.fill(section, kind, document.table(section), kind(), None)
+    return LaneSettings(**found)
+
+
+def _aliases(document: Document) -> Mapping[str, str]:
+    found = dict(ALIASES)
+    for name, alias in _named_tables(document, "alias", AliasSettings, {}).items():
+        if not re.fullmatch(r"[a-z][a-z0-9_-]{0,31}", name):
+            document.fail("alias", name, "must be 1-32 of a-z, 0-9, hyphen, underscore, a letter first")
+        try:
+            edited(DEFAULT_PLAN, alias.plan)
+        except ValueError as fault:
+            document.fail(f"alias.{name}", "plan", f"is not a plan: {fault}")
+        found[name] = alias.plan
+    return types.MappingProxyType(found)
+
+
+def _policies(document: Document) -> Iterator[Policy]:
+    """Every `[[policy]]`, in order."""
+    listed = document.values.get("policy", [])
+    if not isinstance(listed, list) or not all(isinstance(table, dict) for table in listed):
+        document.fail("", "policy", "must be tables of the form [[policy]]")
+    for number, table in enumerate(listed):
+        place = f"{POLICY}.{number}"
+        for unknown in table.keys() - setting_names(PolicySettings):
+            document.fail(place, unknown, "is unknown")
+        policy = document.fill(place, PolicySettings, table, PolicySettings(), _match)
+        lanes = DEFAULT_PLAN.lanes
+        try:
+            if "plan" in table:
+                lanes = lanes_of(policy.plan)
+            lanes |= {STANDS_IN[word] for word in policy.on_error}
+        except ValueError as fault:
+            document.fail(place, "plan", f"is not a plan: {fault}")
+        except KeyError as fault:
+            document.fail(place, "on_error", f"knows {', '.join(STANDS_IN)}, not {fault}")
+        name = policy.name or f"policy {number + 1}"
+        yield Policy(name, policy.match or Match(), Plan(lanes, name, policy.ttl_s))
+
+
+def _match(table: Any, fail: Fail) -> Match:
+    kinds = {spec.name: bool if "bool" in str(spec.type) else str for spec in dataclasses.fields(Match)}
+    if not isinstance(table, dict):
+        fail('must be a table, as { model = "gpt-*" }')
+    for name, value in table.items():
+        if name not in kinds:
+            fail(f"knows {', '.join(kinds)}, not {name}")
+        if type(value) is not kinds[name]:
+            fail(f"{name} must be {'true or false' if kinds[name] is bool else 'a string'}")
+    return Match(**table)
+
+
 def _log(document: Document, environ: Mapping[str, str]) -> Log:
     log = _section(document, "log", Log)
     if level := environ.get("IBID_LOG_LEVEL"):
@@ -237,3 +311,29 @@ def _check_together(settings: Settings, document: Document) -> None:
         document.fail("server", "admin", f"is the client listener's address, {server.listen}")
     if rules.ttl_s > rules.max_ttl_s:
         document.fail("cache", "ttl_s", f"is above max_ttl_s, {rules.max_ttl_s:g}")
+    _check_lanes(settings, document)
+
+
+def _check_lanes(settings: Settings, document: Document) -> None:
+    """Every lane that a policy or an alias switches on has what it needs."""
+    edge, route = settings.lanes.edge, settings.lanes.route
+    if (edge.upstream is None) != (edge.model is None):
+        document.fail("lane.edge", "model" if edge.model else "upstream", "needs the other: upstream and model")
+    if edge.upstream is not None and edge.upstream not in settings.upstreams:
+        document.fail("lane.edge", "upstream", f"is not an upstream: {', '.join(settings.upstreams)}")
+    if edge.upstream is not None and settings.upstreams[edge.upstream].dialect != "openai":
+        document.fail("lane.edge", "upstream", "must be of the OpenAI dialect")
+    for candidate in route.candidates:
+        upstream, slash, model = candidate.partition("/")
+        if not (slash and model and upstream in settings.upstreams):
+            document.fail("lane.route", "candidates", f'{candidate!r} is not "upstream/model" of a known upstream')
+    plans = [(f"policy.{number}", policy.plan) for number, policy in enumerate(settings.policies)]
+    for place, plan in plans:
+        if missing := plan.lanes - settings.ready:
+            named = min(missing, key=ORDER.__getitem__)
+            document.fail(place, "plan", f"has the lane {named.value!r}, which [lane.*] does not make ready")
+    if settings.lanes.cascade.pattern is not None:
+        try:
+            re.compile(settings.lanes.cascade.pattern)
+        except re.error as fault:
+            document.fail("lane.cascade", "pattern", f"is not a regular expression: {fault}")

@@ -25,6 +25,7 @@ Fail = Callable[[str], NoReturn]
 Convert = Callable[[Any, Fail], Any]
 
 _HEADER = re.compile(r"\s*\[\s*([^\[\]#]+?)\s*\]\s*(#.*)?$")
+_ITEM = re.compile(r"\s*\[\[\s*([A-Za-z0-9_-]+)\s*\]\]\s*(#.*)?$")
 _KEY = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'[^']*'|[A-Za-z0-9_-]+)\s*[.=]""")
 FILE_LIMIT_BYTES = 1024 * 1024
 
@@ -92,6 +93,11 @@ class Document:
         return dataclasses.replace(base, **changes)  # type: ignore[type-var]
 
 
+def option(default: Any, why: str, *, least: float | None = None, most: float | None = None) -> Any:
+    """A field with its default, one line of why, and inclusive bounds."""
+    return dataclasses.field(default=default, metadata={"why": why, "least": least, "most": most})
+
+
 def setting_names(kind: type[Any]) -> frozenset[str]:
     """Names a file may set: all fields but those marked `environment_only`."""
     return frozenset(spec.name for spec in dataclasses.fields(kind) if not spec.metadata.get("environment_only"))
@@ -155,8 +161,13 @@ def _line_numbers(text: str) -> dict[tuple[str, str], int]:
     """(table, key) → line, and (table, "") → the line of its header. The first of each counts."""
     lines: dict[tuple[str, str], int] = {}
     section = ""
+    items: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), 1):
-        if header := _HEADER.match(line):
+        if item := _ITEM.match(line):
+            place = items[item[1]] = items.get(item[1], -1) + 1
+            section = f"{item[1]}.{place}"
+            lines.setdefault((section, ""), number)
+        elif header := _HEADER.match(line):
             section = ".".join(_unquoted(part) for part in _parts(header[1]))
             lines.setdefault((section, ""), number)
             above, _, name = section.rpartition(".")

@@ -242,9 +242,10 @@ class _Entry:
             usage=self.usage,
             usage_basis=basis,
             calls=(call,),
+            baseline_ms=None,
+            tier="default",
             ttft_ms=ttft_ms,
             total_ms=total_ms,
-            baseline_ms=None,
         )
 
 

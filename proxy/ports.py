@@ -260,7 +260,9 @@ class Price(NamedTuple):
 
 
 class PriceBook(Protocol):
-    def price(self, upstream: str, model: str, usage: Usage, tier: str, ts_ms: int) -> Price: ...
+    def price(self, upstream: str, model: str, usage: Usage, tier: str, ts_ms: int, seconds: float = 0.0) -> Price:
+        """`seconds`: how long the call took, for models that are paid by time."""
+        ...
 
 
 class UpstreamResponse(Protocol):

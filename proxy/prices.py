@@ -91,7 +91,7 @@ class Prices:
         """Read the snapshot now instead of at the first list price; blocks for about 50 ms."""
         self._snapshot = self._snapshot or self._load()
 
-    def price(self, upstream: str, model: str, usage: Usage, tier: str, ts_ms: int) -> Price:
+    def price(self, upstream: str, model: str, usage: Usage, tier: str, ts_ms: int, seconds: float = 0.0) -> Price:
         """What one call costs. Unknown models and upstreams cost 0 with the basis "unpriced": never a guess."""
         key = (upstream, model, tier, ts_ms // 86_400_000)
         try:

@@ -15,8 +15,10 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from proxy.configfile import setting_names
+from proxy.configfile import option, setting_names
 from proxy.core.model import Limits, Rules
+from proxy.core.plan import ALIASES, Lane, Policy
+from proxy.lanesettings import LANES, AliasSettings, LaneSettings, PolicySettings
 
 MIB = 1024 * 1024
 
@@ -36,11 +38,6 @@ class Address(NamedTuple):
             return ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
-
-
-def option(default: Any, why: str, *, least: float | None = None, most: float | None = None) -> Any:
-    """A field with its default, one line of why, and inclusive bounds."""
-    return field(default=default, metadata={"why": why, "least": least, "most": most})
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +221,24 @@ class Settings:
     store: StoreSettings
     prices: Mapping[str, PriceOverride]  # by "upstream/model" or "upstream/*"
     log: Log
+    lanes: LaneSettings = field(default_factory=LaneSettings)
+    policies: tuple[Policy, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=lambda: ALIASES)
     source: Path | None = None
+
+    @property
+    def ready(self) -> frozenset[Lane]:
+        """Lanes that have what they need."""
+        lanes = self.lanes
+        needs = {
+            Lane.REVALIDATE: lanes.stale.while_revalidate_s > 0,
+            Lane.STALE_IF_ERROR: lanes.stale.if_error_s > 0,
+            Lane.ROUTE: bool(lanes.route.candidates),
+            Lane.PREDICT: bool(lanes.predict.models),
+            Lane.TIER: bool(lanes.tier.models),
+            **dict.fromkeys((Lane.EDGE, Lane.EDGE_IF_ERROR, Lane.CASCADE, Lane.RACE), lanes.edge.upstream is not None),
+        }
+        return frozenset(lane for lane in Lane if needs.get(lane, True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,14 +274,22 @@ SECTIONS: Mapping[str, tuple[type[Any], ...]] = {
     "store": (StoreSettings,),
     "log": (Log,),
 }
-NAMED: Mapping[str, type[Any]] = {"upstream": UpstreamSettings, "prices.override": PriceOverride}
+NAMED: Mapping[str, type[Any]] = {
+    "upstream": UpstreamSettings,
+    "prices.override": PriceOverride,
+    "alias": AliasSettings,
+}
+POLICY = "policy"
+"""The array of tables `[[policy]]`."""
 
 
 def options() -> list[Option]:
     """Every setting a file may hold, in the order of the file; NAME stands for a name the operator gives."""
     found = [Option("", "data_dir", None, "database, index, converted model, secrets; unset: ~/.local/share/ibid")]
-    named = [(f"{section}.NAME", (kind,)) for section, kind in NAMED.items()]
-    for section, kinds in [*SECTIONS.items(), *named]:
+    tables: dict[str, tuple[type[Any], ...]] = dict(SECTIONS)
+    tables |= {f"{section}.NAME": (kind,) for section, kind in NAMED.items()}
+    tables |= {f"lane.{name}": (kind,) for name, kind in LANES.items()}
+    for section, kinds in (tables | {POLICY: (PolicySettings,)}).items():
         for kind in kinds:
             for spec in dataclasses.fields(kind):
                 if spec.name in setting_names(kind):

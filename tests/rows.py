@@ -14,11 +14,15 @@ NOON_MS = 1_795_348_800_000  # 2026-11-22 12:00 UTC
 HOUR_MS = 3_600_000
 
 
-def list_price(upstream: str, model: str, usage: Usage, tier: str, ts_ms: int) -> Price:
-    """1,000 nano-dollars an input token, 4,000 an output token, half of it on flex; "free" models have no price."""
+def list_price(upstream: str, model: str, usage: Usage, tier: str, ts_ms: int, seconds: float = 0.0) -> Price:
+    """1,000 nano-dollars an input token, 4,000 an output token, half of it on flex; "free" models have no price, those
+    of "edge" cost 700 a second; what is read from a prefix cache costs 100, what is written to it 1,250."""
     if model == "free":
         return Price(0, "unpriced", "")
+    if upstream == "edge":
+        return Price(round(700 * seconds), "override", "test edge/*")
     nusd = usage.input_tokens * 1_000 + usage.output_tokens * 4_000
+    nusd += usage.cache_write_tokens * 250 - min(usage.cache_read_tokens, usage.input_tokens) * 900
     return Price(nusd // 2 if tier == "flex" else nusd, "list", f"test {upstream}/{model}")
 
 
@@ -57,7 +61,7 @@ def outcome(name: str = "q", **changes: Any) -> Outcome:
         "upstream": "openai", "mechanism": None, "outcome": "ok", "cache_status": "MISS", "reason": "nothing_alike",
         "status": 200, "similarity": None, "entry_id": None, "retry_of": None, "usage": Usage(100, 20),
         "usage_basis": "measured", "calls": (call(f"{name}-call"),), "ttft_ms": 90.0, "total_ms": 800.0,
-        "baseline_ms": None,
+        "baseline_ms": None, "tier": "default",
     }  # fmt: skip
     return Outcome(**{**fields, **changes})
 

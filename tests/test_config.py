@@ -209,8 +209,8 @@ def documented(text: str) -> dict[tuple[str, str], tuple[str, str]]:
     """(section, name) → (value as written, why) of an example file, commented settings included."""
     found, section = {}, ""
     for line in text.splitlines():
-        if header := re.match(r"^(?:# )?\[(.+)\]$", line):
-            section = re.sub(r"^(upstream|prices\.override)\..+", r"\1.NAME", header[1])
+        if header := re.match(r"^(?:# )?\[\[?(.+?)\]?\]$", line):
+            section = re.sub(r"^(upstream|alias|prices\.override)\..+", r"\1.NAME", header[1])
         elif setting := LINE.match(line):
             found[section, setting[2]] = (setting[3], setting[4])
     return found
@@ -223,7 +223,7 @@ def test_the_example_file_shows_every_setting_with_its_default_and_why() -> None
     for option in options():
         value, why = shown[option.section, option.name]
         assert why == option.why
-        if option.default not in (None, "") and not option.section.endswith("NAME"):
+        if option.default not in (None, "") and not option.section.endswith(("NAME", "policy")):
             written_value = tomllib.loads(f"x = {value}")["x"]
             default = str(option.default) if isinstance(option.default, Address) else option.default
             assert (list(default) if isinstance(default, tuple) else default) == written_value, option
@@ -235,7 +235,7 @@ def test_the_example_file_gives_the_defaults() -> None:
 
 
 def test_the_example_file_is_valid_with_every_comment_opened(tmp_path: Path) -> None:
-    opened = re.sub(r"(?m)^# (\[[a-z].*\]|[a-z_]+ = .*)$", r"\1", EXAMPLE.read_text())
+    opened = re.sub(r"(?m)^# (\[\[?[a-z].*\]|[a-z_]+ = .*)$", r"\1", EXAMPLE.read_text())
     settings = load(written(tmp_path, opened), {**HOME, "EXAMPLE_API_KEY": "sk-example"})
     assert settings.upstreams["example"].base_url == "https://models.example/v1"
     assert settings.upstreams["example"].key == "sk-example"

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from proxy.core.errors import BadRequest
 from proxy.core.model import Bypass, Controls, Hit, Miss, NearMiss, Tier, Verdict
+from proxy.core.plan import DEFAULT_PLAN, edited
 
 DEFAULT_CONTROLS = Controls()
 """Shared by every request that asks for nothing special."""
@@ -40,6 +41,8 @@ _NAMES = frozenset(
         b"x-cache-max-error",
         b"x-cache-user",
         b"x-cache-explain",
+        b"x-plan",
+        b"x-deadline",
     }
 )
 _PEERS: Mapping[bytes, str] = {
@@ -66,7 +69,8 @@ A key of the client's own becomes a namespace: it keeps requests apart and never
 ibid takes none.
 """
 
-_DURATION = re.compile(r"([0-9]{1,9})(s|m|h)?")
+_DURATION = re.compile(r"([0-9]{1,9})(s|m|h|d)?")
+_SECONDS_OF = {"m": 60, "h": 3600, "d": 86_400}
 _DIRECTIVE = re.compile(r'\s*([!#$%&\'*+\-.^_`|~0-9A-Za-z]+)(?:\s*=\s*("(?:[^"\\]|\\.)*"|[^\s,"]*))?\s*(?:,|$)|\s*,')
 _SECONDS = re.compile(r"[0-9]{1,18}")
 _FRACTION = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,18})?(?:[eE]-?[0-9]{1,2})?|\.[0-9]{1,18}")
@@ -204,18 +208,34 @@ def _read_header(param: str, text: str, wishes: _Wishes) -> None:
             if _USER.fullmatch(text) is None:
                 _refuse(param, "1 to 256 printable characters")
             wishes.only("user", text, param)
+        case "x-plan":
+            _read_plan(text, param, wishes)
+        case "x-deadline":
+            wishes.at_most("deadline_s", _duration_s(text, param))
         case _:
             if _truth(text, param):
                 wishes.ask("explain")
 
 
+def _duration_s(text: str, param: str) -> float:
+    found = _DURATION.fullmatch(text.lower())
+    if found is None:
+        _refuse(param, "seconds, or a number with s, m, h or d")
+    return float(min(float(found[1]) * _SECONDS_OF.get(found[2], 1), SECONDS_MAX))
+
+
+def _read_plan(text: str, param: str, wishes: _Wishes) -> None:
+    try:
+        edited(DEFAULT_PLAN, text)
+    except ValueError as fault:
+        raise BadRequest(f"Invalid value for '{param}': {fault}.", code="invalid_value", param=param) from None
+    wishes.only("plan", text, param)
+
+
 def _read_peer(meaning: str, text: str, param: str, wishes: _Wishes) -> None:
     match meaning:
         case "ttl":
-            found = _DURATION.fullmatch(text.lower())
-            if found is None:
-                _refuse(param, "seconds, or a number with s, m or h")
-            wishes.at_most("ttl_s", min(float(found[1]) * {"m": 60, "h": 3600}.get(found[2], 1), SECONDS_MAX))
+            wishes.at_most("ttl_s", _duration_s(text, param))
         case "key":
             _read_namespace(text if _NAMESPACE.fullmatch(text) else _digest(text), param, wishes)
         case "type":
@@ -282,6 +302,8 @@ def _read_twin(twin: object, wishes: _Wishes) -> None:
                 _read_namespace(_text(value, param), param, wishes)
             case "mode":
                 wishes.mode(_text(value, param).lower(), param)
+            case "plan":
+                _read_plan(_text(value, param), param, wishes)
             case "tags":
                 if not isinstance(value, list) or not all(isinstance(tag, str) for tag in value):
                     _refuse(param, "an array of strings")

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from proxy.core.plan import DEFAULT_PLAN, Plan
+
 if TYPE_CHECKING:
     from proxy.core.dialects.dialect import Dialect
 
@@ -54,16 +56,21 @@ class Controls:
     explain: bool = False
     shadow: bool = False
     refresh: bool = False
+    plan: str = ""  # lanes, or changes to them, see `plan.edited`
+    deadline_s: float | None = None  # the client can wait that long for a cheaper answer
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counters of one answer. `input_tokens` includes cache reads and writes, as OpenAI counts them."""
+    """Token counters of one answer. `input_tokens` includes cache reads and writes, as OpenAI counts them, and
+    `output_tokens` the rejected part of a prediction, which is billed as output."""
 
     input_tokens: int
     output_tokens: int
     cache_read_tokens: int = 0
     cache_write_tokens: int = 0
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +107,10 @@ class Query:
     has_stops: bool = False  # texts were named that end the answer
     batch: Batch | None = None  # of an embedding request
     keeps_id: bool = False  # see `Facts`
+    plan: Plan = DEFAULT_PLAN
+    tier: str = "default"  # service tier the client asked for
+    has_tools: bool = False
+    path_qs: str = ""  # the target as it goes upstream
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,22 +252,24 @@ class Call:
     ts_ms: int
     upstream: str
     model: str
-    purpose: str  # "answer" | "audit"
-    tier: str  # "default"
+    purpose: str  # "answer", or why one more was made: a key of `saving.EXTRA_CALLS`
+    tier: str  # service tier: "default" | "flex" | "batch" | "priority"
     won: bool  # its answer reached a client
     usage: Usage | None
     usage_basis: str  # "measured" | "estimated" | "none"
     status: int  # 0 when no response came
     ttft_ms: float | None
     total_ms: float
+    shaped_by: tuple[str, ...] = ()  # mechanisms that made it another call than the client's, in order of action
 
 
 class Outcome(NamedTuple):
     """One finished request: all that the ledger needs, no prompt text.
 
     `mechanism` names the lane that answered without a call of its own ("cache.exact", "cache.semantic",
-    "stream.coalesce"), or is None for a forward. A tuple, because a hit makes one per request: what differs between
-    two hits of one entry stands first and last, see `again`.
+    "stream.coalesce") or in place of an upstream that failed ("edge.offline", "cache.stale-if-error"), or is None for a
+    forward. A tuple, because a hit makes one per request: what differs between two hits of one entry stands first and
+    last, see `again`.
     """
 
     request_id: str
@@ -282,6 +295,7 @@ class Outcome(NamedTuple):
     usage_basis: str
     calls: tuple[Call, ...]
     baseline_ms: float | None  # what the upstream took when the entry was made
+    tier: str  # service tier asked for
     ttft_ms: float | None
     total_ms: float
 

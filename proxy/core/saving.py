@@ -11,14 +11,15 @@ Rows are tuples in the order of the `*_COLUMNS` below, ready for the database; n
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from proxy.core.model import Call, Outcome, Usage
 
-Pricing = Callable[[str, str, Usage, str, int], tuple[int, str, str]]
-"""(upstream, model, usage, tier, ts_ms) → (nano-dollars, basis, price_id): `ports.PriceBook.price`."""
+Pricing = Callable[[str, str, Usage, str, int, float], tuple[int, str, str]]
+"""(upstream, model, usage, tier, ts_ms, seconds) → (nano-dollars, basis, price_id): `ports.PriceBook.price`."""
 
 REQUEST_COLUMNS = (
     "id", "ts", "day", "tenant", "namespace", "tag", "dialect", "endpoint", "stream", "model_requested",
@@ -28,7 +29,8 @@ REQUEST_COLUMNS = (
 )  # fmt: skip
 CALL_COLUMNS = (
     "id", "request_id", "ts", "upstream", "model", "purpose", "tier", "won", "in_tok", "out_tok", "cache_read_tok",
-    "cache_write_tok", "cost_nusd", "price_id", "usage_basis", "status", "ttft_ms", "total_ms",
+    "cache_write_tok", "accepted_pred_tok", "rejected_pred_tok", "cost_nusd", "price_id", "cost_basis", "usage_basis",
+    "status", "ttft_ms", "total_ms",
 )  # fmt: skip
 SAVING_COLUMNS = (
     "request_id", "step", "family", "mechanism", "before_nusd", "after_nusd", "saved_nusd", "saved_ms", "basis",
@@ -50,6 +52,9 @@ EXTRA_CALLS = {
     "race": "spec.race",
     "prefetch": "spec.prefetch",
     "shadow": "hybrid.shadow",
+    "cascade": "hybrid.cascade",
+    "edge": "edge.local",
+    "revalidate": "cache.revalidate",
     "audit": "cache.audit",
     "judge": "cache.audit",
     "embedding": "cache.embed",
@@ -57,7 +62,14 @@ EXTRA_CALLS = {
 """Purpose of a call that is not the client's own answer → the mechanism its cost is booked under."""
 
 TIERS = {"flex": "batch.flex", "batch": "batch.provider"}
-"""Cheaper service tiers → the mechanism that earned the difference to the default tier."""
+"""Cheaper service tiers → the mechanism that earned the difference to the tier asked for."""
+
+SUBSTITUTES = frozenset({"hybrid.route", "hybrid.cascade", "spec.race", "edge.local"})
+"""Mechanisms by which another model, or another server, gave the answer."""
+
+STAND_INS = frozenset({"edge.offline", "cache.stale-if-error"})
+"""Mechanisms that answered because the upstream failed. Without ibid there would have been an error, which costs
+nothing: what a stand-in costs is a negative saving."""
 
 _LANES = {"BYPASS": "bypass", "AUDIT": "audit"}
 _TTFT = REQUEST_COLUMNS.index("ttft_ms")  # total_ms follows it
@@ -95,11 +107,21 @@ class Dated:
 
 class _Priced(NamedTuple):
     nusd: int
-    basis: str  # "measured" | "estimated" | "none" (no usage known) | "unpriced" (no price known)
+    basis: str  # "measured" | "estimated" | "none" (no usage known) | "unpriced" (no price known) | "failed"
     price_id: str
 
 
+class _Sold(NamedTuple):
+    """A call as a price list sees it."""
+
+    upstream: str
+    model: str
+    tier: str
+    usage: Usage | None
+
+
 _UNKNOWN = _Priced(0, "none", "")
+_FAILED = _Priced(0, "failed", "")
 
 
 @lru_cache(maxsize=64)
@@ -123,26 +145,27 @@ def settle(outcome: Outcome, price: Pricing) -> Settlement:
     Baseline, the request with ibid removed (reference protocols §3.5):
     - answered without the provider asked for (a `mechanism`): the visible usage at the requested model's list price;
     - answered in part without it (embeddings): the whole visible usage at that price, against its call for the rest;
-    - forwarded: the client's own call at the default tier. A call that failed or was cancelled would have cost the
-      same without ibid, so it is its own baseline and saves nothing.
+    - answered by something else because the provider failed: nothing, since an error costs nothing;
+    - forwarded: the client's own call as it would have been without what shaped it: asked of the model and the tier
+      asked for, without what was injected. Each mechanism is a step from the call before it acted to the call after.
+      A call that failed or was cancelled would have cost the same without ibid, so it is its own baseline and saves
+      nothing.
     Usage or price unknown: 0, with the basis saying so; never a guess.
     """
-    costs = [_price(price, call.upstream, call.model, call.usage, call.usage_basis, call.tier, call.ts_ms)
-             for call in outcome.calls]  # fmt: skip
+    costs = [_price(price, _Sold(call.upstream, call.model, call.tier, call.usage), call.usage_basis, call.ts_ms,
+                    call.total_ms) for call in outcome.calls]  # fmt: skip
     own = _own_call(outcome.calls)
-    baseline = _baseline(outcome, costs, own, price)
-    savings = _waterfall(outcome, costs, own, baseline)
+    chain = _chain(outcome, costs, own, price)
+    savings = _waterfall(outcome, costs, own, chain)
     actual = sum(cost.nusd for cost in costs)
     calls = [_call_row(outcome.request_id, call, cost) for call, cost in zip(outcome.calls, costs, strict=True)]
-    return Settlement(_request_row(outcome, baseline, actual), calls, savings)
+    return Settlement(_request_row(outcome, chain[0][1], actual), calls, savings)
 
 
-def _price(
-    price: Pricing, upstream: str, model: str, usage: Usage | None, basis: str, tier: str, ts_ms: int
-) -> _Priced:
-    if usage is None:
+def _price(price: Pricing, sold: _Sold, basis: str, ts_ms: int, total_ms: float) -> _Priced:
+    if sold.usage is None:
         return _UNKNOWN
-    nusd, source, price_id = price(upstream, model, usage, tier, ts_ms)
+    nusd, source, price_id = price(sold.upstream, sold.model, sold.usage, sold.tier, ts_ms, total_ms / 1e3)
     return _Priced(nusd, "unpriced" if source == "unpriced" else basis, price_id)
 
 
@@ -159,48 +182,91 @@ def _own_call(calls: tuple[Call, ...]) -> int | None:
     return None
 
 
-def _baseline(outcome: Outcome, costs: list[_Priced], own: int | None, price: Pricing) -> _Priced:
-    if outcome.mechanism is None and own is not None:
-        call = outcome.calls[own]
-        if call.upstream == outcome.upstream:
-            if call.tier == "default":
-                return costs[own]
-            return _price(price, call.upstream, call.model, call.usage, call.usage_basis, "default", outcome.ts_ms)
-    if outcome.mechanism is None and own is None:
-        return _UNKNOWN  # nothing was asked of anyone: refused, or answered from nowhere
-    return _price(
-        price, outcome.upstream, outcome.model_requested, outcome.usage, outcome.usage_basis, "default", outcome.ts_ms
-    )
+def _chain(outcome: Outcome, costs: list[_Priced], own: int | None, price: Pricing) -> list[tuple[str, _Priced]]:
+    """The baseline (under ""), then for each mechanism that acted what the request costs with it."""
+    mechanism = outcome.mechanism
+    paid = _UNKNOWN if own is None else costs[own]
+    if mechanism in STAND_INS:
+        return [("", _FAILED), (mechanism, paid)]
+    if mechanism is None and own is None:
+        return [("", _UNKNOWN)]  # nothing was asked of anyone: refused, or answered from nowhere
+    if mechanism is None and own is not None:
+        return _shaped(outcome, outcome.calls[own], paid, price)
+    asked = _Sold(outcome.upstream, outcome.model_requested, outcome.tier, outcome.usage)
+    baseline = _price(price, asked, outcome.usage_basis, outcome.ts_ms, outcome.baseline_ms or 0.0)
+    assert mechanism is not None
+    return [("", baseline), (mechanism, paid)]
 
 
-def _waterfall(outcome: Outcome, costs: list[_Priced], own: int | None, baseline: _Priced) -> list[tuple[Any, ...]]:
+def _shaped(outcome: Outcome, call: Call, paid: _Priced, price: Pricing) -> list[tuple[str, _Priced]]:
+    acted = list(call.shaped_by)
+    if call.upstream != outcome.upstream and SUBSTITUTES.isdisjoint(acted):
+        acted.insert(0, "hybrid.route")
+    if call.tier != outcome.tier and call.tier in TIERS and TIERS[call.tier] not in acted:
+        acted.append(TIERS[call.tier])
+    if not acted:
+        return [("", paid)]
+    sold = _unshaped(outcome, call, acted)
+    is_other = call.usage_basis == "measured" and not SUBSTITUTES.isdisjoint(acted)  # whose tokens are other tokens
+    chain = [("", _price(price, sold, "estimated" if is_other else call.usage_basis, outcome.ts_ms, call.total_ms))]
+    for mechanism in acted:
+        sold = _acted(mechanism, sold, call)
+        chain.append((mechanism, _price(price, sold, call.usage_basis, call.ts_ms, call.total_ms)))
+    chain[-1] = (acted[-1], paid)
+    return chain
+
+
+def _unshaped(outcome: Outcome, call: Call, acted: list[str]) -> _Sold:
+    """The call as the client would have made it. A tier that the provider changed, it would have changed for anyone."""
+    usage, tier = call.usage, outcome.tier if TIERS.get(call.tier) in acted else call.tier
+    if usage is not None and "cache.prefix" in acted:
+        usage = replace(usage, cache_read_tokens=0, cache_write_tokens=0)
+    if usage is not None and "spec.predict" in acted:
+        usage = replace(usage, output_tokens=max(0, usage.output_tokens - usage.rejected_prediction_tokens))
+    if SUBSTITUTES.isdisjoint(acted):
+        return _Sold(call.upstream, call.model, tier, usage)
+    return _Sold(outcome.upstream, outcome.model_requested, tier, usage)
+
+
+def _acted(mechanism: str, sold: _Sold, call: Call) -> _Sold:
+    """The same after one mechanism."""
+    usage = sold.usage
+    if mechanism in SUBSTITUTES:
+        return sold._replace(upstream=call.upstream, model=call.model)
+    if mechanism in TIERS.values():
+        return sold._replace(tier=call.tier)
+    if usage is None or call.usage is None:
+        return sold
+    if mechanism == "cache.prefix":
+        read, written = call.usage.cache_read_tokens, call.usage.cache_write_tokens
+        return sold._replace(usage=replace(usage, cache_read_tokens=read, cache_write_tokens=written))
+    if mechanism == "spec.predict":
+        return sold._replace(usage=replace(usage, output_tokens=call.usage.output_tokens))
+    return sold  # a hedge: the same call once more
+
+
+def _waterfall(
+    outcome: Outcome, costs: list[_Priced], own: int | None, chain: list[tuple[str, _Priced]]
+) -> list[tuple[Any, ...]]:
     rows: list[tuple[Any, ...]] = []
     request_id = outcome.request_id
-    paid = 0 if own is None else costs[own].nusd
-    mechanism = outcome.mechanism or _difference(outcome, own, baseline.nusd != paid)
-    if mechanism is not None:
+    running = chain[0][1]
+    for mechanism, after in chain[1:]:
         before_ms = outcome.baseline_ms
         saved_ms = None if before_ms is None else before_ms - outcome.total_ms
-        rows.append((request_id, 0, family_of(mechanism), mechanism, baseline.nusd, paid, baseline.nusd - paid,
-                     saved_ms, baseline.basis))  # fmt: skip
-    running = paid
+        rows.append((request_id, len(rows), family_of(mechanism), mechanism, running.nusd, after.nusd,
+                     running.nusd - after.nusd, saved_ms, running.basis))  # fmt: skip
+        running = after
+    total = running.nusd if own is not None or len(chain) > 1 else 0
     for index, call in enumerate(outcome.calls):
         cost = costs[index]
         if index == own or cost.nusd == 0:
             continue
         mechanism = EXTRA_CALLS.get(call.purpose, "spec.retry")
-        rows.append((request_id, len(rows), family_of(mechanism), mechanism, running, running + cost.nusd,
+        rows.append((request_id, len(rows), family_of(mechanism), mechanism, total, total + cost.nusd,
                      -cost.nusd, None, cost.basis))  # fmt: skip
-        running += cost.nusd
+        total += cost.nusd
     return rows
-
-
-def _difference(outcome: Outcome, own: int | None, differs: bool) -> str | None:
-    """What made a forward cost other than its baseline: its tier, or another upstream than the one asked for."""
-    if not differs or own is None:
-        return None
-    call = outcome.calls[own]
-    return TIERS.get(call.tier, "hybrid.route")
 
 
 def _request_row(o: Outcome, baseline: _Priced, actual_nusd: int) -> tuple[Any, ...]:
@@ -209,7 +275,7 @@ def _request_row(o: Outcome, baseline: _Priced, actual_nusd: int) -> tuple[Any, 
         usage.input_tokens, usage.output_tokens, usage.cache_read_tokens, usage.cache_write_tokens
     )  # fmt: skip
     asked = "forward" if o.calls else "refused"  # refused: only-if-cached, and nothing was
-    lane = asked if o.is_partial else o.mechanism or _LANES.get(o.cache_status, asked)
+    lane = asked if o.is_partial else o.mechanism or _LANES.get(o.cache_status) or _answered_by(o.calls) or asked
     return (
         o.request_id, o.ts_ms, day_of(o.ts_ms), o.tenant, o.namespace, o.tag, o.dialect, o.endpoint, int(o.stream),
         o.model_requested, o.model_served, o.upstream, lane, o.outcome, o.cache_status, o.reason, o.status,
@@ -218,12 +284,20 @@ def _request_row(o: Outcome, baseline: _Priced, actual_nusd: int) -> tuple[Any, 
     )  # fmt: skip
 
 
+def _answered_by(calls: tuple[Call, ...]) -> str | None:
+    """The mechanism by which something else than the model asked gave the answer, if it was so."""
+    if len(calls) == 1 and not calls[0].shaped_by:  # of nearly every forward
+        return None
+    return next((name for call in calls if call.won for name in call.shaped_by if name in SUBSTITUTES), None)
+
+
 def _call_row(request_id: str, call: Call, cost: _Priced) -> tuple[Any, ...]:
     usage = call.usage
     counters = _NO_USAGE if usage is None else (
         usage.input_tokens, usage.output_tokens, usage.cache_read_tokens, usage.cache_write_tokens
     )  # fmt: skip
+    predicted = (None, None) if usage is None else (usage.accepted_prediction_tokens, usage.rejected_prediction_tokens)
     return (
         call.id, request_id, call.ts_ms, call.upstream, call.model, call.purpose, call.tier, int(call.won), *counters,
-        cost.nusd, cost.price_id, call.usage_basis, call.status, call.ttft_ms, call.total_ms,
+        *predicted, cost.nusd, cost.price_id, cost.basis, call.usage_basis, call.status, call.ttft_ms, call.total_ms,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from sqlalchemy import (
     Text,
 )
 
-HEAD = "0002"
+HEAD = "0003"
 """The revision this code reads and writes; a test compares it with the newest migration."""
 
 metadata = MetaData(
@@ -142,8 +142,11 @@ upstream_call = Table(
     Column("out_tok", BigInteger),
     Column("cache_read_tok", BigInteger),
     Column("cache_write_tok", BigInteger),
+    Column("accepted_pred_tok", BigInteger),  # of a prediction; the rejected ones are in out_tok, as they are billed
+    Column("rejected_pred_tok", BigInteger),
     Column("cost_nusd", BigInteger, nullable=False),
     Column("price_id", Text, nullable=False),
+    Column("cost_basis", Text, nullable=False),  # as usage_basis, or "unpriced": no price is known for this context
     Column("usage_basis", Text, nullable=False),
     Column("status", Integer, nullable=False),
     Column("ttft_ms", Double),
@@ -226,6 +229,22 @@ refused_pair = Table(
     Column("entry_id", BigInteger, nullable=False),
     Column("source", Text, nullable=False),
     Index(None, "ts"),
+)
+
+route_vote = Table(
+    "route_vote",
+    metadata,
+    # Whether a candidate's answer to the question of an entry was, or would have been, good.
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("ts", BigInteger, nullable=False),
+    Column("entry_id", BigInteger, nullable=False),
+    Column("candidate", Text, nullable=False),  # "upstream/model"
+    Column("good", SmallInteger, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("request_id", Text, nullable=False),
+    Index(None, "request_id"),
+    CheckConstraint("good IN (0, 1)", name="good"),
+    sqlite_autoincrement=True,
 )
 
 _COUNT = "CAST(COUNT(*) AS BIGINT)"

@@ -19,23 +19,29 @@ from proxy.core.saving import (
 from tests.rows import NOON_MS, call, hit, list_price, outcome
 
 tokens = st.integers(0, 10**9)
-usages = st.none() | st.builds(Usage, tokens, tokens, tokens, tokens)
+usages = st.none() | st.builds(Usage, tokens, tokens, tokens, tokens, tokens, tokens)
 calls = st.builds(
     call,
     st.uuids().map(str),
     upstream=st.sampled_from(["openai", "edge"]),
     model=st.sampled_from(["m", "m-2026-01-01", "free"]),
     purpose=st.sampled_from(["answer", "hedge", "audit", "embedding", "shadow", "prefetch", "race", "unheard-of"]),
-    tier=st.sampled_from(["default", "flex"]),
+    tier=st.sampled_from(["default", "flex", "batch", "priority"]),
     won=st.booleans(),
     usage=usages,
     usage_basis=st.sampled_from(["measured", "estimated", "none"]),
     status=st.sampled_from([0, 200, 429, 500]),
+    shaped_by=st.lists(
+        st.sampled_from(["hybrid.route", "hybrid.cascade", "edge.local", "spec.race", "cache.prefix", "spec.predict",
+                         "batch.flex", "spec.hedge"]), max_size=4, unique=True,
+    ).map(tuple),
 )
 outcomes = st.builds(
     outcome,
     st.uuids().map(str),
-    mechanism=st.none() | st.sampled_from(["cache.exact", "cache.semantic", "stream.coalesce", "edge.local"]),
+    mechanism=st.none()
+    | st.sampled_from(["cache.exact", "cache.semantic", "stream.coalesce", "edge.offline", "cache.stale-if-error"]),
+    tier=st.sampled_from(["default", "flex", "priority"]),
     model_requested=st.sampled_from(["m", "free"]),
     outcome=st.sampled_from(["ok", "error", "cancelled"]),
     cache_status=st.sampled_from(["HIT", "MISS", "BYPASS", "SHADOW"]),

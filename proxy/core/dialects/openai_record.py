@@ -41,14 +41,18 @@ def read_usage(raw: object) -> Usage | None:
     """Token counters of a `usage` object, or None when it does not hold whole numbers."""
     if not isinstance(raw, dict):
         return None
-    details = raw.get("prompt_tokens_details")
+    details, written = raw.get("prompt_tokens_details"), raw.get("completion_tokens_details")
     if not isinstance(details, dict):
         details = {}
+    if not isinstance(written, dict):
+        written = {}
     counts: tuple[Any, ...] = (
         raw.get("prompt_tokens"),
         raw.get("completion_tokens"),
         details.get("cached_tokens") or 0,
         details.get("cache_write_tokens") or 0,
+        written.get("accepted_prediction_tokens") or 0,
+        written.get("rejected_prediction_tokens") or 0,
     )
     for count in counts:
         if type(count) is not int or count < 0:

@@ -1,0 +1,173 @@
+"""Which lanes a request may take, and in which order they act.
+
+A plan is a set of lanes. Their order is fixed by class, so that any subset composes: what answers without an upstream
+comes first (exact, semantic, stale-while-revalidate), then joining a forward in flight (collapse), then what changes
+whom or how an upstream is asked (route to prefix), then how it is asked (race to defer), then what stands in for an
+upstream that failed. A plan only switches lanes on; their limits are the operator's (`[lane.NAME]`).
+
+Chosen by the first policy that matches, then edited by the virtual key, the model's alias and `x-plan`, in this order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
+
+from proxy.core.errors import BadRequest
+
+
+class Lane(StrEnum):
+    """In the order in which they act."""
+
+    EXACT = "exact"
+    SEMANTIC = "semantic"
+    REVALIDATE = "stale-while-revalidate"
+    COLLAPSE = "collapse"
+    ROUTE = "route"  # the cheapest candidate whose answers to alike questions were good
+    EDGE = "edge"  # the local model, whatever it is worth
+    PREFIX = "prefix"
+    PREDICT = "predict"
+    TIER = "tier"  # a cheaper service tier, back to the default one before the client's deadline
+    CASCADE = "cascade"
+    RACE = "race"
+    HEDGE = "hedge"
+    DEFER = "defer"
+    PREFETCH = "prefetch"
+    STALE_IF_ERROR = "stale-if-error"
+    EDGE_IF_ERROR = "edge-if-error"
+
+
+ORDER: Mapping[Lane, int] = {lane: place for place, lane in enumerate(Lane)}
+SHORT: Mapping[str, tuple[Lane, ...]] = {"stale": (Lane.REVALIDATE, Lane.STALE_IF_ERROR)}
+"""A word for several lanes."""
+STANDS_IN: Mapping[str, Lane] = {"stale": Lane.STALE_IF_ERROR, "edge": Lane.EDGE_IF_ERROR}
+"""Words of a policy's `on_error`."""
+WORDS = (*(lane.value for lane in Lane), *SHORT)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`policy` names what chose it; "" is the built-in default."""
+
+    lanes: frozenset[Lane]
+    policy: str = ""
+    ttl_s: float | None = None  # life of what is stored under it, when the client does not say
+
+    @property
+    def text(self) -> str:
+        """Its lanes in order: what `x-plan` says, and takes back."""
+        return ",".join(lane for lane in Lane if lane in self.lanes)
+
+    def has(self, lane: Lane) -> bool:
+        return lane in self.lanes
+
+
+DEFAULT_PLAN = Plan(frozenset({Lane.EXACT, Lane.SEMANTIC, Lane.COLLAPSE}))
+"""Nothing in it changes what the upstream is sent, what the client waits for, or who answers."""
+
+ALIASES: Mapping[str, str] = {"exact": "-semantic", "cheap": "+route", "batch": "+tier,+defer"}
+"""Built-in suffixes of a model's name, `gpt-x@cheap`, for clients that can set nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What a policy applies to: all that is given must hold."""
+
+    model: str | None = None  # pattern of fnmatch, as the others
+    tenant: str | None = None  # its digest, or the project of its virtual key
+    namespace: str | None = None
+    tag: str | None = None  # one of the request's
+    stream: bool | None = None
+    tools: bool | None = None
+    deadline: bool | None = None  # the client named one
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a policy is matched with."""
+
+    model: str
+    tenant: str
+    project: str
+    namespace: str
+    tags: Sequence[str]
+    stream: bool
+    tools: bool
+    deadline: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """One `[[policy]]`."""
+
+    name: str
+    match: Match
+    plan: Plan
+
+
+def choose(policies: Sequence[Policy], asked: Asked) -> Plan:
+    """The plan of the first policy that matches, else the default one."""
+    return next((policy.plan for policy in policies if matches(policy.match, asked)), DEFAULT_PLAN)
+
+
+def matches(match: Match, asked: Asked) -> bool:
+    return (
+        _is_like(match.model, (asked.model,))
+        and _is_like(match.tenant, (asked.tenant, asked.project))
+        and _is_like(match.namespace, (asked.namespace,))
+        and _is_like(match.tag, asked.tags)
+        and match.stream in (None, asked.stream)
+        and match.tools in (None, asked.tools)
+        and match.deadline in (None, asked.deadline)
+    )
+
+
+def _is_like(pattern: str | None, names: Iterable[str]) -> bool:
+    return pattern is None or any(fnmatchcase(name, pattern) for name in names)
+
+
+def lanes_of(words: Iterable[str]) -> frozenset[Lane]:
+    """Lanes by their words. Raises ValueError naming the first that is none."""
+    return frozenset(lane for word in words for lane in _lanes_of(word))
+
+
+def _lanes_of(word: str) -> tuple[Lane, ...]:
+    try:
+        return SHORT.get(word) or (Lane(word),)
+    except ValueError:
+        raise ValueError(f"{word[:40]!r} is no lane; lanes are {', '.join(WORDS)}") from None
+
+
+def edited(plan: Plan, text: str) -> Plan:
+    """A plan changed as `text` says: `exact,edge` replaces its lanes, `+hedge,-semantic` edits them.
+
+    Raises ValueError for an unknown lane, or for a mixture of both forms.
+    """
+    words = [word for part in text.lower().split(",") if (word := part.strip())]
+    signed = [word for word in words if word[0] in "+-"]
+    if signed and len(signed) != len(words):
+        raise ValueError("either lanes, or changes that all begin with + or -")
+    if not signed:
+        return Plan(lanes_of(words), plan.policy, plan.ttl_s) if words else plan
+    added = lanes_of(word[1:].strip() for word in signed if word[0] == "+")
+    dropped = lanes_of(word[1:].strip() for word in signed if word[0] == "-")
+    if both := added & dropped:
+        raise ValueError(f"{min(both)!r} is both added and taken away")
+    return Plan((plan.lanes | added) - dropped, plan.policy, plan.ttl_s)
+
+
+def refuse_unready(plan: Plan, ready: frozenset[Lane], param: str) -> None:
+    """Raises BadRequest when a client asks for a lane that needs what this installation does not have."""
+    if missing := plan.lanes - ready:
+        named = min(missing, key=ORDER.__getitem__)
+        message = f"Invalid value for '{param}': the lane {named.value!r} is not configured here."
+        raise BadRequest(message, code="invalid_value", param=param)
+
+
+def split_alias(model: str, aliases: Mapping[str, str]) -> tuple[str, str]:
+    """(model without its alias, what the alias does to the plan); a suffix that is no alias belongs to the name."""
+    name, at, suffix = model.rpartition("@")
+    edit = aliases.get(suffix) if at and name else None
+    return (model, "") if edit is None else (name, edit)
