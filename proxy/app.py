@@ -16,7 +16,7 @@ import signal
 import stat
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -39,16 +39,22 @@ from proxy.arbiter import Arbiter
 from proxy.audits import Auditor
 from proxy.books import Books
 from proxy.config import Settings, UpstreamSettings
+from proxy.core.answer import decode_answer
 from proxy.core.dialects.routes import Routes
 from proxy.core.errors import CacheFault, ConfigError
+from proxy.core.model import Answer
 from proxy.embeddings import Embeddings
 from proxy.explain import Explainer
 from proxy.handlers import ClientHandler
 from proxy.hot import HotRows
 from proxy.judge import Judge
+from proxy.lanes.forwarding import Forwarder
+from proxy.lanes.predict import Predictor
 from proxy.operations import Operator
 from proxy.pipeline import Pipeline
+from proxy.ports import EntryStore
 from proxy.prices import Prices
+from proxy.reading import Reader, Steering
 from proxy.reindex import Reindex
 from proxy.store.store import Store, open_store
 from proxy.tasks import Tasks
@@ -226,7 +232,9 @@ async def housekeep(app: App, index: VectorOwner | None) -> None:
         await asyncio.sleep(HOUSEKEEPING_S)
         try:
             now_ms = int(time.time() * 1000)
-            app.pipeline.forget(await app.store.entries.housekeep(now_ms))
+            stale = app.settings.lanes.stale
+            kept_ms = int(max(stale.while_revalidate_s, stale.if_error_s) * 1000)
+            app.pipeline.forget(await app.store.entries.housekeep(now_ms, stale_for_ms=kept_ms))
             await app.store.comparisons.housekeep()
             if index is not None and time.monotonic() - saved_s >= app.settings.index.snapshot_interval_s:
                 await index.snapshot(app.settings.data_dir / SNAPSHOT_NAME)
@@ -289,6 +297,9 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks) -> tuple[Pipeline, 
     """The pipeline over its edges, and the handler in front of it."""
     hot = HotRows(settings.cache.hot_bytes)
     embedder = edges.embedder
+    routes = Routes(orjson.loads)
+    steering = Steering(settings.policies, settings.aliases, settings.ready)
+    reader = Reader(routes, edges.upstreams, settings.rules, settings.limits, steering, extra_headers(settings))
     books = Books(edges.store.ledger, edges.prices, edges.telemetry)
     model = settings.cache.judge_model
     auditor = Auditor(
@@ -303,17 +314,24 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks) -> tuple[Pipeline, 
         tasks=tasks,
         telemetry=edges.telemetry,
     )
+    forwarder = Forwarder(
+        upstream=edges.upstreams,
+        lanes=settings.lanes,
+        facts=reader.facts,
+        predictor=Predictor(settings.lanes.predict, answers_of(edges.store.entries, hot)),
+    )
     pipeline = Pipeline(
         rules=settings.rules,
         store=edges.store.entries,
         books=books,
-        upstream=edges.upstreams,
         telemetry=edges.telemetry,
         tasks=tasks,
         hot=hot,
         embedder=embedder,
         index=edges.index,
         auditor=auditor,
+        forwarder=forwarder,
+        stale=settings.lanes.stale,
         semantic_fault=edges.semantic_fault,
         usage_on_hit=settings.cache.usage_on_hit,
         model_aliases=aliases_of(settings.forward.model_aliases),
@@ -332,10 +350,10 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks) -> tuple[Pipeline, 
         pipeline=pipeline,
         embeddings=embeddings,
         upstream=edges.upstreams,
-        routes=Routes(orjson.loads),
+        reader=reader,
+        routes=routes,
         ledger=edges.store.ledger,
         telemetry=edges.telemetry,
-        rules=settings.rules,
         limits=settings.limits,
         secret=read_secret(settings.data_dir),
         extra_headers=extra_headers(settings),
@@ -477,6 +495,21 @@ def aliases_of(pairs: Sequence[str]) -> dict[str, set[str]]:
             raise ConfigError(f"forward.model_aliases: {pair!r} must be asked=answered")
         aliases.setdefault(asked, set()).add(answered)
     return aliases
+
+
+def answers_of(entries: EntryStore, hot: HotRows) -> Callable[[int], Awaitable[Answer | None]]:
+    """Stored answers by entry id, from memory or SQL; None where there is none, or none can be read."""
+
+    async def find(entry_id: int) -> Answer | None:
+        if (row := hot.get(entry_id)) is not None:
+            return row.answer
+        try:
+            entry = await entries.get(entry_id)
+        except CacheFault:
+            return None
+        return None if entry is None else decode_answer(entry.draft.answer, orjson.loads)
+
+    return find
 
 
 def describe(pipeline: Pipeline) -> str:

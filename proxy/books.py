@@ -35,6 +35,8 @@ from proxy.core.model import (
 )
 from proxy.hot import HotRow
 from proxy.judge import Opinion
+from proxy.lanes.attempt import Attempt
+from proxy.lanes.sending import Sending, plain
 from proxy.telemetry import Telemetry
 
 MECHANISMS = {Tier.EXACT: "cache.exact", Tier.SEMANTIC: "cache.semantic", Tier.STALE: "cache.stale"}
@@ -62,11 +64,13 @@ class Lookup:
     opinion: Opinion | None = None
     steps_ms: dict[str, float] = field(default_factory=dict)
     spent: tuple[Call, ...] = ()  # calls whose answers could not be used
+    stale: HotRow | None = None  # an expired entry that may stand in for an upstream that fails
 
 
 @dataclass(slots=True)
 class Fetch:
-    """What a flight is for, and what came of it."""
+    """What a flight is for, and what came of it. `query` is the question as it is asked and its answer stored; `asked`
+    is the client's, where a lane chose another model for it."""
 
     query: Query
     client: Client
@@ -79,7 +83,24 @@ class Fetch:
     served: Usage | None = None  # of the part that entries answered
     unstored: str = ""  # why the answer is not stored; "" when it is
     again: Again | None = None  # set when a served question is asked again, for nobody but the judge
+    purpose: str = "answer"  # else why it is made for no client: a key of `EXTRA_CALLS`
+    asked_as: Query | None = None
+    first: Sending | None = None  # the call as it is sent when no lane shapes it
+    attempt: Attempt | None = None  # the call whose answer this is
+    attempts: list[Attempt] = field(default_factory=list)  # every call made for it
+    stand_in: str = ""  # the mechanism that answered in place of an upstream that failed
+    stand_in_for: int = 0  # with this status
+    extra: tuple[Call, ...] = ()  # calls made for it beside its own, once it has ended
     deferred: list[Callable[[], object]] = field(default_factory=list)  # settlements that wait for the call's end
+
+    @property
+    def asked(self) -> Query:
+        return self.asked_as or self.query
+
+    @property
+    def sending(self) -> Sending:
+        """The client's call as it would be sent without a plan."""
+        return self.first or plain(self.query, self.client.path_qs)
 
 
 class Books:
@@ -95,12 +116,19 @@ class Books:
         """List price of these tokens at the model asked for, nano-dollars; 0 when either is unknown."""
         return 0 if usage is None else self._prices.price(query.upstream, query.model, usage, query.tier, ts_ms).nusd
 
+    def cost(self, call: Call) -> int:
+        """What a call is billed, nano-dollars; 0 when usage or price is unknown."""
+        if call.usage is None:
+            return 0
+        seconds = call.total_ms / 1e3
+        return self._prices.price(call.upstream, call.model, call.usage, call.tier, call.ts_ms, seconds).nusd
+
     def recurring(self, query: Query, model_served: str, hit: Hit) -> tuple[Any, ...]:
         """What every hit of this kind has in common, see `Outcome.recurring`."""
         draft = hit.entry.draft
         return _outcome(
             query,
-            cache_status="HIT",
+            cache_status="STALE" if hit.tier is Tier.STALE else "HIT",
             reason=hit.reason,
             mechanism=MECHANISMS[hit.tier],
             model_served=model_served,
@@ -127,23 +155,65 @@ class Books:
     def call_of(self, fetch: Fetch, status: int, size_bytes: int, *, is_stream: bool, won: bool) -> Call:
         """The upstream call of a fetch that has ended. Usage that was not told is estimated from what arrived."""
         query, usage, basis = fetch.query, fetch.usage, "measured"
+        attempt = fetch.attempt
+        sending = fetch.sending if attempt is None else attempt.sending
         if usage is None and status == 200 and size_bytes:
             has_output = query.batch is None
-            usage = policy.estimate_usage(query.forward_body, size_bytes, is_stream, has_output=has_output)
+            usage = policy.estimate_usage(sending.body, size_bytes, is_stream, has_output=has_output)
             basis = "estimated"
+        opened_s = fetch.opened_s if attempt is None else attempt.opened_s
+        first_byte_s = fetch.first_byte_s if attempt is None else attempt.first_byte_s
+        ended_s = (None if attempt is None else attempt.ended_s) or time.perf_counter()
         return Call(
             id=f"{fetch.client.request_id}-{next(self._serial):x}",
             ts_ms=fetch.client.ts_ms,
-            upstream=query.upstream,
-            model=fetch.answer.model if fetch.answer is not None else query.model,
-            purpose="answer" if fetch.again is None else "audit",
-            tier="default",
-            won=won and fetch.again is None,
+            upstream=sending.upstream,
+            model=fetch.answer.model if fetch.answer is not None else sending.model,
+            purpose=fetch.purpose,
+            tier=_tier_told(fetch.answer) or sending.tier,
+            won=won and fetch.purpose == "answer",
             usage=usage,
             usage_basis=basis if usage is not None else "none",
             status=status,
-            ttft_ms=None if fetch.first_byte_s is None else (fetch.first_byte_s - fetch.opened_s) * 1e3,
-            total_ms=(time.perf_counter() - fetch.opened_s) * 1e3,
+            ttft_ms=None if first_byte_s is None else (first_byte_s - opened_s) * 1e3,
+            total_ms=(ended_s - opened_s) * 1e3,
+            shaped_by=sending.shaped_by,
+        )
+
+    def lost_calls(self, fetch: Fetch, own: Usage | None) -> tuple[Call, ...]:
+        """The calls made for a fetch that did not give its answer. `own`: the usage of the one that did.
+
+        What a call given up would be billed is not told by anyone: its input counts, which is that of the same question
+        at the same model where this is known, and of its output what had arrived.
+        """
+        return tuple(
+            [self._lost_call(fetch, attempt, own) for attempt in fetch.attempts if attempt is not fetch.attempt]
+        )
+
+    def _lost_call(self, fetch: Fetch, attempt: Attempt, own: Usage | None) -> Call:
+        sending, usage, basis = attempt.sending, attempt.usage, "measured"
+        if usage is None and attempt.status < 400 and (attempt.was_left or attempt.ended_s is None):
+            usage, basis = policy.estimate_usage(sending.body, attempt.size_bytes, False), "estimated"
+            won = fetch.attempt
+            if own is not None and won is not None and _is_same_model(won.sending, sending):
+                usage = Usage(own.input_tokens, usage.output_tokens if attempt.size_bytes else 0,
+                              own.cache_read_tokens, own.cache_write_tokens)  # fmt: skip
+            elif not attempt.size_bytes:
+                usage = Usage(usage.input_tokens, 0)
+        return Call(
+            id=f"{fetch.client.request_id}-{next(self._serial):x}",
+            ts_ms=fetch.client.ts_ms,
+            upstream=sending.upstream,
+            model=sending.model,
+            purpose=attempt.purpose,
+            tier=sending.tier,
+            won=False,
+            usage=usage,
+            usage_basis=basis if usage is not None else "none",
+            status=attempt.status,
+            ttft_ms=None if attempt.first_byte_s is None else (attempt.first_byte_s - attempt.opened_s) * 1e3,
+            total_ms=((attempt.ended_s or time.perf_counter()) - attempt.opened_s) * 1e3,
+            shaped_by=sending.shaped_by,
         )
 
     def forwarded(
@@ -160,10 +230,12 @@ class Books:
     ) -> int:
         """Book a request that was not answered from entries, or not all of it; what it cost, in nano-dollars."""
         call = None if collapsed else fetch.call
-        calls = (*fetch.lookup.spent, *(() if call is None else (call,)))
+        calls = (*fetch.lookup.spent, *(() if call is None else (call,)), *(() if collapsed else fetch.extra))
         usage, basis, mechanism = fetch.usage if word == "ok" else None, "measured", None
         if collapsed:
             mechanism = "stream.coalesce"
+        elif fetch.stand_in and word == "ok":
+            mechanism = fetch.stand_in
         elif word == "ok" and fetch.served is not None and call is not None and call.usage is not None:
             mechanism = MECHANISMS[Tier.EXACT]
             usage, basis = added(fetch.served, call.usage), call.usage_basis
@@ -172,6 +244,8 @@ class Books:
             cache_status = "SHADOW"
         elif query.controls.refresh:
             cache_status = "REFRESH"
+        elif mechanism == "cache.stale-if-error":
+            cache_status = "STALE"
         outcome = _outcome(
             query,
             request_id=client.request_id,
@@ -192,7 +266,7 @@ class Books:
             total_ms=(time.perf_counter() - client.started_s) * 1e3,
         )
         self._ledger.record(outcome)
-        cost_nusd = sum([self.price(query, made.usage, client.ts_ms) for made in calls])
+        cost_nusd = sum([self.cost(made) for made in calls])
         saved_nusd = self.price(query, usage, client.ts_ms) - cost_nusd if outcome.is_partial else 0
         self._telemetry.lookup(
             outcome, fetch.lookup.steps_ms, scope=query.scope, saved_nusd=saved_nusd, cost_nusd=cost_nusd
@@ -229,10 +303,10 @@ class Books:
         saved_nusd = self.price(query, usage, client.ts_ms)
         self._telemetry.lookup(outcome, steps_ms, scope=query.scope, saved_nusd=saved_nusd)
 
-    def audited(self, fetch: Fetch) -> None:
-        """Book an audit: nobody was answered, so all it cost is a negative saving."""
+    def unasked(self, fetch: Fetch) -> None:
+        """Book a call made for no client (an audit, a revalidation, …): all it cost is a negative saving."""
         assert fetch.call is not None
-        self._unasked(fetch.query, fetch.client.request_id, fetch.call, "audit", ok=fetch.answer is not None)
+        self._unasked(fetch.query, fetch.client.request_id, fetch.call, fetch.purpose, ok=fetch.answer is not None)
 
     def judged(self, query: Query, call: Call, *, ok: bool) -> None:
         """Book a question to the model that compares answers, as an audit is."""
@@ -257,10 +331,20 @@ class Books:
             total_ms=call.total_ms,
         )
         self._ledger.record(outcome)
-        usage = call.usage
-        price = None if usage is None else self._prices.price(call.upstream, call.model, usage, call.tier, call.ts_ms)
-        cost_nusd = 0 if price is None else price.nusd
-        self._telemetry.lookup(outcome, scope=query.scope, cost_nusd=cost_nusd)
+        self._telemetry.lookup(outcome, scope=query.scope, cost_nusd=self.cost(call))
+
+
+_TOLD_TIERS = {"default": "default", "standard": "default", "flex": "flex", "priority": "priority"}
+
+
+def _tier_told(answer: Answer | None) -> str | None:
+    """The service tier that an answer says it was given at."""
+    told = None if answer is None else answer.extra.get("service_tier")
+    return _TOLD_TIERS.get(told) if isinstance(told, str) else None
+
+
+def _is_same_model(one: Sending, other: Sending) -> bool:
+    return (one.upstream, one.model) == (other.upstream, other.model)
 
 
 def added(*usages: Usage | None) -> Usage | None:

@@ -13,9 +13,10 @@ from proxy.core import identity, policy
 from proxy.core.answer import decode_answer
 from proxy.core.errors import BadRequest
 from proxy.core.model import Candidate, Level, NearMiss, Query
-from proxy.handlers import Caller, ClientHandler
+from proxy.handlers import ClientHandler
 from proxy.judge import Judged, Opinion, Place, finite, verdict_of
 from proxy.pipeline import CANDIDATES, Pipeline
+from proxy.reading import Caller
 from proxy.store.selection import Filters
 from proxy.store.store import Store
 

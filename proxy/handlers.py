@@ -11,25 +11,24 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from aiohttp import web
 from aiohttp.hdrs import METH_POST
 
 from proxy.books import Client
-from proxy.core import fingerprint, identity, jsontext, policy
+from proxy.core import identity
 from proxy.core.dialects.dialect import Dialect
-from proxy.core.dialects.fields import CACHE_TWIN
-from proxy.core.dialects.routes import Routes, family_of, key_in
-from proxy.core.directives import controls_of
+from proxy.core.dialects.routes import Routes
 from proxy.core.errors import BadRequest, IbidError, UpstreamError
-from proxy.core.model import Batch, Controls, Level, Limits, Query, Rules
+from proxy.core.model import Limits, Query
 from proxy.embeddings import Embeddings
 from proxy.incoming import error_response, query_of, read_body, target_of
 from proxy.listener import Admission
 from proxy.passing import PassThrough, passing
 from proxy.pipeline import Pipeline
 from proxy.ports import Ledger, Upstream
+from proxy.reading import Caller, Reader, Target
 from proxy.relay import Relay, Replay
 from proxy.telemetry import Telemetry
 from proxy.wire import SERVER, answer_at_once, relay_at_once
@@ -42,41 +41,6 @@ MEMO_ENTRIES = 2048
 HEARTBEAT_S = 15.0
 
 
-class Target(NamedTuple):
-    """Where a raw request target leads."""
-
-    path: str
-    path_qs: str  # as it goes upstream
-    query: str  # what of it may change the answer
-    dialect: Dialect | None = None  # without one the request passes through
-    model: str = ""  # where the path says it
-    stream: bool = False  # likewise
-    key: bytes = b""  # a credential in the query, as Gemini allows
-    is_keyless: bool = False  # of a dialect whose own server asks for no credential
-
-
-class Caller:
-    """What a header block says. Compared by identity: one object per distinct block."""
-
-    __slots__ = ("controls", "headers", "is_json", "is_retry", "scope_headers", "tenant")
-
-    def __init__(
-        self,
-        tenant: str,
-        headers: tuple[tuple[bytes, bytes], ...],
-        scope_headers: tuple[tuple[str, str], ...],
-        *,
-        is_json: bool,
-        is_retry: bool,
-    ) -> None:
-        self.controls: Controls | None = None  # read with the first body that leaves them to the headers
-        self.tenant = tenant
-        self.headers = headers
-        self.scope_headers = scope_headers
-        self.is_json = is_json
-        self.is_retry = is_retry
-
-
 class ClientHandler:
     """Answers every request of the client listener. Owns its memos; everything else is lent to it."""
 
@@ -86,10 +50,10 @@ class ClientHandler:
         pipeline: Pipeline,
         embeddings: Embeddings,
         upstream: Upstream,
+        reader: Reader,
         routes: Routes,
         ledger: Ledger,
         telemetry: Telemetry,
-        rules: Rules,
         limits: Limits,
         secret: bytes,
         extra_headers: frozenset[str] = frozenset(),
@@ -101,11 +65,10 @@ class ClientHandler:
         self.streams: set[LiveStream] = set()
         self._pipeline = pipeline
         self._embeddings = embeddings
-        self._upstream = upstream
+        self._reader = reader
         self._routes = routes
         self._passing = PassThrough(upstream, ledger, telemetry, limits, clock)
         self._telemetry = telemetry
-        self._rules = rules
         self._limits = limits
         self._secret = secret
         self._extra_headers = extra_headers
@@ -162,7 +125,7 @@ class ClientHandler:
         body = await read_body(request, self._limits)
         query = self._queries.get((target, caller, body)) or self.read_query(target, caller, body)
         client = Client(
-            request_id, int(self._clock() * 1000), started_s, target.path_qs, caller.headers, caller.is_retry
+            request_id, int(self._clock() * 1000), started_s, query.path_qs, caller.headers, caller.is_retry
         )
         if query.batch is not None:
             reply = await self._embeddings.answer(query, client)
@@ -182,17 +145,7 @@ class ClientHandler:
 
     def target(self, path: str, query: str = "") -> Target:
         """Where a path leads, and the query behind it, its question mark included."""
-        route = self._routes.find(path, query)
-        return Target(
-            path,
-            route.path + query,
-            route.scope_query,
-            route.dialect,
-            route.model,
-            route.stream,
-            key_in(query),
-            is_keyless=family_of(path, {}) == "ollama",
-        )
+        return self._reader.target(path, query)
 
     def _read_caller(self, request: web.BaseRequest, target: Target) -> Caller:
         headers = request.raw_headers
@@ -216,56 +169,7 @@ class ClientHandler:
 
     def read_query(self, target: Target, caller: Caller, raw: bytes) -> Query:
         """The question in a body. Raises BadRequest."""
-        dialect = target.dialect
-        assert dialect is not None
-        body = jsontext.parse(raw, self._limits.json_depth)
-        facts = dialect.read(body, model=target.model, stream=target.stream)
-        twin = body.get(CACHE_TWIN)
-        controls = caller.controls if twin is None else None
-        if controls is None:
-            controls = controls_of(caller.headers, twin)
-            if twin is None:
-                caller.controls = controls
-        upstream = self._upstream.route(target.path, {}, facts.model)
-        eligibility = policy.classify(facts, controls, self._rules)
-        scope = digest = b""
-        if eligibility.level is not Level.NONE:
-            scope = fingerprint.scope_of(
-                facts,
-                tenant=caller.tenant,
-                upstream=self._upstream.place(upstream),
-                operation=dialect.operation,
-                controls=controls,
-                headers=caller.scope_headers,
-                query=target.query,
-            )
-            digest = b"" if facts.inputs else fingerprint.fingerprint_of(scope, facts.prompt)
-        batch = None
-        if facts.inputs:
-            prints = tuple([fingerprint.fingerprint_of(scope, asked) for asked in facts.inputs]) if scope else ()
-            batch = Batch(facts.inputs, prints, facts.encoding_format, is_open=not facts.unknown)
-        query = Query(
-            dialect=dialect,
-            endpoint=target.path_qs.partition("?")[0],
-            upstream=upstream,
-            tenant=caller.tenant,
-            model=facts.model,
-            stream=facts.stream,
-            wants_usage=facts.wants_usage,
-            prompt=facts.prompt or "",
-            scope=scope,
-            fingerprint=digest,
-            eligibility=eligibility,
-            controls=controls,
-            body=raw,
-            forward_body=dialect.forward_body(raw, body),
-            n=facts.n,
-            wants_json=facts.response_format in ("json_object", "json_schema"),
-            output_limit=facts.output_limit,
-            has_stops=facts.has_stops,
-            batch=batch,
-            keeps_id=facts.keeps_id,
-        )
+        query = self._reader.read(target, caller, raw)
         if len(raw) <= MEMO_BODY_BYTES:
             _remember(self._queries, (target, caller, raw), query)
         return query

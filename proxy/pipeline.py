@@ -22,7 +22,7 @@ from proxy.collapse import Flight, Seat
 from proxy.core import freshness, policy
 from proxy.core.answer import decode_answer
 from proxy.core.dialects.dialect import JSON, Recording, Template, UsageMode
-from proxy.core.directives import usd, verdict_headers
+from proxy.core.directives import stale_headers, usd, verdict_headers
 from proxy.core.errors import BadRequest, CacheFault, UpstreamError
 from proxy.core.model import (
     Answer,
@@ -38,9 +38,12 @@ from proxy.core.model import (
     Tier,
     Verdict,
 )
+from proxy.core.plan import Lane
 from proxy.explanation import explanation
 from proxy.hot import Alias, Form, HotRow, HotRows
 from proxy.judge import Judged, Opinion, Place, objection, verdict_of
+from proxy.lanes.forwarding import ACTING, STALE_IF_ERROR, Forwarder
+from proxy.lanesettings import StaleLane
 from proxy.relay import Head, Relay, Replay
 from proxy.tasks import Tasks
 from proxy.telemetry import Telemetry
@@ -60,13 +63,14 @@ class Pipeline:
         rules: Rules,
         store: ports.EntryStore,
         books: Books,
-        upstream: ports.Upstream,
         telemetry: Telemetry,
         tasks: Tasks,
         hot: HotRows,
         embedder: ports.Embedder | None,
         index: ports.VectorIndex | None,
         auditor: Auditor,
+        forwarder: Forwarder,
+        stale: StaleLane,
         semantic_fault: str = "",
         usage_on_hit: UsageMode = "original",
         model_aliases: Mapping[str, Collection[str]] | None = None,
@@ -82,7 +86,8 @@ class Pipeline:
         self.flights: dict[bytes, Flight[Fetch]] = {}
         self._store = store
         self._books = books
-        self._upstream = upstream
+        self._forwarder = forwarder
+        self._stale = stale
         self._telemetry = telemetry
         self._tasks = tasks
         self._usage_on_hit = usage_on_hit
@@ -102,6 +107,8 @@ class Pipeline:
                 assert lookup.row is not None
                 if hit.tier is Tier.SEMANTIC:
                     self._count_alike(query, client, lookup)
+                elif hit.tier is Tier.STALE and Lane.REVALIDATE in query.plan.lanes:
+                    self._revalidate(query, client, hit.entry)
                 replay = self._serve(query, client, lookup.row, hit, lookup.steps_ms)
                 return replay if not query.controls.explain else replay.saying(explanation(query, lookup))
             case Hit() | NearMiss() | Miss() | Bypass():
@@ -175,7 +182,7 @@ class Pipeline:
             return False
         if not _is_fresh(entry, query, client):
             lookup.verdict = Miss("expired")
-            return False
+            return self._may_serve_stale(entry, query, client, lookup, purges)
         row = self.warm(entry, purges)
         if (reason := policy.unfit(row.answer, query)) is not None:
             lookup.verdict = Miss(reason)
@@ -183,6 +190,27 @@ class Pipeline:
         lookup.row = row
         lookup.verdict = Hit(entry, Tier.EXACT, 1.0, 1.0)
         return True
+
+    def _may_serve_stale(self, entry: Entry, query: Query, client: Client, lookup: Lookup, purges: int) -> bool:
+        """Whether an expired entry is served now; if only in place of an upstream that fails, it is kept for that."""
+        lanes, controls = query.plan.lanes, query.controls
+        allowed_s = [controls.max_stale_s] if controls.max_stale_s is not None else []
+        if Lane.REVALIDATE in lanes:
+            allowed_s.append(self._stale.while_revalidate_s)
+        if not (allowed_s or Lane.STALE_IF_ERROR in lanes):
+            return False
+        row = self.warm(entry, purges)
+        if policy.unfit(row.answer, query) is not None:
+            return False
+        draft = entry.draft
+        times = (draft.created_ms, draft.expires_ms, client.ts_ms)
+        if freshness.may_serve_stale(*times, max(allowed_s, default=None), controls.max_age_s):
+            lookup.row = row
+            lookup.verdict = Hit(entry, Tier.STALE, 1.0, 1.0, "stale")
+            return True
+        if Lane.STALE_IF_ERROR in lanes and freshness.may_serve_stale(*times, self._stale.if_error_s):
+            lookup.stale = row
+        return False
 
     async def _find_alike(self, query: Query, client: Client, lookup: Lookup) -> None:
         """Embed, search, judge, and pass the gate: the index proposes, the row decides."""
@@ -293,7 +321,8 @@ class Pipeline:
 
     def _serve(self, query: Query, client: Client, row: HotRow, hit: Hit, steps_ms: dict[str, float] | None) -> Replay:
         """Replay an entry. What two hits of one entry share is made once: template, headers of a second, ledger row."""
-        kind = (query.stream, query.wants_usage, query.endpoint, query.controls.tags, hit.tier, hit.similarity)
+        lanes = query.plan.lanes
+        kind = (query.stream, query.wants_usage, query.endpoint, query.controls.tags, hit.tier, hit.similarity, lanes)
         form = row.forms.get(kind)
         if form is None:
             form = row.forms[kind] = self._form(query, client, row, hit)
@@ -322,6 +351,7 @@ class Pipeline:
             ttl_s=freshness.remaining_s(draft.created_ms, draft.expires_ms, client.ts_ms),
             saved_nusd=baseline_nusd,
             cost_nusd=0,
+            plan=query.plan.text,
         )
         headers.append(("Content-Type", _content_type(query)))
         return Head(headers, query.dialect.id_header)
@@ -334,16 +364,19 @@ class Pipeline:
     # -- forward ----------------------------------------------------------------------------------------------------
 
     def _joinable(self, query: Query) -> Flight[Fetch] | None:
-        if not query.controls.read or query.eligibility.level is Level.NONE:
+        if not _may_share(query):
             return None
         flight = self.flights.get(query.fingerprint)
         if flight is None or not flight.joinable:
             return None
-        asked, own = flight.context.query.output_limit, query.output_limit
+        first = flight.context.asked
+        if first.plan.lanes & ACTING != query.plan.lanes & ACTING:
+            return None  # what may answer the one may not answer the other
+        asked, own = first.output_limit, query.output_limit
         return flight if own is None or (asked is not None and asked <= own) else None
 
     async def forward(self, query: Query, client: Client, lookup: Lookup) -> Replay | Relay:
-        shared = query.eligibility.level is not Level.NONE and query.controls.read
+        shared = _may_share(query)
         current = self.flights.get(query.fingerprint)
         shared = shared and (current is None or not current.joinable)  # it goes on for those it suits
         fetch = Fetch(query, client, lookup, time.perf_counter())
@@ -354,39 +387,52 @@ class Pipeline:
 
     def _take_off(self, fetch: Fetch, *, shared: bool) -> Flight[Fetch]:
         """A forward that opens with its first seat."""
-        query, client = fetch.query, fetch.client
+        return Flight(fetch, lambda: self._forwarder.open(fetch), self._landed, shared=shared)
 
-        async def open_() -> ports.UpstreamResponse:
-            response = await self._upstream.open(
-                query.upstream, "POST", client.path_qs, client.headers, query.forward_body
-            )
-            fetch.first_byte_s = time.perf_counter()
-            return response
+    def _revalidate(self, query: Query, client: Client, entry: Entry) -> None:
+        """A stale entry is being served: fetch its successor, once at a time."""
+        current = self.flights.get(query.fingerprint)
+        if (current is None or not current.joinable) and not self._tasks.closed:
+            lookup = Lookup(Miss("expired"))
+            draft = entry.draft
+            if self.embedder is not None and draft.embedder == self.embedder.identity and draft.embedding is not None:
+                lookup.vector = np.frombuffer(draft.embedding, np.float32)
+                lookup.signature = None if draft.signature is None else np.frombuffer(draft.signature, np.uint64)
+            _ = self._tasks.spawn(self._refetch(query, client, lookup, "revalidate"), "revalidate")
 
-        return Flight(fetch, open_, self._landed, shared=shared)
+    async def _refetch(self, query: Query, client: Client, lookup: Lookup, purpose: str) -> None:
+        """Forward a question for the cache alone; clients who ask it meanwhile may join."""
+        fetch = self._own_fetch(query, client, lookup, purpose)
+        flight = self._take_off(fetch, shared=True)
+        self.flights[query.fingerprint] = flight
+        await _read_whole(flight.join())
+
+    def _own_fetch(self, query: Query, client: Client, lookup: Lookup, purpose: str) -> Fetch:
+        """A fetch made for no client, with the credential of the one on whose occasion it is made."""
+        headers = [line for line in client.headers if line[0].lower() != b"idempotency-key"]  # it named the other
+        started_s = time.perf_counter()
+        own = client._replace(
+            request_id=f"{client.request_id}-{purpose}",
+            ts_ms=int(self._clock() * 1000),
+            started_s=started_s,
+            headers=headers,
+        )
+        return Fetch(query, own, lookup, started_s, purpose=purpose)
 
     async def _ask_again(self, query: Query, client: Client, lookup: Lookup, again: Again) -> None:
         """Forward a question that was served, for the judge alone."""
         async with self.auditor.slot():
             if self._tasks.closed:
                 return
-            started = time.perf_counter()
-            request_id = f"{client.request_id}-audit"
-            headers = [line for line in client.headers if line[0].lower() != b"idempotency-key"]  # it named the other
-            ts_ms = int(self._clock() * 1000)
-            own = client._replace(request_id=request_id, ts_ms=ts_ms, started_s=started, headers=headers)
-            seat = self._take_off(Fetch(query, own, lookup, started, again=again), shared=False).join()
-            try:
-                await seat.whole()
-            except UpstreamError as error:
-                log.debug("an audit failed: %s", error.code)
-            finally:
-                seat.leave()
+            plain = replace(query, plan=replace(query.plan, lanes=query.plan.lanes - ACTING))
+            fetch = self._own_fetch(plain, client, lookup, "audit")
+            fetch.again = again
+            await _read_whole(self._take_off(fetch, shared=False).join())
 
     async def _join(self, flight: Flight[Fetch], query: Query, client: Client) -> Replay | Relay:
         """Share a forward in flight: its bytes when both stream alike, its answer once it is whole when not."""
         seat = flight.join()
-        if _same_bytes(flight.context.query, query):
+        if _same_bytes(flight.context.asked, query):
             return await self._board(flight, seat, query, client, Miss("collapsed"), collapsed=True)
         try:
             while await seat.next():  # read and let go: the answer is with the flight
@@ -410,7 +456,9 @@ class Pipeline:
         return self._serve_shared(flight.context, answer, query, client)
 
     def _serve_shared(self, fetch: Fetch, answer: Answer, query: Query, client: Client) -> Replay:
-        headers = verdict_headers(Miss("collapsed"), upstream=query.upstream, fwd_status=200, collapsed=True)
+        headers = verdict_headers(
+            Miss("collapsed"), upstream=query.upstream, fwd_status=200, collapsed=True, plan=query.plan.text
+        )
         headers.append(("Content-Type", _content_type(query)))
         body = self._template(query, answer).fill(client.request_id, client.ts_ms // 1000)
         self._books.forwarded(query, client, Miss("collapsed"), fetch, "ok", 200, None, collapsed=True)
@@ -442,15 +490,7 @@ class Pipeline:
             raise
         dialect = query.dialect
         is_stream = query.stream and response.status == 200 and response.content_type == dialect.stream_type
-        headers = verdict_headers(
-            verdict,
-            request_id=client.request_id,
-            upstream=query.upstream,
-            fwd_status=response.status,
-            collapsed=collapsed,
-            shadow=query.controls.shadow,
-            refresh=query.controls.refresh,
-        )
+        headers = self._forward_head(flight.context, query, client, verdict, response.status, collapsed=collapsed)
         headers += response.headers
 
         def settle(relay: Relay, outcome: str) -> None:
@@ -474,6 +514,34 @@ class Pipeline:
             settle,
         )
 
+    def _forward_head(
+        self, fetch: Fetch, query: Query, client: Client, verdict: Verdict, status: int, *, collapsed: bool
+    ) -> list[tuple[str, str]]:
+        stale, attempt = fetch.lookup.stale, fetch.attempt
+        if fetch.stand_in == STALE_IF_ERROR and stale is not None:
+            draft = stale.entry.draft
+            return stale_headers(
+                stale.entry.id,
+                upstream=query.upstream,
+                request_id=client.request_id,
+                fwd_status=fetch.stand_in_for,
+                age_s=freshness.age_s(draft.created_ms, client.ts_ms),
+                ttl_s=freshness.remaining_s(draft.created_ms, draft.expires_ms, client.ts_ms),
+                plan=query.plan.text,
+            )
+        sending = fetch.sending if attempt is None else attempt.sending
+        return verdict_headers(
+            verdict,
+            request_id=client.request_id,
+            upstream=sending.upstream,
+            fwd_status=fetch.stand_in_for or status,
+            collapsed=collapsed,
+            shadow=query.controls.shadow,
+            refresh=query.controls.refresh,
+            edge=sending.is_other and sending.is_foreign,
+            plan=query.plan.text,
+        )
+
     def _after(self, flight: Flight[Fetch], settle: Callable[[], object]) -> None:
         """Settle once the call's own end is known: others may still be reading what this client started."""
         if flight.ended:
@@ -486,26 +554,26 @@ class Pipeline:
     def _landed(self, flight: Flight[Fetch]) -> None:
         """The upstream call ended, one way or the other: read what it said, book it, store it if it may be stored."""
         fetch = flight.context
-        query = fetch.query
+        query = fetch.asked
         response = flight.response
         status = 0 if response is None else response.status
         body = b"" if flight.trimmed else flight.body
         is_stream = response is not None and response.content_type == query.dialect.stream_type
         recording: Recording | None = None
         if status == 200 and query.eligibility.level is Level.NONE:
-            fetch.usage = query.dialect.find_usage(body)
+            fetch.usage = fetch.usage or query.dialect.find_usage(body)
         elif status == 200:
             recording = query.dialect.record(body, is_stream=is_stream, n=query.n, keeps_id=query.keeps_id)
-            fetch.usage = recording.usage
+            fetch.usage = fetch.usage or recording.usage
         fetch.unstored = self._why_unstored(flight, recording)
         if recording is not None and not fetch.unstored:
             answer = recording.answer
             if answer is not None and answer.usage is None and query.output_limit is not None:
                 answer = replace(answer, limit=query.output_limit)
             fetch.answer = answer
-        fetch.call = self._books.call_of(fetch, status, flight.size_bytes, is_stream=is_stream, won=flight.complete)
-        if fetch.again is not None:
-            self._books.audited(fetch)
+        self._count_calls(flight, status, is_stream=is_stream)
+        if fetch.purpose != "answer":
+            self._books.unasked(fetch)
         for settle in fetch.deferred:
             settle()
         fetch.deferred.clear()
@@ -515,15 +583,30 @@ class Pipeline:
             self._telemetry.unstored(fetch.unstored or "no_answer")
             self._forget_flight(flight)
 
+    def _count_calls(self, flight: Flight[Fetch], status: int, *, is_stream: bool) -> None:
+        """The calls that were made, now that their end is known."""
+        fetch = flight.context
+        if fetch.attempt is None and not fetch.stand_in and fetch.attempts:  # it ended while several were under way
+            fetch.attempt = fetch.attempts[0]
+        if fetch.stand_in != STALE_IF_ERROR:
+            won = flight.complete
+            fetch.call = self._books.call_of(fetch, status, flight.size_bytes, is_stream=is_stream, won=won)
+            self._forwarder.learn(fetch)
+        if len(fetch.attempts) > 1 or fetch.attempt is None:
+            fetch.extra = self._books.lost_calls(fetch, fetch.usage)
+
     def _why_unstored(self, flight: Flight[Fetch], recording: Recording | None) -> str:
         response = flight.response
         whole = flight.complete and flight.error is None and not flight.trimmed
+        fetch = flight.context
         if response is None or not whole:
             return "truncated"
+        if fetch.stand_in or (fetch.attempt is not None and fetch.attempt.sending.is_other):
+            return "other_model"  # whose answer is not the one that is asked for under this scope
         return (
             policy.storable(
                 None if recording is None else recording.answer or recording.refusal_reason,
-                flight.context.query,
+                fetch.query,
                 self.rules,
                 status=response.status,
                 size_bytes=flight.size_bytes,
@@ -563,7 +646,7 @@ class Pipeline:
             self._forget_flight(flight)
 
     def _forget_flight(self, flight: Flight[Fetch]) -> None:
-        fingerprint = flight.context.query.fingerprint
+        fingerprint = flight.context.asked.fingerprint
         if self.flights.get(fingerprint) is flight:
             del self.flights[fingerprint]
 
@@ -590,6 +673,21 @@ class Pipeline:
 
 def _content_type(query: Query) -> str:
     return f"{query.dialect.stream_type}; charset=utf-8" if query.stream else JSON
+
+
+def _may_share(query: Query) -> bool:
+    return query.controls.read and query.eligibility.level is not Level.NONE and Lane.COLLAPSE in query.plan.lanes
+
+
+async def _read_whole(seat: Seat[Fetch]) -> None:
+    """Take a seat's bytes for nobody: what they say is read where the flight lands."""
+    try:
+        while await seat.next():
+            pass
+    except UpstreamError as error:
+        log.debug("a call for no client failed: %s", error.code)
+    finally:
+        seat.leave()
 
 
 def _same_bytes(one: Query, other: Query) -> bool:

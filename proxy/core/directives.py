@@ -381,8 +381,11 @@ def verdict_headers(
     refresh: bool = False,
     saved_nusd: int | None = None,
     cost_nusd: int | None = None,
+    edge: bool = False,
+    plan: str = "",
 ) -> list[tuple[str, str]]:
-    """Cache-Status, x-cache* and the rest, known before the first byte. In shadow a hit was seen but not served."""
+    """Cache-Status, x-cache* and the rest, known before the first byte. In shadow a hit was seen but not served.
+    `edge`: the local model answers."""
     if isinstance(verdict, Hit) and not shadow:
         tier = verdict.tier
         status = cache_status(hit=True, ttl_s=ttl_s, collapsed=collapsed, detail=tier.value)
@@ -394,6 +397,8 @@ def verdict_headers(
         headers.append(("x-cache-entry", str(verdict.entry.id)))
     else:
         headers = _forwarded(verdict, fwd_status, stored, collapsed, shadow, refresh)
+        if edge:
+            headers.append(("x-cache-tier", Tier.EDGE.value))
     if age_s is not None:
         headers.append(("Age", str(age_s)))
     if saved_nusd is not None:
@@ -401,9 +406,29 @@ def verdict_headers(
     if cost_nusd is not None:
         headers.append(("x-cost-usd", usd(cost_nusd)))
     headers.append(("x-upstream", upstream))
+    if plan:
+        headers.append(("x-plan", plan))
     if request_id is not None:
         headers.append(("x-request-id", request_id))
     return headers
+
+
+def stale_headers(
+    entry_id: int, *, upstream: str, request_id: str, fwd_status: int, age_s: int, ttl_s: int, plan: str
+) -> list[tuple[str, str]]:
+    """Of an expired entry that stands in for an upstream that failed with `fwd_status` (RFC 5861 §4)."""
+    status = cache_status(fwd="stale", fwd_status=fwd_status, ttl_s=ttl_s, detail="stale-if-error")
+    return [
+        ("Cache-Status", status),
+        ("x-cache", "STALE"),
+        ("x-cache-tier", Tier.STALE.value),
+        ("x-cache-entry", str(entry_id)),
+        ("x-cache-reason", "stale-if-error"),
+        ("Age", str(age_s)),
+        ("x-upstream", upstream),
+        ("x-plan", plan),
+        ("x-request-id", request_id),
+    ]
 
 
 def partial_header(served: int, asked: int) -> tuple[str, str]:

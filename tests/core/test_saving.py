@@ -32,8 +32,20 @@ calls = st.builds(
     usage_basis=st.sampled_from(["measured", "estimated", "none"]),
     status=st.sampled_from([0, 200, 429, 500]),
     shaped_by=st.lists(
-        st.sampled_from(["hybrid.route", "hybrid.cascade", "edge.local", "spec.race", "cache.prefix", "spec.predict",
-                         "batch.flex", "spec.hedge"]), max_size=4, unique=True,
+        st.sampled_from(
+            [
+                "hybrid.route",
+                "hybrid.cascade",
+                "edge.local",
+                "spec.race",
+                "cache.prefix",
+                "spec.predict",
+                "batch.flex",
+                "spec.hedge",
+            ]
+        ),
+        max_size=4,
+        unique=True,
     ).map(tuple),
 )
 outcomes = st.builds(

@@ -43,18 +43,26 @@ async def until(claim: Callable[[], Any], within_s: float = 5.0) -> None:
         await asyncio.sleep(0.002)
 
 
-def write_config(data_dir: Path, sections: Mapping[str, Mapping[str, Any]]) -> Path:
-    """A TOML file beside the data directory."""
+def write_config(data_dir: Path, sections: Mapping[str, Any]) -> Path:
+    """A TOML file beside the data directory. The tables of a section that is a list are written one by one."""
     lines = []
     for section, values in {**sections, "cache": {**UNAUDITED, **sections.get("cache", {})}}.items():
-        lines += [f"[{section}]", *(f"{name} = {json.dumps(value)}" for name, value in values.items()), ""]
+        header = f"[[{section}]]" if isinstance(values, list) else f"[{section}]"
+        for table in values if isinstance(values, list) else [values]:
+            lines += [header, *(f"{name} = {_toml(value)}" for name, value in table.items()), ""]
     path = data_dir.with_suffix(".toml")
     path.write_text("\n".join(lines))
     return path
 
 
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{name} = {_toml(inner)}" for name, inner in value.items()) + " }"
+    return json.dumps(value)
+
+
 def settings_of(
-    data_dir: Path, upstream: str, sections: Mapping[str, Mapping[str, Any]], database: str | None = None
+    data_dir: Path, upstream: str, sections: Mapping[str, Any], database: str | None = None
 ) -> config.Settings:
     flags = config.Flags(
         config=str(write_config(data_dir, sections)),
@@ -246,7 +254,7 @@ class Log:
 async def running(
     data_dir: Path,
     upstream: str,
-    sections: Mapping[str, Mapping[str, Any]] | None = None,
+    sections: Mapping[str, Any] | None = None,
     database: str | None = None,
 ) -> AsyncIterator[Ibid]:
     """An ibid in this process, on ports of its own."""
@@ -287,7 +295,7 @@ class Process(Client):
 
 @contextlib.asynccontextmanager
 async def serving(
-    data_dir: Path, upstream: str, sections: Mapping[str, Mapping[str, Any]] | None = None, *, forked: bool = False
+    data_dir: Path, upstream: str, sections: Mapping[str, Any] | None = None, *, forked: bool = False
 ) -> AsyncIterator[Process]:
     """A serving process; it is killed at the end if it still runs. `forked`: see tests/flows/forked.py."""
     path = write_config(data_dir, sections or {})

@@ -1,0 +1,282 @@
+"""A body and the headers it came with → the question, with its scope, its fingerprint and its plan.
+
+Everything here is a pure function of what the client sent and of the configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from proxy.core import fingerprint, identity, jsontext, policy
+from proxy.core.answer import to_json
+from proxy.core.dialects.dialect import Dialect
+from proxy.core.dialects.fields import CACHE_TWIN
+from proxy.core.dialects.routes import Route, Routes, family_of, key_in
+from proxy.core.directives import controls_of
+from proxy.core.facts import Facts
+from proxy.core.model import Batch, Controls, Level, Limits, Query, Rules
+from proxy.core.plan import (
+    ALIASES,
+    DEFAULT_PLAN,
+    Asked,
+    Lane,
+    Plan,
+    Policy,
+    choose,
+    edited,
+    refuse_unready,
+    split_alias,
+)
+from proxy.ports import Upstream
+
+_TIERS: Mapping[object, str] = {None: "default", "auto": "default", "standard": "default", "standard_only": "default"}
+"""Names of the tier that everyone gets."""
+
+
+class Target(NamedTuple):
+    """Where a raw request target leads."""
+
+    path: str
+    path_qs: str  # as it goes upstream
+    query: str  # what of it may change the answer
+    dialect: Dialect | None = None  # without one the request passes through
+    model: str = ""  # where the path says it
+    stream: bool = False  # likewise
+    key: bytes = b""  # a credential in the query, as Gemini allows
+    is_keyless: bool = False  # of a dialect whose own server asks for no credential
+
+
+class Caller:
+    """What a header block says. Compared by identity: one object per distinct block."""
+
+    __slots__ = ("controls", "headers", "is_json", "is_retry", "plan", "project", "scope_headers", "tenant")
+
+    def __init__(
+        self,
+        tenant: str,
+        headers: tuple[tuple[bytes, bytes], ...],
+        scope_headers: tuple[tuple[str, str], ...],
+        *,
+        is_json: bool,
+        is_retry: bool,
+    ) -> None:
+        self.controls: Controls | None = None  # read with the first body that leaves them to the headers
+        self.tenant = tenant
+        self.project = ""  # of its virtual key
+        self.plan = ""  # likewise: changes to the plan
+        self.headers = headers
+        self.scope_headers = scope_headers
+        self.is_json = is_json
+        self.is_retry = is_retry
+
+
+@dataclass(frozen=True, slots=True)
+class Steering:
+    """What the operator configured of plans."""
+
+    policies: Sequence[Policy] = ()
+    aliases: Mapping[str, str] = field(default_factory=lambda: ALIASES)
+    ready: frozenset[Lane] = DEFAULT_PLAN.lanes
+
+
+class Reader:
+    """Reads bodies into queries. Owns nothing it is given."""
+
+    def __init__(
+        self,
+        routes: Routes,
+        upstream: Upstream,
+        rules: Rules,
+        limits: Limits,
+        steering: Steering | None = None,
+        extra_headers: frozenset[str] = frozenset(),
+    ) -> None:
+        self._routes = routes
+        self._upstream = upstream
+        self._rules = rules
+        self._limits = limits
+        self._steering = steering or Steering()
+        self._extra_headers = extra_headers
+
+    def target(self, path: str, query: str = "") -> Target:
+        """Where a path leads, and the query behind it, its question mark included."""
+        route = self._routes.find(path, query)
+        return _target(path, query, route)
+
+    def read(self, target: Target, caller: Caller, raw: bytes) -> Query:
+        """The question in a body. Raises BadRequest."""
+        body = jsontext.parse(raw, self._limits.json_depth)
+        target, raw, body, edit = self._without_alias(target, raw, body)
+        facts = _facts(target, body)
+        controls = _controls(caller, body.get(CACHE_TWIN))
+        plan = self._plan(facts, controls, caller, edit)
+        upstream = self._upstream.route(target.path, {}, facts.model)
+        return self._query(target, caller, raw, body, facts, _narrowed(controls, plan), plan, upstream)
+
+    def variant(self, query: Query, headers: tuple[tuple[bytes, bytes], ...], upstream: str, model: str) -> Query:
+        """The same question asked of another model, with the scope and the fingerprint it has there."""
+        path, mark, rest = query.path_qs.partition("?")
+        target = self.target(path, mark + rest)
+        caller = Caller(
+            query.tenant,
+            headers,
+            identity.scope_headers(headers, self._extra_headers),
+            is_json=True,
+            is_retry=False,
+        )
+        body = jsontext.parse(query.body, self._limits.json_depth)
+        target, raw, body = _renamed(target, query.body, body, model)
+        facts = _facts(target, body)
+        return self._query(target, caller, raw, body, facts, query.controls, query.plan, upstream)
+
+    def facts(self, query: Query) -> Facts:
+        """What a query's body says, once more."""
+        path, mark, rest = query.path_qs.partition("?")
+        return _facts(self.target(path, mark + rest), jsontext.parse(query.body, self._limits.json_depth))
+
+    def _without_alias(
+        self, target: Target, raw: bytes, body: dict[str, Any]
+    ) -> tuple[Target, bytes, dict[str, Any], str]:
+        named = target.model or body.get("model")
+        if not isinstance(named, str) or "@" not in named:
+            return target, raw, body, ""
+        model, edit = split_alias(named, self._steering.aliases)
+        if model == named:
+            return target, raw, body, ""
+        return *_renamed(target, raw, body, model), edit
+
+    def _plan(self, facts: Facts, controls: Controls, caller: Caller, alias: str) -> Plan:
+        steering = self._steering
+        plan = DEFAULT_PLAN
+        if steering.policies:
+            asked = Asked(
+                facts.model,
+                caller.tenant,
+                caller.project,
+                controls.namespace,
+                controls.tags,
+                facts.stream,
+                facts.has_tools,
+                controls.deadline_s is not None,
+            )
+            plan = choose(steering.policies, asked)
+        if caller.plan:
+            plan = edited(plan, caller.plan)
+        if alias:  # of what is not configured here an alias takes nothing
+            plan = edited(plan, alias)
+            plan = replace(plan, lanes=plan.lanes & steering.ready)
+        if controls.plan:
+            plan = edited(plan, controls.plan)
+            refuse_unready(plan, steering.ready, "x-plan")
+        if controls.deadline_s is not None and Lane.TIER in steering.ready:
+            plan = replace(plan, lanes=plan.lanes | {Lane.TIER})
+        return plan
+
+    def _query(
+        self,
+        target: Target,
+        caller: Caller,
+        raw: bytes,
+        body: Mapping[str, Any],
+        facts: Facts,
+        controls: Controls,
+        plan: Plan,
+        upstream: str,
+    ) -> Query:
+        dialect = target.dialect
+        assert dialect is not None
+        eligibility = policy.classify(facts, controls, self._rules)
+        scope = digest = b""
+        if eligibility.level is not Level.NONE:
+            scope = fingerprint.scope_of(
+                facts,
+                tenant=caller.tenant,
+                upstream=self._upstream.place(upstream),
+                operation=dialect.operation,
+                controls=controls,
+                headers=caller.scope_headers,
+                query=target.query,
+            )
+            digest = b"" if facts.inputs else fingerprint.fingerprint_of(scope, facts.prompt)
+        batch = None
+        if facts.inputs:
+            prints = tuple([fingerprint.fingerprint_of(scope, asked) for asked in facts.inputs]) if scope else ()
+            batch = Batch(facts.inputs, prints, facts.encoding_format, is_open=not facts.unknown)
+        tier = facts.settings.get("service_tier")
+        return Query(
+            dialect=dialect,
+            endpoint=target.path_qs.partition("?")[0],
+            upstream=upstream,
+            tenant=caller.tenant,
+            model=facts.model,
+            stream=facts.stream,
+            wants_usage=facts.wants_usage,
+            prompt=facts.prompt or "",
+            scope=scope,
+            fingerprint=digest,
+            eligibility=eligibility,
+            controls=controls,
+            body=raw,
+            forward_body=dialect.forward_body(raw, body),
+            n=facts.n,
+            wants_json=facts.response_format in ("json_object", "json_schema"),
+            output_limit=facts.output_limit,
+            has_stops=facts.has_stops,
+            batch=batch,
+            keeps_id=facts.keeps_id,
+            plan=plan,
+            tier=_TIERS.get(tier, tier) if isinstance(tier, str) else "default",
+            has_tools=facts.has_tools,
+            path_qs=target.path_qs,
+        )
+
+
+def _target(path: str, query: str, route: Route) -> Target:
+    return Target(
+        path,
+        route.path + query,
+        route.scope_query,
+        route.dialect,
+        route.model,
+        route.stream,
+        key_in(query),
+        is_keyless=family_of(path, {}) == "ollama",
+    )
+
+
+def _facts(target: Target, body: Mapping[str, Any]) -> Facts:
+    assert target.dialect is not None
+    return target.dialect.read(body, model=target.model, stream=target.stream)
+
+
+def _controls(caller: Caller, twin: object) -> Controls:
+    controls = caller.controls if twin is None else None
+    if controls is None:
+        controls = controls_of(caller.headers, twin)
+        if twin is None:
+            caller.controls = controls
+    return controls
+
+
+def _narrowed(controls: Controls, plan: Plan) -> Controls:
+    """What a plan without some answering lane asks of the cache. Where the exact lane is off but the semantic one is
+    on, an entry of the very same question is still the most similar one."""
+    if plan.ttl_s is not None and controls.ttl_s is None:
+        controls = replace(controls, ttl_s=plan.ttl_s)
+    if Lane.SEMANTIC in plan.lanes:
+        return controls
+    if Lane.EXACT in plan.lanes:
+        return controls if controls.exact_only else replace(controls, exact_only=True)
+    return replace(controls, read=False, exact_only=True)
+
+
+def _renamed(target: Target, raw: bytes, body: Mapping[str, Any], model: str) -> tuple[Target, bytes, dict[str, Any]]:
+    """The same request for another model: in the body, and where the path names it."""
+    if not target.model:
+        name = to_json(model)
+        return target, jsontext.set_member(raw, "model", name), {**body, "model": model}
+    path = target.path.replace(f"/{target.model}", f"/{model}", 1)
+    path_qs = target.path_qs.replace(f"/{target.model}", f"/{model}", 1)
+    return target._replace(path=path, path_qs=path_qs, model=model), raw, dict(body)
