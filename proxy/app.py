@@ -50,6 +50,8 @@ from proxy.hot import HotRows
 from proxy.judge import Judge
 from proxy.lanes.forwarding import Forwarder
 from proxy.lanes.predict import Predictor
+from proxy.lanes.prefetch import Prefetcher
+from proxy.lanes.route import Router
 from proxy.operations import Operator
 from proxy.pipeline import Pipeline
 from proxy.ports import EntryStore
@@ -207,10 +209,11 @@ def renewal(edges: Edges, pipeline: Pipeline) -> Reindex | None:
     return Reindex(embedder, edges.store.entries, pipeline.propose, lambda: embedder.queue_length)
 
 
-async def learn(auditor: Auditor) -> None:
-    """What the judge knew when it stopped. Without it the judge starts strict, which is safe."""
+async def learn(pipeline: Pipeline) -> None:
+    """What judge and router knew when they stopped. Without it they start strict, which is safe."""
     try:
-        await auditor.load()
+        await pipeline.auditor.load()
+        await pipeline.router.load()
     except CacheFault as fault:
         log.error("the judge starts without what it had learned", extra={"cause": fault.message})
 
@@ -236,6 +239,7 @@ async def housekeep(app: App, index: VectorOwner | None) -> None:
             kept_ms = int(max(stale.while_revalidate_s, stale.if_error_s) * 1000)
             app.pipeline.forget(await app.store.entries.housekeep(now_ms, stale_for_ms=kept_ms))
             await app.store.comparisons.housekeep()
+            await app.store.votes.housekeep()
             if index is not None and time.monotonic() - saved_s >= app.settings.index.snapshot_interval_s:
                 await index.snapshot(app.settings.data_dir / SNAPSHOT_NAME)
                 saved_s = time.monotonic()
@@ -331,6 +335,15 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks) -> tuple[Pipeline, 
         index=edges.index,
         auditor=auditor,
         forwarder=forwarder,
+        router=Router(
+            settings.lanes.route,
+            reader=reader,
+            votes=edges.store.votes,
+            embedder=embedder,
+            index=edges.index,
+            comparer=None if embedder is None else Comparer(embedder.embed, lambda: embedder.queue_length),
+        ),
+        prefetcher=Prefetcher(settings.lanes.prefetch),
         stale=settings.lanes.stale,
         semantic_fault=edges.semantic_fault,
         usage_on_hit=settings.cache.usage_on_hit,
@@ -400,7 +413,7 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
         stack.push_async_callback(background.close, 1.0)
         pipeline, handler = assemble(settings, edges, tasks)
         if edges.embedder is not None:
-            await learn(pipeline.auditor)
+            await learn(pipeline)
         pulse, stopping = Pulse(), asyncio.Event()
         reindex = renewal(edges, pipeline)
         operator = Operator(

@@ -91,6 +91,8 @@ class Fetch:
     stand_in: str = ""  # the mechanism that answered in place of an upstream that failed
     stand_in_for: int = 0  # with this status
     extra: tuple[Call, ...] = ()  # calls made for it beside its own, once it has ended
+    routed_to: str = ""  # the candidate that the router chose
+    neighbour: int = 0  # the entry of the most alike question it knew
     deferred: list[Callable[[], object]] = field(default_factory=list)  # settlements that wait for the call's end
 
     @property

@@ -177,7 +177,7 @@ def _rules(document: Document) -> Rules:
 
 
 def _upstreams(document: Document, flags: Flags, environ: Mapping[str, str]) -> Mapping[str, UpstreamSettings]:
-    """The built-in upstreams, changed and added to by the file; `--upstream` is the address of all the built-in ones."""
+    """The built-in upstreams, changed and added to by the file; `--upstream` is the address of all built-in ones."""
     found = {**DEFAULT_UPSTREAMS, **_named_tables(document, "upstream", UpstreamSettings, DEFAULT_UPSTREAMS)}
     for name, upstream in found.items():
         if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,31}", name):

@@ -44,7 +44,7 @@ class RouteLane:
 
     candidates: tuple[str, ...] = option((), '"upstream/model", cheapest first; of the dialect asked, or OpenAI\'s')
     k: int = option(50, "answered questions asked for their votes", least=1, most=64)
-    min_similarity: float = option(0.6, "less alike questions have no vote", least=-1, most=1)
+    min_similarity: float = option(0.35, "less alike questions have no vote", least=-1, most=1)
     min_neighbours: int = option(20, "with fewer votes the requested model answers", least=1)
     accept_quality: float = option(0.9, "share of good answers that the lower bound must reach", least=0, most=1)
     confidence_z: float = option(1.645, "of Wilson's lower bound; 1.645 is 95 %, one-sided", least=0, most=5)

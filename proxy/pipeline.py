@@ -38,11 +38,14 @@ from proxy.core.model import (
     Tier,
     Verdict,
 )
-from proxy.core.plan import Lane
+from proxy.core.plan import DEFAULT_PLAN, Lane
 from proxy.explanation import explanation
 from proxy.hot import Alias, Form, HotRow, HotRows
 from proxy.judge import Judged, Opinion, Place, objection, verdict_of
 from proxy.lanes.forwarding import ACTING, STALE_IF_ERROR, Forwarder
+from proxy.lanes.prefetch import Prefetcher
+from proxy.lanes.route import BAD_ANSWERS, Choice, Router
+from proxy.lanes.route import MECHANISM as ROUTED
 from proxy.lanesettings import StaleLane
 from proxy.relay import Head, Relay, Replay
 from proxy.tasks import Tasks
@@ -51,6 +54,7 @@ from proxy.telemetry import Telemetry
 log = logging.getLogger(__name__)
 
 CANDIDATES = 16
+PLAIN = DEFAULT_PLAN.lanes  # of a call that no lane shapes
 ROUNDING = 1e-3  # between a similarity of the index, in fixed point, and one of the row
 
 
@@ -70,6 +74,8 @@ class Pipeline:
         index: ports.VectorIndex | None,
         auditor: Auditor,
         forwarder: Forwarder,
+        router: Router,
+        prefetcher: Prefetcher,
         stale: StaleLane,
         semantic_fault: str = "",
         usage_on_hit: UsageMode = "original",
@@ -86,7 +92,9 @@ class Pipeline:
         self.flights: dict[bytes, Flight[Fetch]] = {}
         self._store = store
         self._books = books
+        self.router = router
         self._forwarder = forwarder
+        self._prefetcher = prefetcher
         self._stale = stale
         self._telemetry = telemetry
         self._tasks = tasks
@@ -99,6 +107,8 @@ class Pipeline:
 
     async def answer(self, query: Query, client: Client) -> Replay | Relay:
         """Serve or forward. Raises BadRequest (only-if-cached) and UpstreamError; cache faults never leave here."""
+        if Lane.PREFETCH in query.plan.lanes:
+            self._prefetch(query, client)
         if (flight := self._joinable(query)) is not None:
             return await self._join(flight, query, client)
         lookup = await self._look_up(query, client)
@@ -123,7 +133,10 @@ class Pipeline:
             )
         if (flight := self._joinable(query)) is not None:  # it may have started while this one was looking
             return await self._join(flight, query, client)
-        reply = await self.forward(query, client, lookup)
+        choice = await self.router.choose(query, client, lookup) if _may_route(query) else None
+        reply = None if choice is None else await self._serve_routed(choice, query, client, lookup)
+        if reply is None:
+            reply = await self.forward(query, client, lookup, choice)
         return reply if not query.controls.explain else reply.saying(explanation(query, lookup))
 
     def recall(self, query: Query, client: Client) -> Replay | None:
@@ -131,6 +144,8 @@ class Pipeline:
         controls = query.controls
         if not controls.read or controls.shadow or controls.explain or query.eligibility.level is Level.NONE:
             return None
+        if Lane.PREFETCH in query.plan.lanes:
+            return None  # every question counts
         row = self.hot.find(query.fingerprint)
         if row is not None:
             if not _is_fresh(row.entry, query, client) or policy.unfit(row.answer, query) is not None:
@@ -138,6 +153,8 @@ class Pipeline:
             return self._serve(query, client, row, Hit(row.entry, Tier.EXACT, 1.0, 1.0), None)
         alias = self.hot.alias(query.fingerprint)
         if alias is None or query.eligibility.level is not Level.FULL or controls.exact_only:
+            return None
+        if Lane.SEMANTIC not in query.plan.lanes:
             return None
         if alias.epoch != self.judge.epoch or controls.max_error is not None:
             return None
@@ -157,7 +174,7 @@ class Pipeline:
         try:
             if controls.read and await self._find_exact(query, client, lookup):
                 return lookup
-            if eligibility.level is Level.FULL and not controls.exact_only:
+            if eligibility.level is Level.FULL and not controls.exact_only and Lane.SEMANTIC in query.plan.lanes:
                 unfit = lookup.verdict.reason
                 await self._find_alike(query, client, lookup)
                 if isinstance(lookup.verdict, Miss) and unfit in policy.UNFIT:
@@ -322,7 +339,8 @@ class Pipeline:
     def _serve(self, query: Query, client: Client, row: HotRow, hit: Hit, steps_ms: dict[str, float] | None) -> Replay:
         """Replay an entry. What two hits of one entry share is made once: template, headers of a second, ledger row."""
         lanes = query.plan.lanes
-        kind = (query.stream, query.wants_usage, query.endpoint, query.controls.tags, hit.tier, hit.similarity, lanes)
+        asked = (query.stream, query.wants_usage, query.endpoint, query.upstream, query.model, query.controls.tags)
+        kind = (*asked, hit.tier, hit.similarity, lanes)
         form = row.forms.get(kind)
         if form is None:
             form = row.forms[kind] = self._form(query, client, row, hit)
@@ -346,7 +364,7 @@ class Pipeline:
         draft = row.entry.draft
         headers = verdict_headers(
             hit,
-            upstream=query.upstream,
+            upstream=query.upstream if draft.model == query.model else draft.upstream,
             age_s=freshness.age_s(draft.created_ms, client.ts_ms),
             ttl_s=freshness.remaining_s(draft.created_ms, draft.expires_ms, client.ts_ms),
             saved_nusd=baseline_nusd,
@@ -375,11 +393,33 @@ class Pipeline:
         asked, own = first.output_limit, query.output_limit
         return flight if own is None or (asked is not None and asked <= own) else None
 
-    async def forward(self, query: Query, client: Client, lookup: Lookup) -> Replay | Relay:
+    async def _serve_routed(
+        self, choice: Choice, query: Query, client: Client, lookup: Lookup
+    ) -> Replay | Relay | None:
+        """What the chosen model answered to this very question before, if that is fresh."""
+        if not query.controls.read:
+            return None
+        found = Lookup(Miss("routed"))
+        try:
+            if not await self._find_exact(choice.query, client, found) or found.row is None:
+                return None
+        except ports.CACHE_FAULTS as fault:
+            self._telemetry.fault(_reason_of(fault))
+            return None
+        if not isinstance(found.verdict, Hit) or found.verdict.tier is not Tier.EXACT:
+            return None
+        return self._serve(query, client, found.row, found.verdict, lookup.steps_ms)
+
+    async def forward(
+        self, query: Query, client: Client, lookup: Lookup, choice: Choice | None = None
+    ) -> Replay | Relay:
         shared = _may_share(query)
         current = self.flights.get(query.fingerprint)
         shared = shared and (current is None or not current.joinable)  # it goes on for those it suits
         fetch = Fetch(query, client, lookup, time.perf_counter())
+        if choice is not None:
+            fetch.query, fetch.asked_as, fetch.first = choice.query, query, choice.sending
+            fetch.routed_to, fetch.neighbour = choice.candidate, choice.neighbour
         flight = self._take_off(fetch, shared=shared)
         if shared:
             self.flights[query.fingerprint] = flight
@@ -406,6 +446,42 @@ class Pipeline:
         flight = self._take_off(fetch, shared=True)
         self.flights[query.fingerprint] = flight
         await _read_whole(flight.join())
+
+    def _prefetch(self, query: Query, client: Client) -> None:
+        """Count a question, and fetch the one that usually follows when no fresh answer to it is known."""
+        likely = self._prefetcher.see(query, client)
+        if likely is None or self._tasks.closed or self._joinable(likely) is not None:
+            return
+        known = self.hot.find(likely.fingerprint)
+        if known is None or not _is_fresh(known.entry, likely, client):
+            _ = self._tasks.spawn(self._fetch_likely(likely, client), "prefetch")
+
+    async def _fetch_likely(self, likely: Query, client: Client) -> None:
+        try:
+            entry = await self._store.find(likely.fingerprint)
+        except CacheFault:
+            return
+        if (entry is None or not _is_fresh(entry, likely, client)) and likely.fingerprint not in self.flights:
+            self._prefetcher.fetching(likely)
+            await self._refetch(likely, client, Lookup(Miss("prefetch")), "prefetch")
+
+    async def _learn_route(self, fetch: Fetch, entry: Entry, answer: Answer) -> None:
+        """What a stored answer says of who gave it, and, for a share of questions, of who did not."""
+        try:
+            self.router.stored(fetch, entry)
+            await self.router.judge(entry, answer, fetch)
+            if not self.router.wants_shadow() or (choice := self.router.shadow_of(fetch)) is None:
+                return
+            asked = replace(choice.query, plan=replace(choice.query.plan, lanes=PLAIN))
+            shadow = self._own_fetch(asked, fetch.client, Lookup(Miss("shadow")), "shadow")
+            shadow.first = choice.sending
+            await _read_whole(self._take_off(shadow, shared=False).join())
+            if shadow.answer is not None:
+                await self.router.compare(entry, choice.candidate, answer, shadow.answer, fetch)
+            elif not fetch.routed_to and shadow.unstored in BAD_ANSWERS:
+                await self.router.vote(entry.id, choice.candidate, False, shadow.unstored, fetch)
+        except ports.CACHE_FAULTS as fault:
+            self._telemetry.fault(_reason_of(fault))
 
     def _own_fetch(self, query: Query, client: Client, lookup: Lookup, purpose: str) -> Fetch:
         """A fetch made for no client, with the credential of the one on whose occasion it is made."""
@@ -582,6 +658,8 @@ class Pipeline:
         else:
             self._telemetry.unstored(fetch.unstored or "no_answer")
             self._forget_flight(flight)
+            if fetch.routed_to and not self._tasks.closed:
+                _ = self._tasks.spawn(self._unlearn_route(fetch), "route")
 
     def _count_calls(self, flight: Flight[Fetch], status: int, *, is_stream: bool) -> None:
         """The calls that were made, now that their end is known."""
@@ -601,7 +679,8 @@ class Pipeline:
         fetch = flight.context
         if response is None or not whole:
             return "truncated"
-        if fetch.stand_in or (fetch.attempt is not None and fetch.attempt.sending.is_other):
+        sending = fetch.sending if fetch.attempt is None else fetch.attempt.sending
+        if fetch.stand_in or (sending.is_other and ROUTED not in sending.shaped_by):
             return "other_model"  # whose answer is not the one that is asked for under this scope
         return (
             policy.storable(
@@ -639,11 +718,20 @@ class Pipeline:
                 and not answer.opaque  # what is signed is for the very same question
             ):
                 self.index.add(entry.id, query.scope, lookup.vector, lookup.signature, draft.expires_ms)
-            self.auditor.stored(lookup.opinion, fetch.again, query, fetch.client.headers, entry, answer)
+            opinion = None if fetch.routed_to else lookup.opinion  # of answers of the model asked for
+            self.auditor.stored(opinion, fetch.again, query, fetch.client.headers, entry, answer)
+            if fetch.purpose == "answer" and _may_route(fetch.asked) and not self._tasks.closed:
+                _ = self._tasks.spawn(self._learn_route(fetch, entry, answer), "route")
         except ports.CACHE_FAULTS as fault:
             self._telemetry.fault(_reason_of(fault))
         finally:
             self._forget_flight(flight)
+
+    async def _unlearn_route(self, fetch: Fetch) -> None:
+        try:
+            await self.router.unstored(fetch)
+        except ports.CACHE_FAULTS as fault:
+            self._telemetry.fault(_reason_of(fault))
 
     def _forget_flight(self, flight: Flight[Fetch]) -> None:
         fingerprint = flight.context.asked.fingerprint
@@ -673,6 +761,10 @@ class Pipeline:
 
 def _content_type(query: Query) -> str:
     return f"{query.dialect.stream_type}; charset=utf-8" if query.stream else JSON
+
+
+def _may_route(query: Query) -> bool:
+    return Lane.ROUTE in query.plan.lanes and query.eligibility.level is not Level.NONE and query.batch is None
 
 
 def _may_share(query: Query) -> bool:

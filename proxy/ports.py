@@ -212,6 +212,27 @@ class Comparisons(Protocol):
         ...
 
 
+class Vote(NamedTuple):
+    """Whether a candidate's answer to the question of an entry was, or would have been, good."""
+
+    ts_ms: int
+    entry_id: int
+    candidate: str  # "upstream/model"
+    good: bool
+    source: str  # "shadow", "feedback", "rephrase", or what was wrong with the answer
+    request_id: str
+
+
+class RouteVotes(Protocol):
+    """Votes of the router, as rows. Every method raises CacheFault when the database cannot answer."""
+
+    async def record(self, vote: Vote) -> None: ...
+
+    async def newest(self, limit: int, after_id: int = 0) -> Sequence[tuple[int, Vote]]:
+        """(row id, vote) of the newest rows with a higher id, oldest first."""
+        ...
+
+
 class Stored(NamedTuple):
     entry: Entry
     replaced: tuple[int, ...]  # ids of earlier entries with the same fingerprint, now gone

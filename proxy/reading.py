@@ -265,8 +265,8 @@ def _narrowed(controls: Controls, plan: Plan) -> Controls:
     on, an entry of the very same question is still the most similar one."""
     if plan.ttl_s is not None and controls.ttl_s is None:
         controls = replace(controls, ttl_s=plan.ttl_s)
-    if Lane.SEMANTIC in plan.lanes:
-        return controls
+    if Lane.SEMANTIC in plan.lanes or (Lane.ROUTE in plan.lanes and Lane.EXACT in plan.lanes):
+        return controls  # a question that may be compared, if only to route it
     if Lane.EXACT in plan.lanes:
         return controls if controls.exact_only else replace(controls, exact_only=True)
     return replace(controls, read=False, exact_only=True)

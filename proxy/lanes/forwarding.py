@@ -151,6 +151,8 @@ class Forwarder:
             left_s = self._patience_s(fetch) - self._lanes.tier.margin_s
             if left_s > 0 and (response := await self._in_time(fetch, cheap, left_s)) is not None:
                 return response
+        if fetch.purpose == "prefetch":  # a guess is not worth the full price
+            raise UpstreamError("No cheaper tier took the call.", code="no_cheap_tier")
         if Lane.HEDGE in lanes and not fetch.asked.has_tools and fetch.asked.n == 1:
             return await self._hedged(fetch, sending)
         return await self._send(fetch, sending)

@@ -22,6 +22,7 @@ from proxy.store.entries import Entries
 from proxy.store.ledger import SqlLedger
 from proxy.store.queries import Queries
 from proxy.store.schema import HEAD, entry, feedback, request
+from proxy.store.votes import RouteVotes
 from proxy.store.writer import QUEUE_LIMIT, Writer
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Store:
     ledger: SqlLedger
     queries: Queries
     comparisons: Comparisons
+    votes: RouteVotes
 
     @property
     def state(self) -> str:
@@ -113,7 +115,15 @@ async def open_store(
         await writer.close()
         await database.close()
         raise
-    return Store(database, writer, entries, ledger, Queries(database), Comparisons(database, writer))
+    return Store(
+        database,
+        writer,
+        entries,
+        ledger,
+        Queries(database),
+        Comparisons(database, writer),
+        RouteVotes(database, writer),
+    )
 
 
 async def migrate_store(url: str | None, data_dir: Path) -> migrate.Migrated:

@@ -47,7 +47,8 @@ async def steps(ibid: Ibid, reply: Any) -> list[tuple[str, int]]:
 
 async def balanced(ibid: Ibid) -> bool:
     rows = await ibid.sql(
-        "SELECT r.id FROM request r LEFT JOIN (SELECT request_id, SUM(saved_nusd) AS s FROM saving GROUP BY request_id) x "
+        "SELECT r.id FROM request r LEFT JOIN "
+        "(SELECT request_id, SUM(saved_nusd) AS s FROM saving GROUP BY request_id) x "
         "ON x.request_id = r.id WHERE r.baseline_nusd - r.actual_nusd <> COALESCE(x.s, 0) OR r.baseline_basis = ''"
     )
     return rows == []
@@ -342,7 +343,8 @@ async def test_a_near_miss_is_sent_along_as_a_prediction_while_it_is_accepted(da
 
 
 async def test_an_upstream_that_refuses_a_prediction_is_asked_plainly(data_dir, up, edge):
-    async with running(data_dir, up.url, lanes(edge, **{"lane.predict": {"models": ["*"], "min_output_tokens": 1}, "cache": {}})) as ibid:  # fmt: skip
+    sections = lanes(edge, **{"lane.predict": {"models": ["*"], "min_output_tokens": 1}, "cache": {}})
+    async with running(data_dir, up.url, sections) as ibid:
         await ibid.ask("How do I get from Paris to Lyon in 2 hours?")
         await ibid.settled()
         up.script(Json(400, {"error": {"message": "Unsupported parameter: 'prediction'"}}))
@@ -370,14 +372,15 @@ async def test_a_plan_that_lets_the_edge_answer_is_not_joined_by_one_that_does_n
 async def test_an_anthropic_client_is_answered_by_the_edge_in_its_own_words(data_dir, up, edge):
     async with running(data_dir, up.url, lanes(edge)) as ibid:
         headers = {"x-api-key": "sk-a", "anthropic-version": "2026-10-21", "x-plan": "+edge"}
-        body = {"model": "claude-x", "max_tokens": 100, "system": "Be brief.", "messages": [{"role": "user", "content": "Who wrote Faust?"}]}  # fmt: skip
+        question = {"role": "user", "content": "Who wrote Faust?"}
+        body = {"model": "claude-x", "max_tokens": 100, "system": "Be brief.", "messages": [question]}
         async with ibid.session.post(ibid.url + "/v1/messages", json=body, headers=headers) as response:
             said = await response.json()
             assert response.status == 200, said
         assert said["type"] == "message"
         assert said["content"] == [{"type": "text", "text": "answer #1 to: Who wrote Faust?"}]
         asked = edge.requests[0].json
-        assert asked["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who wrote Faust?"}]  # fmt: skip
+        assert asked["messages"] == [{"role": "system", "content": "Be brief."}, question]
         assert (asked["model"], asked["max_tokens"]) == (EDGE_MODEL, 100)
         async with ibid.session.post(
             ibid.url + "/v1/messages", json={**body, "stream": True}, headers=headers
