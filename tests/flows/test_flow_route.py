@@ -5,7 +5,6 @@ The cheap model and the one asked for are scripted servers with meters; their an
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 
 from tests.flows.running import MODEL, Ibid, running
 from tests.flows.test_flow_lanes import balanced, billed, lanes, metered, steps
-from tests.upstream import Chat, ScriptedUpstream, Seen
+from tests.upstream import Chat, Json, ScriptedUpstream, Seen
 
 CITIES = (
     "Paris Lyon Rome Madrid Berlin Vienna Prague Lisbon Dublin Oslo Athens Warsaw Cairo Delhi Tokyo Seoul Lima Quito "
@@ -143,16 +142,41 @@ async def test_a_conversation_stays_with_the_model_that_began_it(data_dir, up, e
 async def test_the_likely_next_question_is_fetched_on_the_cheap_tier_only(data_dir, up, edge):
     sections = lanes(edge, **{"lane.prefetch": {"min_count": 2}, "lane.tier": {"models": [MODEL]}})
     plan = {"x-plan": "exact,prefetch"}
+    first, second = "What is in stock today", "What does it cost today"
     async with running(data_dir, up.url, sections) as ibid:
         for _ in range(2):
-            await ibid.ask("What is in stock today", headers={**plan, "x-cache-ttl": "0"})
-            await ibid.ask("What does it cost today", headers={**plan, "x-cache-ttl": "0"})
-            await ibid.settled()
+            for question in (first, second):
+                assert (await ibid.ask(question, headers=plan)).cache == "MISS"
+                await ibid.settled()
+            await ibid.admin("POST", "/cache/flush", {"confirm": "flush"})
         before = len(up.requests)
-        await ibid.ask("What is in stock today", headers={"x-plan": "exact,prefetch", "x-cache-ttl": "0"})
+        await ibid.ask(first, headers=plan)
         await ibid.settled()
-        sent = [request.json.get("service_tier") for request in up.requests[before:]]
-        assert sorted(map(str, sent)) == ["None", "flex"] or sent == [None]
-        await asyncio.sleep(0)
+        sent = {str(r.json["messages"][0]["content"]): r.json.get("service_tier") for r in up.requests[before:]}
+        assert sent == {first: None, second: "flex"}
+        hit = await ibid.ask(second, headers=plan)
+        assert hit.tier == "exact"
+        mechanisms = await ibid.sql("SELECT mechanism, saved_nusd FROM saving ORDER BY saved_nusd")
+        assert [row["mechanism"] for row in mechanisms] == ["spec.prefetch", "cache.exact"]
         assert metered(up) == await billed(ibid, "openai")
+        assert await balanced(ibid)
+
+
+async def test_a_guess_is_not_made_at_the_full_price(data_dir, up, edge):
+    def no_flex(seen: Seen) -> Any:
+        return Json(429, {"error": {"message": "busy"}}) if "service_tier" in seen.json else Chat()
+
+    up.default = no_flex
+    sections = lanes(edge, **{"lane.prefetch": {"min_count": 1}, "lane.tier": {"models": [MODEL]}})
+    plan = {"x-plan": "exact,prefetch"}
+    async with running(data_dir, up.url, sections) as ibid:
+        await ibid.ask("What is in stock today", headers=plan)
+        await ibid.ask("What does it cost today", headers=plan)
+        await ibid.settled()
+        await ibid.admin("POST", "/cache/flush", {"confirm": "flush"})
+        before = len(up.requests)
+        await ibid.ask("What is in stock today", headers=plan)
+        await ibid.settled()
+        assert [r.json.get("service_tier") for r in up.requests[before:]].count("flex") == 1
+        assert len(up.requests) == before + 2
         assert await balanced(ibid)
