@@ -420,7 +420,7 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
             pipeline=pipeline,
             store=edges.store,
             telemetry=edges.telemetry,
-            explain=Explainer(pipeline, handler, edges.store).explain,
+            explain=Explainer(pipeline, handler, edges.store, settings.lanes, edges.prices).explain,
             gauges=lambda: {
                 "loop_stall_ms_max": round(pulse.longest_ms, 3),
                 "uptime_s": round(time.perf_counter() - started_s),

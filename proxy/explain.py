@@ -12,13 +12,16 @@ from proxy import ports
 from proxy.core import identity, policy
 from proxy.core.answer import decode_answer
 from proxy.core.errors import BadRequest
-from proxy.core.model import Candidate, Level, NearMiss, Query
+from proxy.core.model import Candidate, Entry, Level, NearMiss, Query
+from proxy.foresight import foresee, plan_of
 from proxy.handlers import ClientHandler
 from proxy.judge import Judged, Opinion, Place, finite, verdict_of
+from proxy.lanesettings import LaneSettings
 from proxy.pipeline import CANDIDATES, Pipeline
 from proxy.reading import Caller
 from proxy.store.selection import Filters
 from proxy.store.store import Store
+from proxy.store.traffic import read_mean_output
 
 TWINS = 20
 
@@ -26,10 +29,14 @@ TWINS = 20
 class Explainer:
     """Lent the parts by `app.py`."""
 
-    def __init__(self, pipeline: Pipeline, handler: ClientHandler, store: Store) -> None:
+    def __init__(
+        self, pipeline: Pipeline, handler: ClientHandler, store: Store, lanes: LaneSettings, prices: ports.PriceBook
+    ) -> None:
         self._pipeline = pipeline
         self._handler = handler
         self._store = store
+        self._lanes = lanes
+        self._prices = prices
 
     async def explain(
         self, path: str, body: bytes, headers: Mapping[str, str], tenant: str | None
@@ -66,6 +73,8 @@ class Explainer:
             verdict = {"verdict": "miss", "reason": reason}
         return {
             **verdict,
+            "plan": plan_of(query),
+            "cost": await self._cost(query, verdict, exact, now_ms),
             "tenant": query.tenant,
             "scope": query.scope.hex(),
             "fingerprint": query.fingerprint.hex(),
@@ -84,6 +93,15 @@ class Explainer:
             else [_shown(judged, opinion, judge.feature_names) for judged in opinion.judged],
             "key_diff": await self._key_diff(query),
         }
+
+    async def _cost(
+        self, query: Query, verdict: Mapping[str, Any], exact: Entry | None, now_ms: int
+    ) -> Mapping[str, Any]:
+        usage = None if exact is None else exact.draft.usage
+        mean = await read_mean_output(self._store.database, query.upstream, query.model)
+        output_tokens = mean if usage is None else usage.output_tokens
+        is_hit = verdict["verdict"] == "hit"
+        return foresee(query, self._lanes, self._prices, now_ms, output_tokens=output_tokens, is_hit=is_hit)
 
     async def _only_tenant(self) -> str:
         tenants = await self._store.entries.tenants(limit=2)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from sqlalchemy import ColumnElement, case, func, select
 
 from proxy.store.engine import Database
-from proxy.store.schema import audit, entry, request
+from proxy.store.schema import audit, entry, request, upstream_call
 
 
 class Question(NamedTuple):
@@ -63,3 +63,20 @@ async def read_traffic(database: Database, *, namespace: str | None, limit: int)
         lanes.get("cache.exact", 0),
         lanes.get("cache.semantic", 0),
     )
+
+
+MEAN_OVER = 200  # calls
+
+
+async def read_mean_output(database: Database, upstream: str, model: str) -> float | None:
+    """Mean output tokens of the last MEAN_OVER measured calls of a model; None without any. Raises CacheFault."""
+    c = upstream_call.c
+    latest = (
+        select(c.out_tok)
+        .where(c.upstream == upstream, c.model == model, c.usage_basis == "measured")
+        .order_by(c.ts.desc())
+        .limit(MEAN_OVER)
+        .subquery()
+    )
+    ((mean,),) = await database.rows(select(func.avg(latest.c.out_tok)))
+    return None if mean is None else float(mean)

@@ -391,3 +391,26 @@ async def test_an_anthropic_client_is_answered_by_the_edge_in_its_own_words(data
         assert metered(edge) == await billed(ibid, "edge")
         assert json.loads(edge.requests[1].body).get("stream") is None
         assert await balanced(ibid)
+
+
+async def test_explain_tells_the_plan_and_what_it_would_cost(data_dir, up, edge):
+    policies = [{"name": "cheap ones", "match": {"model": "gpt-*"}, "plan": ["exact", "tier", "hedge"]}]
+    sections = lanes(edge, policy=policies, **{"lane.tier": {"models": ["gpt-*"]}})
+    async with running(data_dir, up.url, sections) as ibid:
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "x" * 400}], "max_tokens": 100}
+        told = await ibid.admin("POST", "/cache/explain", body)
+        assert told["plan"] == {"lanes": ["exact", "tier", "hedge"], "policy": "cheap ones"}
+        cost = told["cost"]
+        assert cost["output_tokens"] == 100
+        assert cost["baseline_nusd"] == cost["input_tokens"] * 1_000 + 100 * 4_000
+        assert cost["at_most_nusd"] == 2 * cost["baseline_nusd"]
+        assert up.requests == []
+        await ibid.ask("y" * 400)
+        await ibid.settled()
+        await ibid.app.store.ledger.flush()
+        (row,) = await ibid.sql("SELECT out_tok FROM upstream_call")
+        told = await ibid.admin("POST", "/cache/explain", {**body, "max_tokens": 10_000})
+        assert told["cost"]["output_tokens"] == row["out_tok"]
+        known = {"model": MODEL, "messages": [{"role": "user", "content": "y" * 400}]}
+        hit = await ibid.admin("POST", "/cache/explain", known)
+        assert (hit["verdict"], hit["cost"]["likely_nusd"], hit["cost"]["at_most_nusd"]) == ("hit", 0, 0)
