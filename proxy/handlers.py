@@ -18,8 +18,9 @@ from aiohttp.hdrs import METH_POST
 
 from proxy.books import Client
 from proxy.core import identity
-from proxy.core.dialects.dialect import Dialect
+from proxy.core.dialects.dialect import JSON, Dialect
 from proxy.core.dialects.routes import Routes
+from proxy.core.directives import held_headers
 from proxy.core.errors import BadRequest, IbidError, UpstreamError
 from proxy.core.model import Limits, Query
 from proxy.embeddings import Embeddings
@@ -127,10 +128,15 @@ class ClientHandler:
         client = Client(
             request_id, int(self._clock() * 1000), started_s, query.path_qs, caller.headers, caller.is_retry
         )
+        reply: Replay | Relay | None
         if query.batch is not None:
             reply = await self._embeddings.answer(query, client)
         else:
-            reply = self._pipeline.recall(query, client) or await self._pipeline.answer(query, client)
+            reply = self._pipeline.recall(query, client)
+        if reply is None and query.controls.deadline_s is not None:
+            return await self._answer_patiently(request, query, client)
+        if reply is None:
+            reply = await self._pipeline.answer(query, client)
         if isinstance(reply, Replay):
             return answer_at_once(request, reply)
         return await self._relay(request, reply)
@@ -173,6 +179,75 @@ class ClientHandler:
         if len(raw) <= MEMO_BODY_BYTES:
             _remember(self._queries, (target, caller, raw), query)
         return query
+
+    # -- a client that can wait -----------------------------------------------------------------------------------
+
+    async def _answer_patiently(self, request: web.BaseRequest, query: Query, client: Client) -> web.StreamResponse:
+        """Answer one who named a deadline. When the answer is long in coming, the response is begun without it and
+        kept alive by what the dialect allows; its headers then cannot tell what the cache did."""
+        asked = asyncio.ensure_future(self._pipeline.answer(query, client))
+        try:
+            beat = query.dialect.heartbeat if query.stream else query.dialect.patience
+            await asyncio.wait([asked], timeout=HEARTBEAT_S if beat is not None else None)
+            if not asked.done() and beat is not None:
+                return await self._hold(request, query, client, asked, beat)
+            reply = await asked
+        except BaseException:
+            await _drop(asked)
+            raise
+        if isinstance(reply, Replay):
+            return answer_at_once(request, reply)
+        return await self._relay(request, reply)
+
+    async def _hold(
+        self,
+        request: web.BaseRequest,
+        query: Query,
+        client: Client,
+        asked: asyncio.Future[Replay | Relay],
+        beat: bytes,
+    ) -> web.StreamResponse:
+        dialect = query.dialect
+        kind = f"{dialect.stream_type}; charset=utf-8" if query.stream else JSON
+        headers = [*held_headers(query.plan.text, client.request_id), ("Content-Type", kind), ("Server", SERVER)]
+        if dialect.id_header:
+            headers.append((dialect.id_header, client.request_id))
+        live = LiveStream(web.StreamResponse(status=200, headers=headers), beat)
+        response = live.response
+        self.streams.add(live)
+        try:
+            await response.prepare(request)
+            await live.write(beat)
+            reply = await asked
+            if isinstance(reply, Replay):
+                await live.write(reply.body)
+            else:
+                await self._carry_on(request, reply, live)
+        except IbidError as error:
+            response.force_close()
+            if not (said := dialect.stream_error(error, client.request_id) if query.stream else b""):
+                _cut(request)  # the head said 200: a cut is the only honest end
+                return response
+            await live.write(said)
+        finally:
+            self.streams.discard(live)
+        await response.write_eof()
+        return response
+
+    async def _carry_on(self, request: web.BaseRequest, relay: Relay, live: LiveStream) -> None:
+        outcome = "cancelled"
+        try:
+            if relay.status >= 400:
+                outcome = "error"
+                raise UpstreamError("The upstream refused the request.", code="upstream_error", status=relay.status)
+            while piece := await relay.next():
+                await live.write(piece)
+            outcome = "ok"
+        except UpstreamError:
+            outcome = "error"
+            raise
+        finally:
+            relay.close(outcome)
 
     # -- writing --------------------------------------------------------------------------------------------------
 
@@ -246,6 +321,14 @@ class LiveStream:
         if self._heartbeat is not None and not self._writing and now_s - self._spoke_s >= HEARTBEAT_S:
             self._spoke_s = now_s
             asyncio.ensure_future(self.response.write(self._heartbeat)).add_done_callback(_swallow_connection_loss)
+
+
+async def _drop(asked: asyncio.Future[Replay | Relay]) -> None:
+    """Give up an answer nobody waits for any more."""
+    asked.cancel()
+    await asyncio.wait([asked])
+    if not asked.cancelled() and asked.exception() is None and isinstance(reply := asked.result(), Relay):
+        reply.close("cancelled")
 
 
 def _cut(request: web.BaseRequest) -> str:

@@ -431,6 +431,12 @@ def stale_headers(
     ]
 
 
+def held_headers(plan: str, request_id: str) -> list[tuple[str, str]]:
+    """Of a response begun before it was known who answers."""
+    status = cache_status(fwd="miss", detail="held")
+    return [("Cache-Status", status), ("x-cache-reason", "held"), ("x-plan", plan), ("x-request-id", request_id)]
+
+
 def partial_header(served: int, asked: int) -> tuple[str, str]:
     """How many of a request's inputs the cache answered."""
     return ("x-cache-partial", f"{served}/{asked}")

@@ -11,9 +11,11 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx2
 import pytest
+from openai import APIError, AsyncOpenAI
 
-from tests.flows.running import EXACT_ONLY, MODEL, Ibid, running, until
+from tests.flows.running import EXACT_ONLY, MODEL, Ibid, chat_body, running, until
 from tests.upstream import Chat, Json, Raw, ScriptedUpstream
 
 EDGE_MODEL = "edge-1b"
@@ -414,3 +416,65 @@ async def test_explain_tells_the_plan_and_what_it_would_cost(data_dir, up, edge)
         known = {"model": MODEL, "messages": [{"role": "user", "content": "y" * 400}]}
         hit = await ibid.admin("POST", "/cache/explain", known)
         assert (hit["verdict"], hit["cost"]["likely_nusd"], hit["cost"]["at_most_nusd"]) == ("hit", 0, 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_who_names_a_deadline_is_held_with_a_heartbeat_and_the_sdk_reads_the_answer(
+    data_dir, up, edge, stream, monkeypatch
+):
+    monkeypatch.setattr("proxy.handlers.HEARTBEAT_S", 0.2)
+    up.default = Chat(delay_s=1.5)
+    async with running(data_dir, up.url, lanes(edge)) as ibid:
+        client = AsyncOpenAI(base_url=f"{ibid.url}/v1", api_key="sk-a", max_retries=0)
+        made = client.chat.completions.with_raw_response.create(
+            model=MODEL, messages=[{"role": "user", "content": "A slow one"}], stream=stream,
+            extra_headers={"x-deadline": "10m"},
+        )  # fmt: skip
+        raw = await made
+        assert "detail=held" in raw.headers["Cache-Status"]
+        answer = raw.parse()
+        if stream:
+            text = "".join([chunk.choices[0].delta.content or "" async for chunk in answer if chunk.choices])
+        else:
+            text = answer.choices[0].message.content
+            assert raw.content.startswith(b"\n")
+        assert text == "answer #1 to: A slow one"
+        await client.close()
+        await ibid.settled()
+        assert (await ibid.ask("A slow one")).tier == "exact"
+        assert await balanced(ibid)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_held_answer_that_fails_never_looks_whole(data_dir, up, edge, stream, monkeypatch):
+    monkeypatch.setattr("proxy.handlers.HEARTBEAT_S", 0.2)
+
+    async def slow_failure(seen: Any) -> Json:
+        await asyncio.sleep(1.0)
+        return DOWN
+
+    up.default = slow_failure
+    async with running(data_dir, up.url, lanes(edge)) as ibid:
+        client = AsyncOpenAI(base_url=f"{ibid.url}/v1", api_key="sk-a", max_retries=0)
+        asked = {"model": MODEL, "messages": [{"role": "user", "content": "A slow one"}], "stream": stream}
+
+        async def read() -> None:
+            answer = await client.chat.completions.create(**asked, extra_headers={"x-deadline": "10m"})
+            if stream:
+                _ = [chunk async for chunk in answer]
+
+        with pytest.raises((APIError, httpx2.HTTPError)):
+            await read()
+        await client.close()
+
+
+async def test_a_client_that_leaves_while_it_is_held_ends_the_call(data_dir, up, edge, monkeypatch):
+    monkeypatch.setattr("proxy.handlers.HEARTBEAT_S", 0.1)
+    up.default = Chat(delay_s=20.0)
+    async with running(data_dir, up.url, lanes(edge)) as ibid:
+        async with ibid.open(chat_body("slow"), headers={"x-deadline": "1h"}) as response:
+            assert response.status == 200
+            response.close()
+        await until(lambda: up.meter.cancelled == 1)
+        await ibid.settled()
+        assert [row["outcome"] for row in await ibid.sql("SELECT outcome FROM request")] == ["cancelled"]

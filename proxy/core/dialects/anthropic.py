@@ -277,6 +277,7 @@ class Messages:
     name = "anthropic"
     operation = "chat"
     heartbeat: bytes | None = b'event: ping\ndata: {"type": "ping"}\n\n'
+    patience: bytes | None = b"\n"
     stream_type = EVENT_STREAM
     id_header = "request-id"
 

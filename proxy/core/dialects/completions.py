@@ -102,6 +102,7 @@ class Completions:
     name = "completions"
     operation = "completion"
     heartbeat: bytes | None = b": ping\n"
+    patience: bytes | None = b"\n"
     stream_type = EVENT_STREAM
     id_header = ""
 

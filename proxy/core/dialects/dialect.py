@@ -158,6 +158,11 @@ class Dialect(Protocol):
         ...
 
     @property
+    def patience(self) -> bytes | None:
+        """What may stand before a whole answer for the sake of those who wait; None where nothing may."""
+        ...
+
+    @property
     def stream_type(self) -> str:
         """Media type of its streams."""
         ...

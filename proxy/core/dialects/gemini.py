@@ -169,6 +169,7 @@ class Gemini:
     name = "gemini"
     operation = "chat"
     heartbeat: bytes | None = None  # a comment crashes its clients
+    patience: bytes | None = None
     stream_type = EVENT_STREAM
     id_header = ""
 

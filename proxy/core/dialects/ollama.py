@@ -149,6 +149,7 @@ class Ollama:
 
     name = "ollama"
     heartbeat: bytes | None = None
+    patience: bytes | None = None
     stream_type = NDJSON
     id_header = ""
 

@@ -288,6 +288,7 @@ class OpenAIChat:
     name = "openai"
     operation = "chat"
     heartbeat: bytes | None = b": ping\n"
+    patience: bytes | None = b"\n"
     """A single LF: every SDK that speaks this dialect accepts it, also after an `id:` line."""
     stream_type = EVENT_STREAM
     id_header = ""

@@ -163,6 +163,7 @@ class Responses:
     name = "responses"
     operation = "chat"
     heartbeat: bytes | None = b": ping\n"
+    patience: bytes | None = b"\n"
     stream_type = EVENT_STREAM
     id_header = ""
 
