@@ -9,13 +9,14 @@ import socket
 import sqlite3
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from index.errors import ModelFault
 from proxy.config import Address, Settings
 from proxy.core.errors import ConfigError
+from proxy.prices import Prices
 
 OUR_PACKAGES = ("proxy", "index")
 OUR_DISTRIBUTION = "ibid-proxy"
@@ -25,7 +26,7 @@ SNAPSHOT = "index.snapshot"
 
 
 class Finding(NamedTuple):
-    """`state`: "ok", "warn" (serves, less well) or "fail" (will not start)."""
+    """`state`: "ok", "warn" (serves, less well) or "fail" (will not start, or would book what is not known)."""
 
     part: str
     state: str
@@ -35,13 +36,54 @@ class Finding(NamedTuple):
 def inspect(settings: Settings) -> list[Finding]:
     """Every part looked at, in the order a start uses them."""
     looks: tuple[Callable[[Settings], Iterator[Finding]], ...] = (
-        _configuration, _packages, _clock, _data_dir, _database, _model, _snapshot, _token, _ports,
+        _configuration, _prices, _packages, _clock, _data_dir, _database, _model, _snapshot, _token, _ports,
     )  # fmt: skip
     return [finding for look in looks for finding in look(settings)]
 
 
 def _configuration(settings: Settings) -> Iterator[Finding]:
     yield Finding("configuration", "ok", str(settings.source or "defaults, environment and flags"))
+
+
+def _prices(settings: Settings) -> Iterator[Finding]:
+    """Which calls would be booked as unpriced, as far as the configuration names them."""
+    book = Prices(
+        {name: override.rates() for name, override in settings.prices.items()},
+        {name: upstream.prices_as for name, upstream in settings.upstreams.items() if upstream.prices_as},
+    )
+    now_ms, gaps = int(time.time() * 1000), 0
+    for finding in price_gaps(book, settings, {}, now_ms):
+        gaps += 1
+        yield finding
+    if not gaps:
+        yield Finding("prices", "ok", f"{book.source}, {len(settings.prices)} overrides")
+
+
+def price_gaps(
+    book: Prices, settings: Settings, tiers: Mapping[str, Collection[str]], now_ms: int
+) -> Iterator[Finding]:
+    """What has no price. `tiers`: upstream → the service tiers beside "default" that ibid is to use there.
+
+    A tier without a price is a failure: what it saves would be made up. Patterns of `models` are not looked at: which
+    names they stand for is the clients' to say.
+    """
+    for name in sorted({key.partition("/")[0] for key in settings.prices} - settings.upstreams.keys()):
+        yield Finding("prices", "warn", f'[prices.override."{name}/…"] prices an upstream that is not configured')
+    for name, upstream in settings.upstreams.items():
+        known = book.known(name, now_ms)
+        own = {key.partition("/")[2] for key in settings.prices if key.startswith(f"{name}/")}
+        if known is None and "*" not in own:
+            other = "calls" if not own else "calls of other models"
+            instead = f'name a provider in upstream.{name}.prices_as, or prices in [prices.override."{name}/*"]'
+            yield Finding("prices", "warn", f"{other} to upstream {name} are booked as unpriced: {instead}")
+        named = {model for model in upstream.models if not set("*?[") & set(model)} | own
+        for tier in ("default", *sorted(tiers.get(name, ()))):
+            state = "warn" if tier == "default" else "fail"
+            missing = sorted(model for model in named if book.rates(name, model, tier, now_ms) is None)
+            if missing:
+                yield Finding("prices", state, f"upstream {name}, tier {tier}: no price of {', '.join(missing)}")
+            if not upstream.models and "*" not in own and tier not in (known.tiers if known else {"default"}):
+                yield Finding("prices", state, f"upstream {name}, tier {tier}: no model there has a price for it")
 
 
 def _packages(_settings: Settings) -> Iterator[Finding]:
