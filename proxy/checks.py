@@ -16,7 +16,7 @@ from typing import NamedTuple
 from index.errors import ModelFault
 from proxy.config import Address, Settings
 from proxy.core.errors import ConfigError
-from proxy.prices import Prices
+from proxy.prices import Prices, configured
 
 OUR_PACKAGES = ("proxy", "index")
 OUR_DISTRIBUTION = "ibid-proxy"
@@ -47,11 +47,7 @@ def _configuration(settings: Settings) -> Iterator[Finding]:
 
 def _prices(settings: Settings) -> Iterator[Finding]:
     """Which calls would be booked as unpriced, as far as the configuration names them."""
-    book = Prices(
-        {name: override.rates() for name, override in settings.prices.items()},
-        {name: upstream.prices_as for name, upstream in settings.upstreams.items() if upstream.prices_as},
-    )
-    now_ms, gaps = int(time.time() * 1000), 0
+    book, now_ms, gaps = configured(settings), int(time.time() * 1000), 0
     for finding in price_gaps(book, settings, {}, now_ms):
         gaps += 1
         yield finding

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     purge = command("purge", _purge, "remove stored answers; says which unless --yes", machine)
     _add_selection(purge, listing=False)
     savings = command("savings", _savings, "what was saved: a summary, or a named query", table)
-    savings.add_argument("name", nargs="?", help="named query; `list` shows them")
+    savings.add_argument("name", nargs="?", help="named query; `list` and `views` show them")
     savings.add_argument("--since", default="30d", metavar="WHEN", help="30d, 2026-11-01 (30d)")
     savings.add_argument("--until", metavar="WHEN", help="up to this day, itself included")
     savings.add_argument("--group-by", default="day", metavar="COLUMNS", help=f"of {','.join(GROUPS)} (day)")
@@ -264,13 +264,23 @@ def _savings(settings: config.Settings, chosen: argparse.Namespace) -> int:
     now_ms = int(time.time() * 1000)
     since = _day("since", chosen.since, now_ms)
     until = _day("until", chosen.until, now_ms) if chosen.until else "9999"
-    if chosen.name == "list":
-        from proxy.store.named_queries import NAMED
-
-        rows = [(query.name, query.title) for query in NAMED.values()]
-        sys.stdout.write(printing.render(chosen.format, ("name", "title"), rows))
+    described = _described(chosen.name.lower()) if chosen.name else None
+    if described is not None:
+        sys.stdout.write(printing.described(chosen.format, described))
         return FINE
     return _show(settings, chosen, chosen.name, None, since, until)
+
+
+def _described(name: str) -> list[tuple[str, str, Mapping[str, str]]] | None:
+    """Name, question and columns of the named queries ("list") or of the views ("views"); None for another name."""
+    from proxy.store.named_queries import NAMED
+    from proxy.store.views import DESCRIBED
+
+    if name == "list":
+        return [(query.name, query.title, query.columns) for query in NAMED.values()]
+    if name == "views":
+        return [(view_name, view.title, view.columns) for view_name, view in DESCRIBED.items()]
+    return None
 
 
 def _evaluate(settings: config.Settings, chosen: argparse.Namespace) -> int:
@@ -342,13 +352,14 @@ def _show(
     since: str = "",
     until: str = "9999",
 ) -> int:
+    from proxy.prices import configured
     from proxy.store.queries import Queries, Result
     from proxy.store.reading import open_reading
 
     async def read() -> Result:
         database = open_reading(settings.store.database_url or None, settings.data_dir)
         try:
-            queries = Queries(database)
+            queries = Queries(database, configured(settings).rates if name is not None else None)
             if sql is not None:
                 return await queries.run_readonly(sql, row_limit=chosen.limit)
             if name is not None:

@@ -28,6 +28,7 @@ from proxy.core.errors import ConfigError
 from proxy.core.model import Usage
 from proxy.core.rates import PUSD_PER_NUSD, Rate
 from proxy.ports import Price
+from proxy.settings import Settings
 
 NUSD_PER_TOKEN = 1_000  # nano-dollars a token costs at one USD per million tokens
 NUSD_PER_USD = 1_000_000_000
@@ -196,6 +197,14 @@ class Prices:
 
         self._snapshot = DataSnapshot(providers=providers, from_auto_update=False)
         return self._snapshot
+
+
+def configured(settings: Settings) -> Prices:
+    """The price book of a configuration."""
+    return Prices(
+        {name: override.rates() for name, override in settings.prices.items()},
+        {name: upstream.prices_as for name, upstream in settings.upstreams.items() if upstream.prices_as},
+    )
 
 
 def _moment(ts_ms: int) -> datetime:

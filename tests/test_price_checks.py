@@ -8,7 +8,7 @@ import pytest
 
 from proxy import checks, config
 from proxy.core.errors import ConfigError
-from proxy.prices import Prices
+from proxy.prices import Prices, configured
 
 NOW_MS = 1_795_348_800_000  # 2026-11-22 12:00 UTC
 LAB = "[upstream.lab]\nbase_url = 'http://127.0.0.1:9'\nmodels = ['llama-x', 'qwen-*']\n"
@@ -19,11 +19,7 @@ def told(tmp_path: Path, text: str, **tiers: tuple[str, ...]) -> dict[str, str]:
     path = tmp_path / "ibid.toml"
     path.write_text(text)
     settings = config.load(config.Flags(config=str(path)), {"HOME": str(tmp_path)})
-    book = Prices(
-        {name: override.rates() for name, override in settings.prices.items()},
-        {name: upstream.prices_as for name, upstream in settings.upstreams.items() if upstream.prices_as},
-    )
-    found = checks.price_gaps(book, settings, tiers, NOW_MS)
+    found = checks.price_gaps(configured(settings), settings, tiers, NOW_MS)
     return {finding.note: finding.state for finding in found if "upstream ollama" not in finding.note}
 
 
