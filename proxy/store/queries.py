@@ -17,15 +17,16 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select, text
+from sqlalchemy import case, func, not_, or_, select, text
 from sqlalchemy.exc import DBAPIError
 
 from proxy.core.errors import BadRequest, CacheFault
 from proxy.core.rates import Rating
+from proxy.core.reconcile import Billed
 from proxy.core.saving import day_of
 from proxy.store.engine import DATABASE_ERRORS, Database, fault_of
 from proxy.store.named_queries import GROUPS, NAMED, PRICED_CALLS, NamedQuery, Rated, grouped, with_rates
-from proxy.store.schema import request
+from proxy.store.schema import request, upstream_call
 
 ROW_LIMIT = 10_000
 BYTE_LIMIT = 16 * 1024 * 1024
@@ -116,6 +117,31 @@ class Queries:
         if not parts["request"]:
             return None
         return {**parts["request"][0], "calls": parts["calls"], "savings": parts["savings"]}
+
+    async def billed(
+        self, since_day: str, until_day: str, upstreams: Sequence[str] | None, operations: str = "all"
+    ) -> Sequence[Billed]:
+        """Calls a provider may bill, summed by UTC day of the call, model and tier; both days inclusive.
+
+        `upstreams`: None for every one. `operations`: "embeddings", "others" than those, or "all". A call that failed
+        and told no usage is not billed.
+        """
+        c, times = upstream_call.c, _milliseconds(since_day, until_day)
+        day, estimated = c.ts // DAY_MS, case((c.usage_basis == "measured", 0), else_=1)
+        told = [c.in_tok, c.cache_read_tok, c.cache_write_tok, c.out_tok, c.cost_nusd, estimated]
+        wanted = (
+            select(day, c.model, c.tier, func.count(), *(func.coalesce(func.sum(one), 0) for one in told))
+            .where(c.ts >= times["since_ms"], c.ts < times["until_ms"], or_(c.status < 400, c.in_tok.is_not(None)))
+            .group_by(day, c.model, c.tier)
+        )
+        if upstreams is not None:
+            wanted = wanted.where(c.upstream.in_(upstreams))
+        if operations != "all":
+            embeds = request.c.endpoint.endswith("embeddings", autoescape=True)
+            wanted = wanted.join(request, request.c.id == c.request_id)
+            wanted = wanted.where(embeds if operations == "embeddings" else not_(embeds))
+        rows = await self._database.rows(wanted)
+        return [Billed(day_of(row[0] * DAY_MS), row[1], row[2], *map(int, row[3:])) for row in rows]
 
     async def requests(
         self,

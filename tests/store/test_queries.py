@@ -147,6 +147,33 @@ async def test_calls_are_counted_by_their_own_day_and_latency_by_lane(store):
         await store.queries.named("invoice", since_day="yesterday")
 
 
+async def test_what_a_provider_may_bill_is_summed_by_day_model_and_tier(store):
+    calls = (
+        call("a", usage=Usage(100, 20, 30, 10)),
+        call("b", usage=Usage(7, 1), usage_basis="estimated"),
+        call("flex", tier="flex"),
+        call("late", ts_ms=NOON_MS + DAY_MS // 2),
+        call("failed", usage=None, usage_basis="none", status=500),
+        call("silent", usage=None, usage_basis="none", status=200),
+        call("elsewhere", upstream="lab"),
+    )
+    store.ledger.record(outcome("q", calls=calls))
+    store.ledger.record(outcome("e", endpoint="/v1/embeddings", calls=(call("vector", model="v", usage=Usage(9, 0)),)))
+    await store.ledger.flush()
+    day, billed = "2026-11-22", store.queries.billed
+    assert sorted(await billed(day, day, ("openai",))) == [
+        (day, "m", "default", 3, 107, 30, 10, 21, 100_000 + 80_000 + 7_000 + 4_000, 2),
+        (day, "m", "flex", 1, 100, 0, 0, 20, 90_000, 0),
+        (day, "v", "default", 1, 9, 0, 0, 0, 9_000, 0),
+    ]
+    assert {type(value) for row in await billed(day, day, None) for value in row[3:]} == {int}
+    assert sum(row.calls for row in await billed(day, day, None)) == 6
+    assert [row.model for row in await billed(day, day, None, "embeddings")] == ["v"]
+    assert {row.model for row in await billed(day, day, None, "others")} == {"m"}
+    assert [row.day for row in await billed("2026-11-23", "9999", ("openai",))] == ["2026-11-23"]
+    assert await billed(day, day, ()) == []
+
+
 async def test_the_ledger_balances_and_an_unbalanced_row_is_named(store):
     await fill(store)
     assert (await store.queries.named("balance")).rows == ()
