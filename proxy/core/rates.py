@@ -20,3 +20,8 @@ class Rate(NamedTuple):
 
 Rating = Callable[[str, str, str, int], Sequence[Rate] | None]
 """(upstream, model, tier, ts_ms) → rates from the highest `above` down, or None where the price is not known."""
+
+
+def writes_cost_extra(rates: Sequence[Rate] | None) -> bool:
+    """Whether writing to the provider's prompt cache costs more than plain input; yes where it is not known."""
+    return rates is None or any(rate.cache_write > rate.input for rate in rates)
