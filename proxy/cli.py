@@ -310,7 +310,8 @@ def _reconcile(settings: config.Settings, chosen: argparse.Namespace, now_ms: in
         return await queries.billed(since or min(days), until or max(days), upstreams, told.shape.operations)
 
     found = reconcile.reconcile(told, _with_queries(settings, read))
-    sys.stdout.write(printing.render(chosen.format, found.columns, found.rows()))
+    columns, rows = found.brief() if chosen.format == "table" else (found.columns, found.rows())
+    sys.stdout.write(printing.render(chosen.format, columns, rows))
     if unequal := found.unequal():
         what = ", ".join(f"{count} {status}" for status, count in sorted(unequal.items()))
         print(f"ibid: {sum(unequal.values())} of {len(found.lines)} lines are not equal: {what}", file=sys.stderr)

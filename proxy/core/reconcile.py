@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -65,6 +66,15 @@ class Reconciled:
     def rows(self) -> list[tuple[object, ...]]:
         return [self._row(compared) for compared in (*self.lines, self.total)]
 
+    def brief(self) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+        """Columns and rows for a terminal: one cell a measure, "invoice - ledger = difference" where they differ."""
+        names = tuple("usd" if name == COST else name for name in self.measures)
+        rows: list[tuple[object, ...]] = []
+        for key, status, invoice, ledger in (*self.lines, self.total):
+            cells = [_cell(name, invoice, ledger) for name in self.measures]
+            rows.append((invoice.number, *key, status, *cells, ledger.counters.get(ESTIMATED, 0)))
+        return (*_KEY_COLUMNS, *names, ESTIMATED), rows
+
     def _row(self, compared: Compared) -> tuple[object, ...]:
         key, status, invoice, ledger = compared
         row: list[object] = [invoice.number, *key, status]
@@ -106,6 +116,21 @@ def reconcile(invoice: Invoice, billed: Iterable[Billed]) -> Reconciled:
     total.invoice.number = None
     status = EQUAL if all(compared.status == EQUAL for compared in lines) else DIFFERS
     return Reconciled(invoice.measures, lines, total._replace(status=status))
+
+
+def _cell(name: str, invoice: Line, ledger: Line) -> str:
+    if name == COST:
+        theirs, ours = round(invoice.cost_nusd), round(ledger.cost_nusd)
+        told, booked, difference = (_usd(nusd) for nusd in (theirs, ours, theirs - ours))
+    else:
+        theirs, ours = invoice.counters.get(name, 0), ledger.counters.get(name, 0)
+        told, booked, difference = (str(count) for count in (theirs, ours, theirs - ours))
+    return told if theirs == ours else f"{told} - {booked} = {difference}"
+
+
+def _usd(nusd: int) -> str:
+    text = f"{Decimal(nusd).scaleb(-9):f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def _lines_of(invoice: Invoice, billed: Iterable[Billed]) -> dict[Key, Line]:

@@ -167,6 +167,14 @@ def test_rows_tell_both_sides_their_difference_and_the_total() -> None:
          3, 3, 0, 106, 200, -94, 40, 80, -40, 11, 20, -9, 0.50000035, 7e-7, 499_999_650, 1),
     ]  # fmt: skip
     assert found.unequal() == {DIFFERS: 1, ONLY_LEDGER: 1, ONLY_INVOICE: 1}
+    columns, rows = found.brief()
+    assert columns == (
+        "line", "day", "model", "tier", "status", "calls", "in_tok", "cache_read_tok", "out_tok", "usd", "estimated"
+    )  # fmt: skip
+    assert rows[0] == (2, day, "gpt-4o", "default", DIFFERS, "2", "101 - 100 = 1", "40", "10", "0.00000035", 1)
+    assert rows[1][-2] == "0 - 0.00000035 = -0.00000035"
+    assert rows[3][5:] == ("3", "106 - 200 = -94", "40 - 80 = -40", "11 - 20 = -9",
+                           "0.50000035 - 0.0000007 = 0.49999965", 1)  # fmt: skip
 
 
 @pytest.mark.parametrize(
