@@ -55,8 +55,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
         (EMBEDDINGS + f"{bucket()},9,1,p,text-embedding-3-small\n", 1),
         (ANTHROPIC + "2026-11-22,claude-haiku-4-5-20251001,k,D,standard,≤ 200k,50,20,0,30,5,0,global,\n", 1),
         ("day,model,tier,calls,in_tok,out_tok,cost_usd\n"
-         "2026-11-22,gpt-4o,default,2,150,25,0.00025\n"
-         "2026-11-22,claude-haiku-4-5,default,1,100,5,0.00012\n"
+         "2026-11-22,gpt-4o,default,2,150,25,0.0002275\n"
+         "2026-11-22,claude-haiku-4-5,default,1,100,5,0.000098\n"
          "2026-11-22,text-embedding-3-small,default,1,9,0,0.000009\n", 3),
     ],
 )  # fmt: skip
@@ -86,7 +86,7 @@ def test_what_differs_is_told_line_by_line_and_the_operator_must_act(
         ("", "total", "", "differs"),
     ]
     assert (rows[1]["invoice_in_tok"], rows[1]["ledger_in_tok"], rows[1]["in_tok_difference"]) == ("151", "150", "1")
-    assert rows[1]["difference_nusd"] == str(500_000_000 - 250_000)
+    assert rows[1]["difference_nusd"] == str(500_000_000 - 227_500)
     code, out, _ = run(capsys, "reconcile", "bill.csv", "--until", "2026-11-20", "--json")
     assert [row["day"] for row in json.loads(out)] == ["2026-11-20", "total"]
     code, out, _ = run(capsys, "RECONCILE".lower(), "bill.csv")

@@ -18,13 +18,14 @@ from typing import NamedTuple
 
 from proxy.core.invoice import COST, COUNTERS, Invoice, Key, Line, add, family
 
-ESTIMATED = "estimated"
+NOTES = ("estimated", "unpriced")
+"""Counted of the ledger's calls alone: what to look at first where a line differs."""
 EQUAL, DIFFERS, ONLY_INVOICE, ONLY_LEDGER = "equal", "differs", "only in invoice", "only in ledger"
 _KEY_COLUMNS = ("line", "day", "model", "tier", "status")
 
 
 class Billed(NamedTuple):
-    """Calls of the ledger, summed. `estimated`: calls whose usage the provider did not tell."""
+    """Calls of the ledger, summed. `estimated`: of usage the provider did not tell; `unpriced`: of no known price."""
 
     day: str
     model: str
@@ -35,7 +36,8 @@ class Billed(NamedTuple):
     cache_write_tok: int
     out_tok: int
     cost_nusd: int
-    estimated: int
+    estimated: int = 0
+    unpriced: int = 0
 
 
 class Compared(NamedTuple):
@@ -61,7 +63,7 @@ class Reconciled:
         told = [part for name in self.measures if name != COST
                 for part in (f"invoice_{name}", f"ledger_{name}", f"{name}_difference")]  # fmt: skip
         money = ("invoice_usd", "ledger_usd", "difference_nusd") if COST in self.measures else ()
-        return (*_KEY_COLUMNS, *told, *money, ESTIMATED)
+        return (*_KEY_COLUMNS, *told, *money, *NOTES)
 
     def rows(self) -> list[tuple[object, ...]]:
         return [self._row(compared) for compared in (*self.lines, self.total)]
@@ -72,8 +74,8 @@ class Reconciled:
         rows: list[tuple[object, ...]] = []
         for key, status, invoice, ledger in (*self.lines, self.total):
             cells = [_cell(name, invoice, ledger) for name in self.measures]
-            rows.append((invoice.number, *key, status, *cells, ledger.counters.get(ESTIMATED, 0)))
-        return (*_KEY_COLUMNS, *names, ESTIMATED), rows
+            rows.append((invoice.number, *key, status, *cells, *_notes(ledger)))
+        return (*_KEY_COLUMNS, *names, *NOTES), rows
 
     def _row(self, compared: Compared) -> tuple[object, ...]:
         key, status, invoice, ledger = compared
@@ -85,7 +87,7 @@ class Reconciled:
             else:
                 told, booked = invoice.counters.get(name, 0), ledger.counters.get(name, 0)
                 row += [told, booked, told - booked]
-        return (*row, ledger.counters.get(ESTIMATED, 0))
+        return (*row, *_notes(ledger))
 
     def unequal(self) -> dict[str, int]:
         """Status → lines, for all that are not equal."""
@@ -118,6 +120,10 @@ def reconcile(invoice: Invoice, billed: Iterable[Billed]) -> Reconciled:
     return Reconciled(invoice.measures, lines, total._replace(status=status))
 
 
+def _notes(ledger: Line) -> tuple[int, ...]:
+    return tuple(ledger.counters.get(name, 0) for name in NOTES)
+
+
 def _cell(name: str, invoice: Line, ledger: Line) -> str:
     if name == COST:
         theirs, ours = round(invoice.cost_nusd), round(ledger.cost_nusd)
@@ -136,7 +142,7 @@ def _usd(nusd: int) -> str:
 def _lines_of(invoice: Invoice, billed: Iterable[Billed]) -> dict[Key, Line]:
     lines: dict[Key, Line] = {}
     for row in billed:
-        counters = {name: getattr(row, name) for name in (*COUNTERS, ESTIMATED)}
+        counters = {name: getattr(row, name) for name in (*COUNTERS, *NOTES)}
         line = Line(None, counters, Fraction(row.cost_nusd), Fraction(row.calls, 2))
         add(lines.setdefault(invoice.ledger_key(row.day, row.model, row.tier), Line()), line)
     return lines

@@ -50,6 +50,7 @@ def _ratio(part: str, whole: str) -> str:
 _N = "CAST(COUNT(*) AS BIGINT)"
 _ASKED = _int("CASE WHEN r.lane = 'audit' THEN 0 ELSE 1 END")  # an audit is ours, not a client's
 _UNMEASURED = "CASE WHEN u.usage_basis = 'measured' THEN 0 ELSE 1 END"
+_UNPRICED = "CASE WHEN u.cost_basis = 'unpriced' THEN 1 ELSE 0 END"
 _SAVED = "r.baseline_nusd - r.actual_nusd"
 _READ, _WRITE = "COALESCE(u.cache_read_tok, 0)", "COALESCE(u.cache_write_tok, 0)"
 _PLAIN = f"CASE WHEN u.in_tok >= {_READ} + {_WRITE} THEN u.in_tok - {_READ} - {_WRITE} ELSE u.in_tok END"
@@ -115,7 +116,8 @@ _QUERIES = (
         "What should each provider's invoice say?",
         f"SELECT u.upstream AS upstream, u.model AS model, u.tier AS tier, {_N} AS calls, {_int('u.in_tok')} AS in_tok, "
         f"{_int('u.cache_read_tok')} AS cache_read_tok, {_int('u.cache_write_tok')} AS cache_write_tok, "
-        f"{_int('u.out_tok')} AS out_tok, {_usd('u.cost_nusd')} AS cost_usd, {_int(_UNMEASURED)} AS unmeasured "
+        f"{_int('u.out_tok')} AS out_tok, {_usd('u.cost_nusd')} AS cost_usd, {_int(_UNMEASURED)} AS unmeasured, "
+        f"{_int(_UNPRICED)} AS unpriced "
         f"FROM upstream_call u WHERE {_CALLED} "
         "GROUP BY u.upstream, u.model, u.tier ORDER BY u.upstream, u.model, u.tier",
         {
@@ -128,7 +130,8 @@ _QUERIES = (
             "cache_write_tok": "tokens",
             "out_tok": "tokens",
             "cost_usd": "USD",
-            "unmeasured": "calls without usage",
+            "unmeasured": "calls whose usage the provider did not tell",
+            "unpriced": "calls without a known price, at 0 USD",
         },
     ),
     NamedQuery(

@@ -128,7 +128,8 @@ class Queries:
         """
         c, times = upstream_call.c, _milliseconds(since_day, until_day)
         day, estimated = c.ts // DAY_MS, case((c.usage_basis == "measured", 0), else_=1)
-        told = [c.in_tok, c.cache_read_tok, c.cache_write_tok, c.out_tok, c.cost_nusd, estimated]
+        unpriced = case((c.cost_basis == "unpriced", 1), else_=0)
+        told = [c.in_tok, c.cache_read_tok, c.cache_write_tok, c.out_tok, c.cost_nusd, estimated, unpriced]
         wanted = (
             select(day, c.model, c.tier, func.count(), *(func.coalesce(func.sum(one), 0) for one in told))
             .where(c.ts >= times["since_ms"], c.ts < times["until_ms"], or_(c.status < 400, c.in_tok.is_not(None)))

@@ -148,33 +148,34 @@ def test_an_alias_is_compared_with_its_snapshots_and_two_snapshots_are_not_mixed
 
 def test_rows_tell_both_sides_their_difference_and_the_total() -> None:
     text = PLAIN + "2026-11-22,gpt-4o,default,2,101,40,10,0.00000035\n2026-11-22,other,flex,1,5,0,1,0.5\n"
-    found = reconcile(read(text), [billed(estimated=1), billed("mine", calls=1)])
+    found = reconcile(read(text), [billed(estimated=1), billed("mine", calls=1, unpriced=1)])
     assert found.columns == (
         "line", "day", "model", "tier", "status", "invoice_calls", "ledger_calls", "calls_difference", "invoice_in_tok",
         "ledger_in_tok", "in_tok_difference", "invoice_cache_read_tok", "ledger_cache_read_tok",
         "cache_read_tok_difference", "invoice_out_tok", "ledger_out_tok", "out_tok_difference", "invoice_usd",
-        "ledger_usd", "difference_nusd", "estimated",
+        "ledger_usd", "difference_nusd", "estimated", "unpriced",
     )  # fmt: skip
     day = "2026-11-22"
     assert found.rows() == [
         (2, day, "gpt-4o", "default", DIFFERS,
-         2, 2, 0, 101, 100, 1, 40, 40, 0, 10, 10, 0, 3.5e-7, 3.5e-7, 0, 1),
+         2, 2, 0, 101, 100, 1, 40, 40, 0, 10, 10, 0, 3.5e-7, 3.5e-7, 0, 1, 0),
         (None, day, "mine", "default", ONLY_LEDGER,
-         0, 1, -1, 0, 100, -100, 0, 40, -40, 0, 10, -10, 0.0, 3.5e-7, -350, 0),
+         0, 1, -1, 0, 100, -100, 0, 40, -40, 0, 10, -10, 0.0, 3.5e-7, -350, 0, 1),
         (3, day, "other", "flex", ONLY_INVOICE,
-         1, 0, 1, 5, 0, 5, 0, 0, 0, 1, 0, 1, 0.5, 0.0, 500_000_000, 0),
+         1, 0, 1, 5, 0, 5, 0, 0, 0, 1, 0, 1, 0.5, 0.0, 500_000_000, 0, 0),
         (None, "total", "", "", DIFFERS,
-         3, 3, 0, 106, 200, -94, 40, 80, -40, 11, 20, -9, 0.50000035, 7e-7, 499_999_650, 1),
+         3, 3, 0, 106, 200, -94, 40, 80, -40, 11, 20, -9, 0.50000035, 7e-7, 499_999_650, 1, 1),
     ]  # fmt: skip
     assert found.unequal() == {DIFFERS: 1, ONLY_LEDGER: 1, ONLY_INVOICE: 1}
     columns, rows = found.brief()
     assert columns == (
-        "line", "day", "model", "tier", "status", "calls", "in_tok", "cache_read_tok", "out_tok", "usd", "estimated"
+        "line", "day", "model", "tier", "status", "calls", "in_tok", "cache_read_tok", "out_tok", "usd", "estimated",
+        "unpriced",
     )  # fmt: skip
-    assert rows[0] == (2, day, "gpt-4o", "default", DIFFERS, "2", "101 - 100 = 1", "40", "10", "0.00000035", 1)
-    assert rows[1][-2] == "0 - 0.00000035 = -0.00000035"
+    assert rows[0] == (2, day, "gpt-4o", "default", DIFFERS, "2", "101 - 100 = 1", "40", "10", "0.00000035", 1, 0)
+    assert rows[1][-3] == "0 - 0.00000035 = -0.00000035"
     assert rows[3][5:] == ("3", "106 - 200 = -94", "40 - 80 = -40", "11 - 20 = -9",
-                           "0.50000035 - 0.0000007 = 0.49999965", 1)  # fmt: skip
+                           "0.50000035 - 0.0000007 = 0.49999965", 1, 1)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -243,7 +244,7 @@ def written(ledger, columns=(*COUNTERS, "cost_usd"), splits=()) -> str:
 
 
 def rows_of(ledger) -> list[Billed]:
-    return [Billed(day.isoformat(), model, tier, *values, 0) for (day, model, tier), values in ledger.items()]
+    return [Billed(day.isoformat(), model, tier, *values) for (day, model, tier), values in ledger.items()]
 
 
 @given(ledger=ledgers, data=st.data())

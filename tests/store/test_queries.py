@@ -104,7 +104,7 @@ async def test_a_batch_is_priced_by_each_models_own_rates(store):
     await store.ledger.flush()
     found = await Queries(store.database, stepped).named("could_wait")
     batch_nusd = (500 * 3 + 10 * 15 + 400 + 100 * 4) // 2 + (1_001 * 3 + 10 * 15)
-    paid_nusd = [1_000 * 1_000 + 10 * 4_000, 1_001 * 1_000 + 10 * 4_000, 500 * 1_000]
+    paid_nusd = [1_000 * 1_000 + 10 * 4_000 - 400 * 900 + 100 * 250, 1_001 * 1_000 + 10 * 4_000, 500 * 1_000]
     assert close_to(found.rows) == close_to(
         [("eval", 5, sum(paid_nusd) / 1e9, sum(paid_nusd[:2]) / 1e9, batch_nusd / 1e9,
           (sum(paid_nusd[:2]) - batch_nusd) / 1e9),
@@ -162,14 +162,18 @@ async def test_what_a_provider_may_bill_is_summed_by_day_model_and_tier(store):
     await store.ledger.flush()
     day, billed = "2026-11-22", store.queries.billed
     assert sorted(await billed(day, day, ("openai",))) == [
-        (day, "m", "default", 3, 107, 30, 10, 21, 100_000 + 80_000 + 7_000 + 4_000, 2),
-        (day, "m", "flex", 1, 100, 0, 0, 20, 90_000, 0),
-        (day, "v", "default", 1, 9, 0, 0, 0, 9_000, 0),
+        (day, "m", "default", 3, 107, 30, 10, 21, 100_000 + 80_000 - 27_000 + 2_500 + 7_000 + 4_000, 2, 0),
+        (day, "m", "flex", 1, 100, 0, 0, 20, 90_000, 0, 0),
+        (day, "v", "default", 1, 9, 0, 0, 0, 9_000, 0, 0),
     ]
     assert {type(value) for row in await billed(day, day, None) for value in row[3:]} == {int}
     assert sum(row.calls for row in await billed(day, day, None)) == 6
+    store.ledger.record(outcome("f", calls=(call("gift", model="free"),)))
+    await store.ledger.flush()
+    assert [row.unpriced for row in await billed(day, day, None) if row.model == "free"] == [1]
+    assert [row[-2:] for row in (await store.queries.named("invoice")).rows if row[1] == "free"] == [(0, 1)]
     assert [row.model for row in await billed(day, day, None, "embeddings")] == ["v"]
-    assert {row.model for row in await billed(day, day, None, "others")} == {"m"}
+    assert {row.model for row in await billed(day, day, None, "others")} == {"m", "free"}
     assert [row.day for row in await billed("2026-11-23", "9999", ("openai",))] == ["2026-11-23"]
     assert await billed(day, day, ()) == []
 
