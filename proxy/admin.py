@@ -141,7 +141,11 @@ class Operations(Protocol):
     async def savings(self, group_by: Sequence[str], since_ms: int | None, until_ms: int | None) -> Table: ...
 
     def queries(self) -> Sequence[Mapping[str, Any]]:
-        """Named queries: "name" and "about"."""
+        """Named queries: "name", "about", and "columns" with their units."""
+        ...
+
+    def views(self) -> Sequence[Mapping[str, Any]]:
+        """The same of the views, for one's own SELECT."""
         ...
 
     async def query(self, name: str | None, sql: str | None, limit: int) -> Table:
@@ -318,7 +322,7 @@ class Admin:
     @guarded
     async def queries(self, request: web.Request) -> web.Response:
         await self._read(request)
-        return reply({"queries": self._do.queries()})
+        return reply({"queries": self._do.queries(), "views": self._do.views()})
 
     @guarded
     async def run_query(self, request: web.Request) -> web.Response:

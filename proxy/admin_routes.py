@@ -109,7 +109,7 @@ ROUTES: tuple[Route, ...] = (
         "GET", "/savings", "savings", "what was saved, by whole days in UTC",
         query=(Param("group_by", "choices", "columns", default=("day",), choices=GROUPS), _SINCE, _UNTIL),
     ),
-    Route("GET", "/savings/queries", "queries", "the named queries"),
+    Route("GET", "/savings/queries", "queries", "the named queries and the views, with their columns and units"),
     Route(
         "POST", "/savings/query", "run_query", "a named query, or one read-only SELECT, time- and row-limited",
         body=(

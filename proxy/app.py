@@ -55,7 +55,7 @@ from proxy.lanes.route import Router
 from proxy.operations import Operator
 from proxy.pipeline import Pipeline
 from proxy.ports import EntryStore
-from proxy.prices import Prices
+from proxy.prices import Prices, configured
 from proxy.reading import Reader, Steering
 from proxy.reindex import Reindex
 from proxy.store.store import Store, open_store
@@ -268,10 +268,7 @@ def _compile() -> None:
 async def open_edges(settings: Settings, log_writer: logs.LogWriter | None, stack: contextlib.AsyncExitStack) -> Edges:
     """Everything but the listeners; `stack` closes it. Raises ConfigError."""
     telemetry = Telemetry(log_writer, level=logging.getLevelNamesMapping()[settings.log.level])
-    prices = Prices(
-        {name: override.rates() for name, override in settings.prices.items()},
-        {name: upstream.prices_as for name, upstream in settings.upstreams.items() if upstream.prices_as},
-    )
+    prices = configured(settings)
     if settings.rules.semantic:  # seconds: beside the opening of database and model; whoever needs them waits
         compiling = asyncio.get_running_loop().run_in_executor(None, _compile)
         stack.push_async_callback(asyncio.wait, [compiling])
@@ -280,6 +277,7 @@ async def open_edges(settings: Settings, log_writer: logs.LogWriter | None, stac
         settings.store.database_url or None,
         settings.data_dir,
         price=prices.price,
+        rates=prices.rates,
         limit_entries=settings.store.max_entries,
         limit_bytes=settings.store.max_bytes,
         queue_limit=settings.store.queue,

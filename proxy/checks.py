@@ -10,12 +10,14 @@ import sqlite3
 import stat
 import time
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
 from index.errors import ModelFault
 from proxy.config import Address, Settings
 from proxy.core.errors import ConfigError
+from proxy.prices import Prices, configured
 
 OUR_PACKAGES = ("proxy", "index")
 OUR_DISTRIBUTION = "ibid-proxy"
@@ -25,7 +27,7 @@ SNAPSHOT = "index.snapshot"
 
 
 class Finding(NamedTuple):
-    """`state`: "ok", "warn" (serves, less well) or "fail" (will not start)."""
+    """`state`: "ok", "warn" (serves, less well) or "fail" (will not start, or would book what is not known)."""
 
     part: str
     state: str
@@ -35,13 +37,76 @@ class Finding(NamedTuple):
 def inspect(settings: Settings) -> list[Finding]:
     """Every part looked at, in the order a start uses them."""
     looks: tuple[Callable[[Settings], Iterator[Finding]], ...] = (
-        _configuration, _packages, _clock, _data_dir, _database, _model, _snapshot, _token, _ports,
+        _configuration, _prices, _packages, _clock, _data_dir, _database, _model, _snapshot, _token, _ports,
     )  # fmt: skip
     return [finding for look in looks for finding in look(settings)]
 
 
 def _configuration(settings: Settings) -> Iterator[Finding]:
     yield Finding("configuration", "ok", str(settings.source or "defaults, environment and flags"))
+
+
+class Use(NamedTuple):
+    """A setting by which a model, or all of a pattern, is called in a service tier."""
+
+    setting: str
+    upstream: str
+    model: str
+    tier: str
+
+
+def _prices(settings: Settings) -> Iterator[Finding]:
+    """Which calls would be booked as unpriced, as far as the configuration names them."""
+    book = configured(settings)
+    found = list(price_gaps(book, settings, int(time.time() * 1000)))
+    yield from found or [Finding("prices", "ok", f"{book.source}, {len(settings.prices)} overrides")]
+
+
+def price_gaps(book: Prices, settings: Settings, now_ms: int) -> Iterator[Finding]:
+    """What has no price. A tier without one is a failure: what it saved would be made up."""
+    for name in sorted({key.partition("/")[0] for key in settings.prices} - settings.upstreams.keys()):
+        yield Finding("prices", "warn", f'[prices.override."{name}/…"] prices an upstream that is not configured')
+    for name in settings.upstreams:
+        own = {key.partition("/")[2] for key in settings.prices if key.startswith(f"{name}/")}
+        if book.known(name, now_ms) is None and "*" not in own:
+            other = "calls" if not own else "calls of other models"
+            instead = f'name a provider in upstream.{name}.prices_as, or prices in [prices.override."{name}/*"]'
+            yield Finding("prices", "warn", f"{other} to upstream {name} are booked as unpriced: {instead}")
+    for use in _uses(settings):
+        if not _is_priced(book, use, now_ms):
+            note = f"{use.setting}: upstream {use.upstream} has no {use.tier} price of {use.model}"
+            yield Finding("prices", "warn" if use.tier == "default" else "fail", note)
+
+
+def _uses(settings: Settings) -> Iterator[Use]:
+    for name, upstream in settings.upstreams.items():
+        for model in upstream.models:
+            yield Use(f"upstream.{name}.models", name, model, "default")
+    edge, route, tier = settings.lanes.edge, settings.lanes.route, settings.lanes.tier
+    if edge.upstream is not None and edge.model is not None:
+        yield Use("lane.edge.model", edge.upstream, edge.model, "default")
+    for candidate in route.candidates:
+        name, _, model = candidate.partition("/")
+        yield Use("lane.route.candidates", name, model, "default")
+    for model in tier.models:
+        if (serving := _serving(settings, model)) is not None:
+            yield Use("lane.tier.models", serving, model, tier.name)
+
+
+def _is_priced(book: Prices, use: Use, now_ms: int) -> bool:
+    """Of a pattern only this: whether any model there has a price in that tier. Its names are the clients' to say."""
+    if not set("*?[") & set(use.model):
+        return book.rates(use.upstream, use.model, use.tier, now_ms) is not None
+    known = book.known(use.upstream, now_ms)
+    in_list = known is not None and use.tier in known.tiers
+    return use.tier == "default" or in_list or book.rates(use.upstream, "*", use.tier, now_ms) is not None
+
+
+def _serving(settings: Settings, model: str) -> str | None:
+    """The upstream of the OpenAI dialect, which has tiers, that a request for the model goes to."""
+    found = {name: one.models for name, one in settings.upstreams.items() if one.dialect == "openai"}
+    naming = [name for name, models in found.items() if any(fnmatchcase(model, pattern) for pattern in models)]
+    return next(iter([*naming, *(name for name, models in found.items() if not models)]), None)
 
 
 def _packages(_settings: Settings) -> Iterator[Finding]:

@@ -15,10 +15,10 @@ import os
 import sys
 import time
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import orjson
 
@@ -26,6 +26,11 @@ from proxy import config, printing
 from proxy.admin_routes import GROUPS
 from proxy.admin_schema import read_time
 from proxy.core.errors import BadRequest, CacheFault, ConfigError
+
+if TYPE_CHECKING:
+    from proxy.store.queries import Queries, Result
+
+Found = TypeVar("Found")
 
 FINE, BUG, ACT, INTERRUPTED = 0, 1, 2, 130
 ADMIN_TIMEOUT_S = 60.0
@@ -97,8 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     purge = command("purge", _purge, "remove stored answers; says which unless --yes", machine)
     _add_selection(purge, listing=False)
     savings = command("savings", _savings, "what was saved: a summary, or a named query", table)
-    savings.add_argument("name", nargs="?", help="named query; `list` shows them")
-    savings.add_argument("--since", default="30d", metavar="WHEN", help="30d, 2026-11-01 (30d)")
+    savings.add_argument("name", nargs="?", help="named query; `list` and `views` show them, `reconcile` compares")
+    savings.add_argument("file", nargs="?", metavar="INVOICE", help="reconcile: CSV of a provider's usage or costs")
+    savings.add_argument(
+        "--upstream", dest="billed_by", metavar="NAME", help="reconcile: whose calls (those of the file's provider)"
+    )
+    savings.add_argument("--since", metavar="WHEN", help="30d, 2026-11-01 (30d; reconcile: the file's days)")
     savings.add_argument("--until", metavar="WHEN", help="up to this day, itself included")
     savings.add_argument("--group-by", default="day", metavar="COLUMNS", help=f"of {','.join(GROUPS)} (day)")
     evaluate = command(
@@ -262,15 +271,63 @@ def _some(ids: Sequence[int]) -> str:
 
 def _savings(settings: config.Settings, chosen: argparse.Namespace) -> int:
     now_ms = int(time.time() * 1000)
-    since = _day("since", chosen.since, now_ms)
+    if chosen.name == "reconcile":
+        return _reconcile(settings, chosen, now_ms)
+    if chosen.file or chosen.billed_by:
+        raise ConfigError("INVOICE and --upstream go with `ibid savings reconcile`")
+    since = _day("since", chosen.since or "30d", now_ms)
     until = _day("until", chosen.until, now_ms) if chosen.until else "9999"
-    if chosen.name == "list":
-        from proxy.store.named_queries import NAMED
-
-        rows = [(query.name, query.title) for query in NAMED.values()]
-        sys.stdout.write(printing.render(chosen.format, ("name", "title"), rows))
+    described = _described(chosen.name.lower()) if chosen.name else None
+    if described is not None:
+        sys.stdout.write(printing.described(chosen.format, described))
         return FINE
     return _show(settings, chosen, chosen.name, None, since, until)
+
+
+def _reconcile(settings: config.Settings, chosen: argparse.Namespace, now_ms: int) -> int:
+    """An export against the ledger. Exit code 2 unless every line is equal: somebody must ask why."""
+    from proxy.core import invoice, reconcile
+
+    if not chosen.file:
+        raise ConfigError("name the file: ibid savings reconcile INVOICE.csv")
+    since, until = (
+        _day(name, when, now_ms) if (when := getattr(chosen, name)) else None for name in ("since", "until")
+    )
+    try:
+        with open(chosen.file, encoding="utf-8-sig", newline="") as file:
+            told = invoice.read(file, chosen.file).within(since, until)
+    except OSError as error:
+        raise ConfigError(f"{chosen.file}: {error.strerror}") from error
+    days = [key.day for key in told.lines] or [since or until or "1970-01-01"]
+    if chosen.billed_by and chosen.billed_by not in settings.upstreams:
+        raise ConfigError(f"--upstream: no upstream named {chosen.billed_by} is configured")
+    upstreams: Sequence[str] | None = (chosen.billed_by,) if chosen.billed_by else None
+    if upstreams is None and told.shape.provider is not None:
+        served = settings.upstreams.items()
+        upstreams = [name for name, one in served if (one.prices_as or name) == told.shape.provider]
+
+    async def read(queries: Queries) -> Sequence[reconcile.Billed]:
+        return await queries.billed(since or min(days), until or max(days), upstreams, told.shape.operations)
+
+    found = reconcile.reconcile(told, _with_queries(settings, read))
+    columns, rows = found.brief() if chosen.format == "table" else (found.columns, found.rows())
+    sys.stdout.write(printing.render(chosen.format, columns, rows))
+    if unequal := found.unequal():
+        what = ", ".join(f"{count} {status}" for status, count in sorted(unequal.items()))
+        print(f"ibid: {sum(unequal.values())} of {len(found.lines)} lines are not equal: {what}", file=sys.stderr)
+    return ACT if unequal else FINE
+
+
+def _described(name: str) -> list[tuple[str, str, Mapping[str, str]]] | None:
+    """Name, question and columns of the named queries ("list") or of the views ("views"); None for another name."""
+    from proxy.store.named_queries import NAMED
+    from proxy.store.views import DESCRIBED
+
+    if name == "list":
+        return [(query.name, query.title, query.columns) for query in NAMED.values()]
+    if name == "views":
+        return [(view_name, view.title, view.columns) for view_name, view in DESCRIBED.items()]
+    return None
 
 
 def _evaluate(settings: config.Settings, chosen: argparse.Namespace) -> int:
@@ -342,27 +399,35 @@ def _show(
     since: str = "",
     until: str = "9999",
 ) -> int:
-    from proxy.store.queries import Queries, Result
-    from proxy.store.reading import open_reading
+    async def read(queries: Queries) -> Result:
+        if sql is not None:
+            return await queries.run_readonly(sql, row_limit=chosen.limit)
+        if name is not None:
+            return await queries.named(name, since_day=since, until_day=until, row_limit=chosen.limit)
+        groups = tuple(part.strip() for part in chosen.group_by.split(","))
+        return await queries.savings(groups, since_day=since, until_day=until, row_limit=chosen.limit)
 
-    async def read() -> Result:
-        database = open_reading(settings.store.database_url or None, settings.data_dir)
-        try:
-            queries = Queries(database)
-            if sql is not None:
-                return await queries.run_readonly(sql, row_limit=chosen.limit)
-            if name is not None:
-                return await queries.named(name, since_day=since, until_day=until, row_limit=chosen.limit)
-            groups = tuple(part.strip() for part in chosen.group_by.split(","))
-            return await queries.savings(groups, since_day=since, until_day=until, row_limit=chosen.limit)
-        finally:
-            await database.close()
-
-    result = asyncio.run(read())
+    result = _with_queries(settings, read)
     sys.stdout.write(printing.render(chosen.format, result.columns, result.rows))
     if result.truncated:
         print("ibid: more rows exist; raise --limit", file=sys.stderr)
     return FINE
+
+
+def _with_queries(settings: config.Settings, read: Callable[[Queries], Awaitable[Found]]) -> Found:
+    """What `read` finds in the database, opened to be read only."""
+    from proxy.prices import configured
+    from proxy.store.queries import Queries
+    from proxy.store.reading import open_reading
+
+    async def run() -> Found:
+        database = open_reading(settings.store.database_url or None, settings.data_dir)
+        try:
+            return await read(Queries(database, configured(settings).rates))
+        finally:
+            await database.close()
+
+    return asyncio.run(run())
 
 
 def ask(settings: config.Settings, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:

@@ -231,8 +231,10 @@ def _prices(document: Document) -> Mapping[str, PriceOverride]:
         upstream, slash, model = name.partition("/")
         if not (upstream and slash and model):
             document.fail("prices.override", name, 'must be named "upstream/model" or "upstream/*"')
-        if override.input_usd_per_mtok is None or override.output_usd_per_mtok is None:
-            document.fail(f"prices.override.{name}", "", "needs input_usd_per_mtok and output_usd_per_mtok")
+        has_tokens = override.input_usd_per_mtok is not None and override.output_usd_per_mtok is not None
+        if not has_tokens and override.per_second_usd is None:
+            missing = "needs input_usd_per_mtok and output_usd_per_mtok, or per_second_usd"
+            document.fail(f"prices.override.{name}", "", missing)
     return types.MappingProxyType(found)
 
 

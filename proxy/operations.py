@@ -22,6 +22,7 @@ from proxy.pipeline import Pipeline
 from proxy.reindex import Reindex
 from proxy.store.selection import Filters, Selector
 from proxy.store.store import Store
+from proxy.store.views import DESCRIBED
 from proxy.telemetry import Telemetry
 
 SIMULATE_S = 300.0
@@ -210,7 +211,12 @@ class Operator:
         return admin.Table(result.columns, result.rows, result.truncated)
 
     def queries(self) -> Sequence[Mapping[str, Any]]:
-        return [{"name": query.name, "about": query.title} for query in self._store.queries.list()]
+        return [
+            {"name": query.name, "about": query.title, "columns": query.columns} for query in self._store.queries.list()
+        ]
+
+    def views(self) -> Sequence[Mapping[str, Any]]:
+        return [{"name": name, "about": view.title, "columns": view.columns} for name, view in DESCRIBED.items()]
 
     async def query(self, name: str | None, sql: str | None, limit: int) -> admin.Table:
         if sql is not None:

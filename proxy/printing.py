@@ -52,6 +52,20 @@ def render(form: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     return as_table(columns, rows)
 
 
+def described(form: str, tables: Sequence[tuple[str, str, Mapping[str, str]]]) -> str:
+    """What each table answers, and its columns with units: paragraphs, one CSV line a column, or a JSON list."""
+    if form == "csv":
+        rows = [(name, title, column, unit) for name, title, columns in tables for column, unit in columns.items()]
+        return as_csv(("name", "title", "column", "unit"), rows)
+    if form == "json":
+        return as_json([{"name": name, "title": title, "columns": columns} for name, title, columns in tables])
+    width = max(len(column) for _, _, columns in tables for column in columns)
+    return "\n".join(
+        f"{name}: {title}\n" + "".join(f"  {column:<{width}}  {unit}\n" for column, unit in columns.items())
+        for name, title, columns in tables
+    )
+
+
 def flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """A nested object as (dotted name, value) rows."""
     rows: list[tuple[str, Any]] = []

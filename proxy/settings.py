@@ -137,15 +137,23 @@ class Log:
 
 @dataclass(frozen=True, slots=True)
 class PriceOverride:
-    """Prices agreed with a provider, USD per million tokens, exact as written."""
+    """Prices agreed with a provider, or of a machine of one's own, exact as written."""
 
-    input_usd_per_mtok: Decimal | None = option(None, "input tokens; required", least=0)
-    output_usd_per_mtok: Decimal | None = option(None, "output tokens; required", least=0)
+    input_usd_per_mtok: Decimal | None = option(None, "input tokens; required unless time is priced, then 0", least=0)
+    output_usd_per_mtok: Decimal | None = option(None, "output tokens; required unless time is priced, then 0", least=0)
     cache_read_usd_per_mtok: Decimal | None = option(None, "read from the provider's cache; unset: as input", least=0)
     cache_write_usd_per_mtok: Decimal | None = option(None, "written to the provider's cache; unset: as input", least=0)
+    flex_factor: Decimal | None = option(
+        None, "times these rates in tier flex; unset: such calls are unpriced", least=0
+    )
+    batch_factor: Decimal | None = option(None, "times these rates in a batch; unset: such calls are unpriced", least=0)
+    priority_factor: Decimal | None = option(
+        None, "times these rates in tier priority; unset: such calls are unpriced", least=0
+    )
+    per_second_usd: Decimal | None = option(None, "a second of a call, for a model of one's own", least=0)
 
     def rates(self) -> dict[str, str]:
-        """What is set, by the short names of the price book: input, output, cache_read, cache_write."""
+        """What is set, by the names of the price book: input, output, cache_read, cache_write, the others as here."""
         given = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
         return {name.removesuffix("_usd_per_mtok"): str(usd) for name, usd in given.items() if usd is not None}
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from proxy.core.model import Call, Draft, Outcome, Usage
+from proxy.core.rates import Rate
 from proxy.ports import Price
 
 NOON_MS = 1_795_348_800_000  # 2026-11-22 12:00 UTC
@@ -24,6 +25,14 @@ def list_price(upstream: str, model: str, usage: Usage, tier: str, ts_ms: int, s
     nusd = usage.input_tokens * 1_000 + usage.output_tokens * 4_000
     nusd += usage.cache_write_tokens * 250 - min(usage.cache_read_tokens, usage.input_tokens) * 900
     return Price(nusd // 2 if tier == "flex" else nusd, "list", f"test {upstream}/{model}")
+
+
+def list_rates(upstream: str, model: str, tier: str, ts_ms: int) -> tuple[Rate, ...] | None:
+    """The same in pico-dollars a token, half of it in a batch too; a cache read costs a tenth of it, a write 1.25."""
+    if model == "free":
+        return None
+    share = 2 if tier in ("flex", "batch") else 1
+    return (Rate(-1, *(pusd // share for pusd in (1_000_000, 4_000_000, 100_000, 1_250_000))),)
 
 
 def digest(name: str) -> bytes:

@@ -142,6 +142,16 @@ def test_savings_come_as_table_csv_and_json_and_by_name(capsys: pytest.CaptureFi
     assert "total" in names
     for name in names:
         assert run(capsys, "savings", name)[0] == 0
+    assert run(capsys, "savings", "LIST", "--json")[1] == out
+    assert run(capsys, "savings", "list")[1].startswith("total: What did we save")
+    assert "  saved_share       share of the baseline\n" in run(capsys, "savings", "list")[1]
+    views = json.loads(run(capsys, "savings", "views", "--json")[1])
+    for view in views:
+        code, out, _ = run(capsys, "sql", f"SELECT * FROM {view['name']}", "--format", "csv")
+        assert (code, out.strip().split(",")) == (0, list(view["columns"]))
+    code, out, _ = run(capsys, "savings", "views", "--format", "csv")
+    assert next(csv.reader(io.StringIO(out))) == ["name", "title", "column", "unit"]
+    assert len(out.splitlines()) == 1 + sum(len(view["columns"]) for view in views)
     code, _, err = run(capsys, "savings", "--group-by", "day;DROP TABLE entry")
     assert code == 2
     assert "group_by" in err

@@ -2,27 +2,37 @@
 """The named savings queries (reference protocols §3.5, Q1 to Q12), portable, each with its columns and units.
 
 Money leaves as USD (double precision of an exact integer sum), counts as whole numbers, shares as 0…1, times in
-milliseconds. `:since` and `:until` are UTC days, both inclusive.
+milliseconds. `:since` and `:until` are UTC days, both inclusive; what is asked of calls alone goes by the time of the
+call (`:since_ms` ≤ ts < `:until_ms`), as an invoice does.
+
+A query that prices tokens reads a table `rate`, which `with_rates` puts in front of it: whole pico-dollars a token by
+upstream, model, tier and size of the input, from the price list in force at the last call. A cost is rounded to
+nano-dollars call by call, half up, before it is summed, so that a sum stays an exact integer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from proxy.core.rates import Rate
 
 
 @dataclass(frozen=True, slots=True)
 class NamedQuery:
-    """`columns`: name → what it is and its unit, in the order of the result."""
+    """`columns`: name → what it is and its unit, in the order of the result. `priced`: it reads the table `rate`."""
 
     name: str
     title: str
     sql: str
     columns: Mapping[str, str]
+    priced: bool = False
 
 
 _HIT = "(r.lane LIKE 'cache.%' OR r.lane = 'stream.coalesce')"
 _DAYS = "r.day >= :since AND r.day <= :until"
+_CALLED = "u.ts >= CAST(:since_ms AS BIGINT) AND u.ts < CAST(:until_ms AS BIGINT)"
 
 
 def _int(expression: str) -> str:
@@ -40,7 +50,27 @@ def _ratio(part: str, whole: str) -> str:
 _N = "CAST(COUNT(*) AS BIGINT)"
 _ASKED = _int("CASE WHEN r.lane = 'audit' THEN 0 ELSE 1 END")  # an audit is ours, not a client's
 _UNMEASURED = "CASE WHEN u.usage_basis = 'measured' THEN 0 ELSE 1 END"
+_UNPRICED = "CASE WHEN u.cost_basis = 'unpriced' THEN 1 ELSE 0 END"
 _SAVED = "r.baseline_nusd - r.actual_nusd"
+_READ, _WRITE = "COALESCE(u.cache_read_tok, 0)", "COALESCE(u.cache_write_tok, 0)"
+_PLAIN = f"CASE WHEN u.in_tok >= {_READ} + {_WRITE} THEN u.in_tok - {_READ} - {_WRITE} ELSE u.in_tok END"
+
+
+def _rated(tier: str) -> str:
+    """The join of a call with what its tokens would cost in a tier; no row where that is not known."""
+    return (
+        f"LEFT JOIN rate p ON p.upstream = u.upstream AND p.model = u.model AND p.tier = {tier} "
+        "AND u.in_tok > p.above AND u.in_tok <= p.upto"
+    )
+
+
+_BATCH, _BILLED = _rated("'batch'"), _rated("u.tier")
+
+
+def _nusd(pusd: str) -> str:
+    """A call's pico-dollars in whole nano-dollars. Both databases cut integer division towards zero."""
+    return f"(({pusd}) + 500) / 1000"
+
 
 _QUERIES = (
     NamedQuery(
@@ -85,29 +115,38 @@ _QUERIES = (
         "invoice",
         "What should each provider's invoice say?",
         f"SELECT u.upstream AS upstream, u.model AS model, u.tier AS tier, {_N} AS calls, {_int('u.in_tok')} AS in_tok, "
-        f"{_int('u.cache_read_tok')} AS cache_read_tok, {_int('u.out_tok')} AS out_tok, "
-        f"{_usd('u.cost_nusd')} AS cost_usd, {_int(_UNMEASURED)} AS unmeasured "
-        f"FROM upstream_call u JOIN request r ON r.id = u.request_id WHERE {_DAYS} "
+        f"{_int('u.cache_read_tok')} AS cache_read_tok, {_int('u.cache_write_tok')} AS cache_write_tok, "
+        f"{_int('u.out_tok')} AS out_tok, {_usd('u.cost_nusd')} AS cost_usd, {_int(_UNMEASURED)} AS unmeasured, "
+        f"{_int(_UNPRICED)} AS unpriced "
+        f"FROM upstream_call u WHERE {_CALLED} "
         "GROUP BY u.upstream, u.model, u.tier ORDER BY u.upstream, u.model, u.tier",
         {
             "upstream": "name",
             "model": "name",
             "tier": "service tier",
             "calls": "count",
-            "in_tok": "tokens",
+            "in_tok": "tokens, cache reads and writes included",
             "cache_read_tok": "tokens",
+            "cache_write_tok": "tokens",
             "out_tok": "tokens",
             "cost_usd": "USD",
-            "unmeasured": "calls without usage",
+            "unmeasured": "calls whose usage the provider did not tell",
+            "unpriced": "calls without a known price, at 0 USD",
         },
     ),
     NamedQuery(
         "waste",
         "What was paid for work nobody received?",
-        f"SELECT u.purpose AS purpose, {_N} AS calls, {_usd('u.cost_nusd')} AS cost_usd FROM upstream_call u "
-        f"JOIN request r ON r.id = u.request_id WHERE u.won = 0 AND {_DAYS} GROUP BY u.purpose "
+        f"SELECT u.purpose AS purpose, {_N} AS calls, {_int('u.in_tok')} AS in_tok, {_int('u.out_tok')} AS out_tok, "
+        f"{_usd('u.cost_nusd')} AS cost_usd FROM upstream_call u WHERE u.won = 0 AND {_CALLED} GROUP BY u.purpose "
         "ORDER BY cost_usd DESC, purpose",
-        {"purpose": "why it was sent", "calls": "count", "cost_usd": "USD"},
+        {
+            "purpose": "why it was sent",
+            "calls": "count",
+            "in_tok": "tokens",
+            "out_tok": "tokens",
+            "cost_usd": "USD",
+        },
     ),
     NamedQuery(
         "showback",
@@ -158,32 +197,119 @@ _QUERIES = (
     ),
     NamedQuery(
         "could_wait",
-        "What would a half-price batch tier save, by tag?",
-        f"SELECT r.tag AS tag, {_usd('u.cost_nusd')} AS default_tier_usd, {_usd('u.cost_nusd')} * 0.5 AS would_save_usd "
-        f"FROM upstream_call u JOIN request r ON r.id = u.request_id WHERE u.tier = 'default' AND {_DAYS} "
-        "GROUP BY r.tag ORDER BY default_tier_usd DESC, tag",
-        {"tag": "request tag", "default_tier_usd": "USD", "would_save_usd": "USD at half price"},
+        "What would a batch have saved, by tag, at each model's own batch price?",
+        f"SELECT c.tag AS tag, {_N} AS calls, {_usd('c.cost_nusd')} AS default_tier_usd, "
+        f"{_usd('CASE WHEN c.batch_nusd IS NULL THEN 0 ELSE c.cost_nusd END')} AS batchable_usd, "
+        f"{_usd('c.batch_nusd')} AS batch_usd, {_usd('c.cost_nusd - c.batch_nusd')} AS would_save_usd FROM "
+        "(SELECT r.tag AS tag, u.cost_nusd AS cost_nusd, "
+        + _nusd(f"({_PLAIN}) * p.input + u.out_tok * p.output + {_READ} * p.cache_read + {_WRITE} * p.cache_write")
+        + f" AS batch_nusd FROM upstream_call u JOIN request r ON r.id = u.request_id {_BATCH} "
+        f"WHERE u.tier = 'default' AND {_CALLED}) c GROUP BY c.tag ORDER BY would_save_usd DESC, tag",
+        {
+            "tag": "first tag of the request",
+            "calls": "count, of the default tier",
+            "default_tier_usd": "USD paid",
+            "batchable_usd": "USD of it for models whose batch price is known",
+            "batch_usd": "USD these would have cost in a batch",
+            "would_save_usd": "USD, the difference of the two",
+        },
+        priced=True,
     ),
     NamedQuery(
         "prompt_cache",
-        "Does the providers' own prompt caching pay?",
-        f"SELECT u.model AS model, {_ratio(_int('u.cache_read_tok'), _int('u.in_tok'))} AS read_share, "
-        f"{_int('u.cache_write_tok')} AS write_tok FROM upstream_call u JOIN request r ON r.id = u.request_id "
-        f"WHERE {_DAYS} GROUP BY u.model ORDER BY u.model",
-        {"model": "name", "read_share": "share of input tokens", "write_tok": "tokens"},
+        "Does the providers' own prompt caching pay, at each model's own rates?",
+        f"SELECT c.upstream AS upstream, c.model AS model, {_N} AS calls, {_int('c.in_tok')} AS in_tok, "
+        f"{_int('c.read_tok')} AS read_tok, {_int('c.write_tok')} AS write_tok, "
+        f"{_ratio(_int('c.read_tok'), _int('c.in_tok'))} AS read_share, {_usd('c.won_nusd')} AS reads_saved_usd, "
+        f"{_usd('c.spent_nusd')} AS writes_cost_usd, {_usd('c.won_nusd - c.spent_nusd')} AS net_usd, "
+        f"{_int('c.unpriced')} AS unpriced FROM (SELECT u.upstream AS upstream, u.model AS model, u.in_tok AS in_tok, "
+        f"{_READ} AS read_tok, {_WRITE} AS write_tok, {_nusd(f'{_READ} * (p.input - p.cache_read)')} AS won_nusd, "
+        f"{_nusd(f'{_WRITE} * (p.cache_write - p.input)')} AS spent_nusd, "
+        "CASE WHEN p.tier IS NULL AND u.in_tok IS NOT NULL THEN 1 ELSE 0 END AS unpriced "
+        f"FROM upstream_call u {_BILLED} WHERE {_CALLED}) c "
+        "GROUP BY c.upstream, c.model ORDER BY net_usd DESC, upstream, model",
+        {
+            "upstream": "name",
+            "model": "name",
+            "calls": "count",
+            "in_tok": "tokens, cache reads and writes included",
+            "read_tok": "tokens",
+            "write_tok": "tokens",
+            "read_share": "share of input tokens",
+            "reads_saved_usd": "USD below the input price",
+            "writes_cost_usd": "USD above the input price",
+            "net_usd": "USD",
+            "unpriced": "calls whose rates are not known, left out of the three before",
+        },
+        priced=True,
     ),
     NamedQuery(
         "latency",
-        "What latency did each lane give? Nearest rank.",
-        "WITH t AS (SELECT r.lane AS lane, r.total_ms AS ms, ROW_NUMBER() OVER (PARTITION BY r.lane ORDER BY r.total_ms) "
-        f"AS i, COUNT(*) OVER (PARTITION BY r.lane) AS n FROM request r WHERE {_DAYS}) SELECT lane, "
-        "CAST(MAX(n) AS BIGINT) AS requests, MAX(CASE WHEN i <= (n * 50 + 99) / 100 THEN ms END) AS p50_ms, "
+        "What latency did each lane give, to the first byte and to the last? Nearest rank.",
+        "WITH t AS (SELECT r.lane AS lane, r.ttft_ms AS ttft_ms, r.total_ms AS ms, "
+        "ROW_NUMBER() OVER (PARTITION BY r.lane ORDER BY CASE WHEN r.ttft_ms IS NULL THEN 1 ELSE 0 END, r.ttft_ms) AS k, "
+        "COUNT(r.ttft_ms) OVER (PARTITION BY r.lane) AS m, "
+        "ROW_NUMBER() OVER (PARTITION BY r.lane ORDER BY r.total_ms) AS i, COUNT(*) OVER (PARTITION BY r.lane) AS n "
+        f"FROM request r WHERE {_DAYS}) SELECT lane, CAST(MAX(n) AS BIGINT) AS requests, "
+        "MAX(CASE WHEN k <= (m * 50 + 99) / 100 THEN ttft_ms END) AS ttft_p50_ms, "
+        "MAX(CASE WHEN k <= (m * 95 + 99) / 100 THEN ttft_ms END) AS ttft_p95_ms, "
+        "MAX(CASE WHEN i <= (n * 50 + 99) / 100 THEN ms END) AS p50_ms, "
         "MAX(CASE WHEN i <= (n * 95 + 99) / 100 THEN ms END) AS p95_ms FROM t GROUP BY lane ORDER BY lane",
-        {"lane": "mechanism, forward or bypass", "requests": "count", "p50_ms": "ms", "p95_ms": "ms"},
+        {
+            "lane": "mechanism, forward, bypass, audit or refused",
+            "requests": "count",
+            "ttft_p50_ms": "ms to the first byte",
+            "ttft_p95_ms": "ms to the first byte",
+            "p50_ms": "ms to the last byte",
+            "p95_ms": "ms to the last byte",
+        },
     ),
 )
 
 NAMED: dict[str, NamedQuery] = {query.name: query for query in _QUERIES}
+
+PRICED_CALLS = (
+    "SELECT u.upstream, u.model, u.tier, CAST(MAX(u.ts) AS BIGINT) FROM upstream_call u "
+    f"WHERE u.in_tok IS NOT NULL AND {_CALLED} GROUP BY u.upstream, u.model, u.tier "
+    "ORDER BY SUM(u.cost_nusd) DESC, u.upstream, u.model, u.tier"
+)
+"""Upstream, model, tier and last call of all that tokens were billed for, the dearest first."""
+
+MOST_TOKENS = 2**62
+
+
+@dataclass(frozen=True, slots=True)
+class Rated:
+    """Rates of a model in a tier, as `Rate` orders them."""
+
+    upstream: str
+    model: str
+    tier: str
+    rates: Sequence[Rate]
+
+
+def with_rates(sql: str, rated: Sequence[Rated]) -> tuple[str, dict[str, Any]]:
+    """The text with the table `rate` in front, and its parameters. Names are bound, numbers stand in the text."""
+    rows: list[str] = []
+    names: dict[str, Any] = {}
+    for number, one in enumerate(rated):
+        upto = MOST_TOKENS
+        names |= {f"u{number}": one.upstream, f"m{number}": one.model, f"t{number}": one.tier}
+        key = f"CAST(:u{number} AS TEXT), CAST(:m{number} AS TEXT), CAST(:t{number} AS TEXT)"
+        for rate in one.rates:
+            numbers = (rate.above, upto, rate.input, rate.output, rate.cache_read, rate.cache_write)
+            rows.append(f"({key}, {', '.join(f'CAST({number} AS BIGINT)' for number in numbers)})")
+            upto = rate.above
+    table = f"VALUES {', '.join(rows)}" if rows else _NO_RATES
+    columns = "upstream, model, tier, above, upto, input, output, cache_read, cache_write"
+    return f"WITH rate ({columns}) AS ({table}) {sql}", names
+
+
+_NO_RATES = (
+    "SELECT CAST('' AS TEXT), CAST('' AS TEXT), CAST('' AS TEXT), "
+    + ", ".join(["CAST(0 AS BIGINT)"] * 6)
+    + " WHERE 1 = 0"
+)
 
 GROUPS = {
     "day": "r.day",

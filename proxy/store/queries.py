@@ -12,22 +12,28 @@ import sqlite3
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select, text
+from sqlalchemy import case, func, not_, or_, select, text
 from sqlalchemy.exc import DBAPIError
 
 from proxy.core.errors import BadRequest, CacheFault
+from proxy.core.rates import Rating
+from proxy.core.reconcile import Billed
 from proxy.core.saving import day_of
 from proxy.store.engine import DATABASE_ERRORS, Database, fault_of
-from proxy.store.named_queries import GROUPS, NAMED, NamedQuery, grouped
-from proxy.store.schema import request
+from proxy.store.named_queries import GROUPS, NAMED, PRICED_CALLS, NamedQuery, Rated, grouped, with_rates
+from proxy.store.schema import request, upstream_call
 
 ROW_LIMIT = 10_000
 BYTE_LIMIT = 16 * 1024 * 1024
 VALUE_LIMIT = 1024 * 1024
+RATED_LIMIT = 2_000  # models priced in one query, the dearest first; others count as unpriced
+DAY_MS = 86_400_000
+LAST_MS = 253_402_300_800_000  # the year 10000
 PROGRESS_STEPS = 10_000  # SQLite instructions between two looks at the clock
 
 _ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
@@ -44,10 +50,14 @@ class Result:
 
 
 class Queries:
-    """Reads for people. Raises BadRequest for a bad query, CacheFault for a database that does not answer."""
+    """Reads for people. Raises BadRequest for a bad query, CacheFault for a database that does not answer.
 
-    def __init__(self, database: Database) -> None:
+    `rating`: `Prices(...).rates`, for the queries that price tokens; without it they price none.
+    """
+
+    def __init__(self, database: Database, rating: Rating | None = None) -> None:
         self._database = database
+        self._rating = rating
 
     def list(self) -> tuple[NamedQuery, ...]:
         """The named queries with their titles, columns and units."""
@@ -60,7 +70,20 @@ class Queries:
         query = NAMED.get(name)
         if query is None:
             raise BadRequest(f"no query named {name[:64]!r}", code="unknown_query", param="name")
-        return await self._run(query.sql, {"since": since_day, "until": until_day}, row_limit, timeout_s)
+        days: dict[str, Any] = {"since": since_day, "until": until_day, **_milliseconds(since_day, until_day)}
+        if not query.priced:
+            return await self._run(query.sql, days, row_limit, timeout_s)
+        sql, names = with_rates(query.sql, await self._rated(days, timeout_s))
+        return await self._run(sql, {**days, **names}, row_limit, timeout_s)
+
+    async def _rated(self, days: Mapping[str, Any], timeout_s: float) -> Sequence[Rated]:
+        """The rates of every model called in these days, in the tiers it was called in and in a batch."""
+        if self._rating is None:
+            return ()
+        called = (await self._run(PRICED_CALLS, days, RATED_LIMIT, timeout_s)).rows
+        wanted = {(upstream, model, at): ts_ms for upstream, model, tier, ts_ms in called for at in (tier, "batch")}
+        found = [(key, self._rating(*key, ts_ms)) for key, ts_ms in wanted.items()]
+        return [Rated(*key, rates) for key, rates in found if rates is not None]
 
     async def savings(
         self,
@@ -95,6 +118,32 @@ class Queries:
             return None
         return {**parts["request"][0], "calls": parts["calls"], "savings": parts["savings"]}
 
+    async def billed(
+        self, since_day: str, until_day: str, upstreams: Sequence[str] | None, operations: str = "all"
+    ) -> Sequence[Billed]:
+        """Calls a provider may bill, summed by UTC day of the call, model and tier; both days inclusive.
+
+        `upstreams`: None for every one. `operations`: "embeddings", "others" than those, or "all". A call that failed
+        and told no usage is not billed.
+        """
+        c, times = upstream_call.c, _milliseconds(since_day, until_day)
+        day, estimated = c.ts // DAY_MS, case((c.usage_basis == "measured", 0), else_=1)
+        unpriced = case((c.cost_basis == "unpriced", 1), else_=0)
+        told = [c.in_tok, c.cache_read_tok, c.cache_write_tok, c.out_tok, c.cost_nusd, estimated, unpriced]
+        wanted = (
+            select(day, c.model, c.tier, func.count(), *(func.coalesce(func.sum(one), 0) for one in told))
+            .where(c.ts >= times["since_ms"], c.ts < times["until_ms"], or_(c.status < 400, c.in_tok.is_not(None)))
+            .group_by(day, c.model, c.tier)
+        )
+        if upstreams is not None:
+            wanted = wanted.where(c.upstream.in_(upstreams))
+        if operations != "all":
+            embeds = request.c.endpoint.endswith("embeddings", autoescape=True)
+            wanted = wanted.join(request, request.c.id == c.request_id)
+            wanted = wanted.where(embeds if operations == "embeddings" else not_(embeds))
+        rows = await self._database.rows(wanted)
+        return [Billed(day_of(row[0] * DAY_MS), row[1], row[2], *map(int, row[3:])) for row in rows]
+
     async def requests(
         self,
         *,
@@ -126,13 +175,13 @@ class Queries:
             return await asyncio.to_thread(_run_sqlite, self._database.path, sql, {}, row_limit, timeout_s)
         return await self._run_postgres(sql, None, row_limit, timeout_s)
 
-    async def _run(self, sql: str, parameters: Mapping[str, str], row_limit: int, timeout_s: float) -> Result:
+    async def _run(self, sql: str, parameters: Mapping[str, Any], row_limit: int, timeout_s: float) -> Result:
         if self._database.path is not None:
             return await asyncio.to_thread(_run_sqlite, self._database.path, sql, parameters, row_limit, timeout_s)
         return await self._run_postgres(sql, parameters, row_limit, timeout_s)
 
     async def _run_postgres(
-        self, sql: str, parameters: Mapping[str, str] | None, row_limit: int, timeout_s: float
+        self, sql: str, parameters: Mapping[str, Any] | None, row_limit: int, timeout_s: float
     ) -> Result:
         limit = _row_limit(row_limit)
         first = sql.lstrip(" \t\r\n(").split(None, 1)
@@ -156,7 +205,7 @@ class Queries:
         return _result(columns, [tuple(_plain(value) for value in row) for row in rows], limit)
 
 
-def _run_sqlite(path: Path, sql: str, parameters: Mapping[str, str], row_limit: int, timeout_s: float) -> Result:
+def _run_sqlite(path: Path, sql: str, parameters: Mapping[str, Any], row_limit: int, timeout_s: float) -> Result:
     """Runs in a thread, on a connection of its own that can only read."""
     limit = _row_limit(row_limit)
     deadline = time.monotonic() + timeout_s
@@ -191,6 +240,20 @@ def _authorize(action: int, first: str | None, second: str | None, _db: str | No
     if action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in _FORBIDDEN_FUNCTIONS:
         return sqlite3.SQLITE_DENY
     return sqlite3.SQLITE_OK
+
+
+def _milliseconds(since_day: str, until_day: str) -> dict[str, int]:
+    """The same days as times: from the first's begin to the last's end. "" and "9999" are open ends."""
+    first = _begin_ms(since_day, "since") if since_day else 0
+    last = LAST_MS if until_day == "9999" else _begin_ms(until_day, "until") + DAY_MS
+    return {"since_ms": first, "until_ms": last}
+
+
+def _begin_ms(day: str, name: str) -> int:
+    try:
+        return (date.fromisoformat(day) - date(1970, 1, 1)).days * DAY_MS
+    except ValueError as error:
+        raise BadRequest(f"{name} must be a day, 2026-11-22", code="invalid_value", param=name) from error
 
 
 def _row_limit(row_limit: int) -> int:

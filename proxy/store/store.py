@@ -14,6 +14,7 @@ from sqlalchemy import insert, literal, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.core.errors import ConfigError
+from proxy.core.rates import Rating
 from proxy.core.saving import Pricing
 from proxy.store import migrate
 from proxy.store.comparisons import Comparisons
@@ -92,13 +93,14 @@ async def open_store(
     data_dir: Path,
     *,
     price: Pricing,
+    rates: Rating | None = None,
     limit_entries: int = 100_000,
     limit_bytes: int = 1 << 30,
     queue_limit: int = QUEUE_LIMIT,
 ) -> Store:
     """Open, check the schema, create it in an empty database, start the writer and the ledger.
 
-    `url`: sqlite:///FILE or postgresql://…; None is DATA_DIR/ibid.db. `price`: `Prices(...).price`.
+    `url`: sqlite:///FILE or postgresql://…; None is DATA_DIR/ibid.db. `price`, `rates`: those of `Prices(...)`.
     Raises ConfigError: directory in use or not writable, symbolic link, schema older (names `ibid migrate`) or newer,
     PostgreSQL unreachable. A corrupt SQLite file is moved aside and `store.database.quarantined` names it.
     """
@@ -120,7 +122,7 @@ async def open_store(
         writer,
         entries,
         ledger,
-        Queries(database),
+        Queries(database, rates),
         Comparisons(database, writer),
         RouteVotes(database, writer),
     )

@@ -105,7 +105,11 @@ class FakeOperations:
 
     def queries(self) -> Sequence[Mapping[str, Any]]:
         self._note("queries")
-        return [{"name": "total", "about": CANARY}]
+        return [{"name": "total", "about": CANARY, "columns": {"requests": "count"}}]
+
+    def views(self) -> Sequence[Mapping[str, Any]]:
+        self._note("views")
+        return [{"name": "savings_daily", "about": "What was saved?", "columns": {"day": "UTC"}}]
 
     async def query(self, name: str | None, sql: str | None, limit: int) -> Table:
         self._note("query", name, sql, limit)
@@ -495,6 +499,9 @@ async def test_savings_and_queries_give_columns_and_rows(
     for group_by in ("day,day", "hour", "day,", "day;model"):
         error = await refused(await client.get("/savings", params={"group_by": group_by}, headers=AUTH), 400)
         assert error["param"] == "group_by"
+    got = await answer(await client.get("/savings/queries", headers=AUTH))
+    assert [query["columns"] for query in got["queries"]] == [{"requests": "count"}]
+    assert got["views"] == [{"name": "savings_daily", "about": "What was saved?", "columns": {"day": "UTC"}}]
     got = await answer(await client.post("/savings/query", headers=AUTH, json={"sql": "SELECT 1"}))
     assert got == {"columns": ["a", "b"], "rows": [["01", 1.5], [CANARY, None]], "truncated": True}
     await refused(await client.post("/savings/query", headers=AUTH, json={"sql": "SELECT 1", "name": "total"}), 400)

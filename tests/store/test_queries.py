@@ -9,8 +9,11 @@ import pytest
 
 from proxy.core.errors import BadRequest
 from proxy.core.model import Usage
+from proxy.core.rates import Rate
 from proxy.store.named_queries import NAMED
+from proxy.store.queries import Queries
 from proxy.store.schema import VIEWS
+from proxy.store.views import DESCRIBED
 from tests.rows import NOON_MS, call, draft, hit, outcome
 
 DAY_MS = 86_400_000
@@ -59,11 +62,120 @@ async def test_views_and_named_queries_agree_between_sqlite_and_postgresql(sqlit
         results = [await store.queries.named(name) for store in (sqlite_store, pg_store)]
         assert results[0].columns == results[1].columns == tuple(query.columns), name
         assert close_to(results[0].rows) == close_to(results[1].rows), name
+        types = [[tuple(map(type, row)) for row in result.rows] for result in results]
+        assert types[0] == types[1], name
         assert results[0].rows or name == "balance", name
     for group in (["day"], ["model", "tenant"], ["strategy"], ["day", "strategy"]):
         results = [await store.queries.savings(group) for store in (sqlite_store, pg_store)]
         assert close_to(results[0].rows) == close_to(results[1].rows)
         assert results[0].columns[: len(group)] == tuple(group)
+
+
+async def test_every_view_and_query_is_described_column_by_column(store):
+    assert list(DESCRIBED) == list(VIEWS)
+    for name, view in DESCRIBED.items():
+        assert (await store.queries.run_readonly(f"SELECT * FROM {name}")).columns == tuple(view.columns), name
+    for name in NAMED:
+        assert (await store.queries.named(name)).columns == tuple(NAMED[name].columns), name
+    for described in [*DESCRIBED.values(), *NAMED.values()]:
+        assert described.title
+        assert all(described.columns.values())
+
+
+def stepped(upstream, model, tier, ts_ms):
+    """Above 1,000 input tokens all of them cost twice as much; "old" cannot be batched, nobody knows "free"."""
+    if model == "free" or (model == "old" and tier == "batch"):
+        return None
+    share = 1_000 if tier == "default" else 500
+    return [Rate(1_000, *(2 * share * usd for usd in (3, 15, 1, 4))), Rate(-1, *(share * usd for usd in (3, 15, 1, 4)))]
+
+
+async def test_a_batch_is_priced_by_each_models_own_rates(store):
+    calls = (
+        call("a", usage=Usage(1_000, 10, 400, 100)),
+        call("b", usage=Usage(1_001, 10)),
+        call("old", model="old", usage=Usage(500, 0)),
+        call("free", model="free", usage=Usage(500, 0)),
+        call("flex", tier="flex", usage=Usage(500, 0)),
+        call("failed", usage=None, status=500),
+    )
+    store.ledger.record(outcome("q", tag="eval", calls=calls))
+    store.ledger.record(outcome("r", tag="", calls=(call("c", usage=Usage(1, 1)),)))
+    await store.ledger.flush()
+    found = await Queries(store.database, stepped).named("could_wait")
+    batch_nusd = (500 * 3 + 10 * 15 + 400 + 100 * 4) // 2 + (1_001 * 3 + 10 * 15)
+    paid_nusd = [1_000 * 1_000 + 10 * 4_000 - 400 * 900 + 100 * 250, 1_001 * 1_000 + 10 * 4_000, 500 * 1_000]
+    assert close_to(found.rows) == close_to(
+        [("eval", 5, sum(paid_nusd) / 1e9, sum(paid_nusd[:2]) / 1e9, batch_nusd / 1e9,
+          (sum(paid_nusd[:2]) - batch_nusd) / 1e9),
+         ("", 1, 5_000 / 1e9, 5_000 / 1e9, 9 / 1e9, 4_991 / 1e9)]
+    )  # fmt: skip
+
+
+async def test_prompt_caching_is_weighed_with_the_tiers_own_rates(store):
+    calls = (
+        call("a", usage=Usage(1_000, 0, 900)),
+        call("b", usage=Usage(1_000, 0, 0, 900)),
+        call("f", tier="flex", usage=Usage(1_000, 0, 900)),
+        call("old", model="free", usage=Usage(9, 0, 9)),
+    )
+    store.ledger.record(outcome("q", calls=calls))
+    await store.ledger.flush()
+    found = await Queries(store.database, stepped).named("prompt_cache")
+    saved, spent = (900 * 2 + 900), 900
+    assert found.rows == (
+        ("openai", "m", 3, 3_000, 1_800, 900, 0.6, saved / 1e9, spent / 1e9, (saved - spent) / 1e9, 0),
+        ("openai", "free", 1, 9, 9, 0, 1.0, 0.0, 0.0, 0.0, 1),
+    )
+    unrated = await Queries(store.database).named("prompt_cache")
+    assert [row[-1] for row in unrated.rows] == [1, 3]
+
+
+async def test_calls_are_counted_by_their_own_day_and_latency_by_lane(store):
+    late = call("late", ts_ms=NOON_MS + DAY_MS, ttft_ms=None)
+    store.ledger.record(outcome("q", calls=(call("own"), late)))
+    store.ledger.record(outcome("r", ttft_ms=None, calls=()))
+    for number in range(3):
+        store.ledger.record(outcome(f"t{number}", ttft_ms=float(number), calls=()))
+    await store.ledger.flush()
+    on_the_day = await store.queries.named("invoice", since_day="2026-11-22", until_day="2026-11-22")
+    assert [row[3] for row in on_the_day.rows] == [1]
+    assert [row[3] for row in (await store.queries.named("invoice", since_day="2026-11-23")).rows] == [1]
+    lanes = {row[0]: row[1:] for row in (await store.queries.named("latency")).rows}
+    assert lanes == {"forward": (1, 90.0, 90.0, 800.0, 800.0), "refused": (4, 1.0, 2.0, 800.0, 800.0)}
+    with pytest.raises(BadRequest, match="since must be a day"):
+        await store.queries.named("invoice", since_day="yesterday")
+
+
+async def test_what_a_provider_may_bill_is_summed_by_day_model_and_tier(store):
+    calls = (
+        call("a", usage=Usage(100, 20, 30, 10)),
+        call("b", usage=Usage(7, 1), usage_basis="estimated"),
+        call("flex", tier="flex"),
+        call("late", ts_ms=NOON_MS + DAY_MS // 2),
+        call("failed", usage=None, usage_basis="none", status=500),
+        call("silent", usage=None, usage_basis="none", status=200),
+        call("elsewhere", upstream="lab"),
+    )
+    store.ledger.record(outcome("q", calls=calls))
+    store.ledger.record(outcome("e", endpoint="/v1/embeddings", calls=(call("vector", model="v", usage=Usage(9, 0)),)))
+    await store.ledger.flush()
+    day, billed = "2026-11-22", store.queries.billed
+    assert sorted(await billed(day, day, ("openai",))) == [
+        (day, "m", "default", 3, 107, 30, 10, 21, 100_000 + 80_000 - 27_000 + 2_500 + 7_000 + 4_000, 2, 0),
+        (day, "m", "flex", 1, 100, 0, 0, 20, 90_000, 0, 0),
+        (day, "v", "default", 1, 9, 0, 0, 0, 9_000, 0, 0),
+    ]
+    assert {type(value) for row in await billed(day, day, None) for value in row[3:]} == {int}
+    assert sum(row.calls for row in await billed(day, day, None)) == 6
+    store.ledger.record(outcome("f", calls=(call("gift", model="free"),)))
+    await store.ledger.flush()
+    assert [row.unpriced for row in await billed(day, day, None) if row.model == "free"] == [1]
+    assert [row[-2:] for row in (await store.queries.named("invoice")).rows if row[1] == "free"] == [(0, 1)]
+    assert [row.model for row in await billed(day, day, None, "embeddings")] == ["v"]
+    assert {row.model for row in await billed(day, day, None, "others")} == {"m", "free"}
+    assert [row.day for row in await billed("2026-11-23", "9999", ("openai",))] == ["2026-11-23"]
+    assert await billed(day, day, ()) == []
 
 
 async def test_the_ledger_balances_and_an_unbalanced_row_is_named(store):
