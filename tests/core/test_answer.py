@@ -40,7 +40,9 @@ def test_what_json_cannot_say_is_refused(content):
         encode_answer(Answer({"content": content}, "stop", "m", None, None))
 
 
-@pytest.mark.parametrize("raw", [b"", b"[]", b"{}", b"null", b'{"v":3}', b'{"v":4}', b'{"v":2}', b'{"v":1}', b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "raw", [b"", b"[]", b"{}", b"null", b'{"v":3}', b'{"v":4}', b'{"v":2}', b'{"v":1}', b"\xff", b"[" * 100_000]
+)
 def test_other_bytes_are_refused(raw):
     with pytest.raises(ValueError, match=r".+"):
         decode_answer(raw)
