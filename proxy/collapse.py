@@ -20,7 +20,6 @@ from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
 from proxy.core.errors import UpstreamError
-from proxy.core.pace import runs_of
 from proxy.ports import UpstreamResponse
 
 REPLAY_LIMIT_BYTES = 4 * 1024 * 1024  # beyond it a flight takes no more joiners and forgets what all have read
@@ -76,11 +75,6 @@ class Flight(Generic[Context]):
     def body(self) -> bytes:
         """All bytes so far; meaningless when trimmed."""
         return self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
-
-    @property
-    def runs(self) -> tuple[int, ...]:
-        """How the body came, see `core.pace`; meaningless when trimmed."""
-        return runs_of([len(piece) for piece in self.pieces], self.arrived_s)
 
     @property
     def is_delivered(self) -> bool:

@@ -38,7 +38,7 @@ from proxy.core.model import (
     Tier,
     Verdict,
 )
-from proxy.core.pace import Pace, Schedule, ends_of, schedule
+from proxy.core.pace import Pace, Schedule, ends_of, progress, runs_of, schedule, texts_of
 from proxy.core.plan import Lane
 from proxy.explanation import explanation
 from proxy.hot import Alias, Form, HotRow, HotRows
@@ -588,7 +588,8 @@ class Pipeline:
             if answer is not None and answer.usage is None and query.output_limit is not None:
                 answer = replace(answer, limit=query.output_limit)
             if answer is not None and is_stream:
-                answer = replace(answer, runs=flight.runs)
+                texts = texts_of(answer.message.get("content"), answer.pieces)
+                answer = replace(answer, runs=runs_of(flight.pieces, flight.arrived_s, texts))
             fetch.answer = answer
         self._count_calls(flight, status, is_stream=is_stream)
         if self._finisher is not None:
@@ -713,7 +714,8 @@ async def _read_whole(seat: Seat[Fetch]) -> None:
 
 def _schedule(query: Query, answer: Answer, body: bytes, pace: Pace) -> Schedule:
     ends = ends_of(body, query.dialect.stream_type)
-    return schedule(ends, pace, answer.runs, len(ends) if answer.usage is None else answer.usage.output_tokens)
+    done = progress(body, ends, texts_of(answer.message.get("content"), answer.pieces)) if pace == "recorded" else ends
+    return schedule(ends, done, pace, answer.runs, len(ends) if answer.usage is None else answer.usage.output_tokens)
 
 
 def _same_bytes(one: Query, other: Query) -> bool:

@@ -1,9 +1,9 @@
 """When the events of a replayed stream go out: as they came, so many tokens a second, or all at once.
 
-How a stream came is kept as runs of pieces, three integers each: bytes, ms of silence before the run, ms from its first
-piece to its last. A replay is cut otherwise than the original (ids, usage, another dialect), so an event goes out when
-the byte at the same share of the original came, counted at the event's middle: then a few bytes more or less before it
-do not move it across a silence.
+How a stream came is kept as runs, three integers each: progress, ms of silence before the run, ms from its first piece
+to its last. Progress is counted in characters of the text, wherever they stand in the bytes, so that a replay in
+another dialect, with other ids and without usage, is at the same word at the same time; where the text cannot be found
+it is counted in bytes. An event belongs to the run in which its middle came; those of one run are evenly spread.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from heapq import nlargest
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from json.encoder import encode_basestring, encode_basestring_ascii
 from typing import Literal
 
 Pace = Literal["instant", "recorded"] | float
@@ -23,34 +24,101 @@ Schedule = tuple[tuple[int, float], ...]
 TOKENS_PER_S = (1.0, 10_000.0)
 RUNS_MAX = 48
 TOGETHER_S = 0.001  # what is due within it goes out in one piece
+AT_ONCE_S = 0.01  # a stream as short has no pace
+MISSES_MAX = 4  # pieces of text not found in a body; with more it is counted in bytes
 
 
-def runs_of(sizes: Sequence[int], arrived_s: Sequence[float]) -> tuple[int, ...]:
-    """How a body came, of which piece i had sizes[i] bytes and came at arrived_s[i]; () when it came at once.
+def runs_of(pieces: Sequence[bytes], arrived_s: Sequence[float], texts: Sequence[str]) -> tuple[int, ...]:
+    """How a body came, of which pieces[i] came at arrived_s[i]; () when it came at once. `texts`: see `progress`.
 
-    At most RUNS_MAX runs: cut at the longest silences, which are seen, and at even steps of time, so that no run hides
-    a change of pace for longer than a step.
+    About RUNS_MAX runs at most: cut at the longest silences, which are seen, and at even steps of time, so that no run
+    hides a change of pace for longer than a step; and where the text begins and ends.
     """
-    if len(sizes) < 2:
+    if len(pieces) < 2 or arrived_s[-1] - arrived_s[0] < AT_ONCE_S:
         return ()
-    begun, ended = arrived_s[0], arrived_s[-1]
+    begun, ended, half = arrived_s[0], arrived_s[-1], RUNS_MAX // 2 - 1
+    done = progress(b"".join(pieces), list(accumulate(map(len, pieces))), texts)
     gaps = [later - earlier for earlier, later in pairwise(arrived_s)]
-    half = RUNS_MAX // 2
     cuts = {at + 1 for at in nlargest(half, range(len(gaps)), key=gaps.__getitem__) if gaps[at] >= TOGETHER_S}
     cuts |= {bisect_right(arrived_s, begun + (ended - begun) * step / half) for step in range(1, half)}
+    cuts |= {bisect_right(done, 0), bisect_right(done, done[-1] - 1) + 1}
     ms = [round((at - begun) * 1e3) for at in arrived_s]
     runs: list[int] = []
     before = 0
-    for start, end in pairwise([0, *sorted(cuts - {0, len(sizes)}), len(sizes)]):
-        runs += (sum(sizes[start:end]), ms[start] - before, ms[end - 1] - ms[start])
+    for start, end in pairwise([0, *sorted(cuts - {0, len(ms), len(ms) + 1}), len(ms)]):
+        runs += (done[end - 1] - (done[start - 1] if start else 0), ms[start] - before, ms[end - 1] - ms[start])
         before = ms[end - 1]
-    return tuple(runs) if before else ()
+    return tuple(runs)
 
 
-def schedule(ends: Sequence[int], pace: Pace, runs: Sequence[int], tokens: int) -> Schedule:
-    """When each event goes out that ends at ends[i]; the first at once, and a single one when there is no pace."""
+def texts_of(content: object, lengths: Sequence[int]) -> list[str]:
+    """The pieces in which a text was streamed, none empty; nothing where that is not known."""
+    if not isinstance(content, str) or sum(lengths) != len(content):
+        return []
+    ends = accumulate(lengths)
+    return [content[end - length : end] for end, length in zip(ends, lengths, strict=True) if length]
+
+
+def progress(body: bytes, ends: Sequence[int], texts: Sequence[str]) -> Sequence[int]:
+    """How far the body is at each of these places: characters of the texts, found in it one after the other as JSON
+    strings, else bytes."""
+    places: list[int] = []  # where each text has ended
+    spellings = [_raw, _ascii, _as_go, _as_ours]  # the one found last is tried first
+    at = misses = 0
+    for text in texts:
+        for spell in spellings:
+            if (found := _end_of(spell(text), body, at)) > 0:
+                at = found
+                if spell is not spellings[0]:
+                    spellings.remove(spell)
+                    spellings.insert(0, spell)
+                break
+        else:
+            misses += 1
+            if misses > MISSES_MAX:
+                return ends
+        places.append(at)
+    if misses == len(places):
+        return ends
+    known = [0, *accumulate(map(len, texts))]
+    return [known[bisect_right(places, end)] for end in ends]
+
+
+def _end_of(spelled: bytes, body: bytes, start: int) -> int:
+    """Where this string has ended in the body, a member's name not counted; 0 when it is not there."""
+    while (found := body.find(spelled, start)) >= 0:
+        start = found + len(spelled)
+        if body[start : start + 1] != b":":
+            return start
+    return 0
+
+
+def _raw(text: str) -> bytes:
+    """A JSON string as most write it."""
+    return encode_basestring(text).encode("utf-8", "replace")
+
+
+def _ascii(text: str) -> bytes:
+    return encode_basestring_ascii(text).encode()
+
+
+def _as_go(text: str) -> bytes:
+    return _raw(text).replace(b"<", b"\\u003c").replace(b">", b"\\u003e").replace(b"&", b"\\u0026")
+
+
+def _as_ours(text: str) -> bytes:
+    """Ends of lines to some clients are escaped, see `openai_replay.escaped`."""
+    raw = encode_basestring(text)
+    for mark in "\x85\u2028\u2029":
+        raw = raw.replace(mark, f"\\u{ord(mark):04x}")
+    return raw.encode("utf-8", "replace")
+
+
+def schedule(ends: Sequence[int], done: Sequence[int], pace: Pace, runs: Sequence[int], tokens: int) -> Schedule:
+    """When each event goes out that ends at ends[i], with done[i] of the progress made; the first at once. One moment
+    for all when there is no pace."""
     if pace == "recorded" and runs:
-        times = _as_it_came(ends, runs)
+        times = _as_it_came(done, runs)
     elif isinstance(pace, float) and len(ends) > 1:
         times = [tokens / pace * i / (len(ends) - 1) for i in range(len(ends))]
     else:
@@ -64,19 +132,28 @@ def schedule(ends: Sequence[int], pace: Pace, runs: Sequence[int], tokens: int) 
     return tuple(due)
 
 
-def _as_it_came(ends: Sequence[int], runs: Sequence[int]) -> list[float]:
-    scale = sum(runs[::3]) / ends[-1]
-    begin, size, first_ms, spread_ms = 0, runs[0], 0, runs[2]
-    following = zip(runs[3::3], runs[4::3], runs[5::3], strict=True)
-    times = [0.0]
-    for start, end in pairwise(ends):
-        middle = (start + end) / 2 * scale
-        while middle > begin + size and (run := next(following, None)) is not None:
-            begin += size
-            first_ms += spread_ms + run[1]
-            size, _, spread_ms = run
-        times.append((first_ms + spread_ms * min(1.0, (middle - begin) / size)) / 1e3)
-    return times
+def _as_it_came(done: Sequence[int], runs: Sequence[int]) -> list[float]:
+    """Seconds for each event. What is before all text goes out with the first run, what is after it with the last."""
+    until = list(accumulate(runs[::3]))
+    last_ms = list(accumulate(a + b for a, b in zip(runs[1::3], runs[2::3], strict=True)))
+    scale = until[-1] / done[-1]
+    times_ms = [0.0] * len(done)
+    members: dict[int, list[int]] = {}
+    for i, (start, end) in enumerate(pairwise([0, *done])):
+        if end > start:
+            members.setdefault(_run_of((start + end) / 2 * scale, until), []).append(i)
+        elif start == done[-1]:
+            times_ms[i] = last_ms[-1]
+    for run, events in members.items():
+        spread_ms, steps = runs[3 * run + 2], len(events) - 1
+        for j, i in enumerate(events):
+            times_ms[i] = last_ms[run] - (spread_ms * (1 - j / steps) if steps else 0.0)
+    times_ms[0] = 0.0
+    return [ms / 1e3 for ms in accumulate(times_ms, max)]
+
+
+def _run_of(middle: float, until: Sequence[int]) -> int:
+    return min(bisect_right(until, middle - 1e-9), len(until) - 1)
 
 
 def ends_of(body: bytes, stream_type: str) -> list[int]:

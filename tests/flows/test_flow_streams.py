@@ -336,8 +336,8 @@ async def test_a_hit_comes_in_whole_events_as_its_original_came(exact, up, name)
     assert [len(event) for event in b"".join(piece for _, piece in paced).split(form.mark)] == shape
     span = original[-1][0] - original[0][0]
     assert 0.4 < span < 2.0
-    assert abs((paced[-1][0] - paced[0][0]) - span) < 0.15
-    assert at_once[-1][0] < 0.3
+    assert abs((paced[-1][0] - paced[0][0]) - span) < 0.3
+    assert at_once[-1][0] - at_once[0][0] < span / 2
     gaps = [later[0] - earlier[0] for earlier, later in pairwise(paced)]
     assert max(gaps) > 0.35  # the silence, not an average of it
     assert await exact.sql("SELECT COUNT(*) AS n FROM request WHERE outcome = 'ok'") == [{"n": 3}]
@@ -351,14 +351,14 @@ async def test_tokens_a_second_from_the_operator_or_the_client(data_dir, up):
         for headers, seconds in (({}, 0.5), ({"x-cache-pace": "160/s"}, 0.25), ({"x-cache-pace": "instant"}, 0.0)):
             asked_s = time.perf_counter()
             reply = await ibid.ask(ASKED, stream=True, headers=headers)
-            assert seconds <= time.perf_counter() - asked_s < seconds + 0.25
+            assert seconds <= time.perf_counter() - asked_s < seconds + 0.4
             row = await ibid.row(reply)
             assert (reply.cache, row["lane"], row["outcome"]) == ("HIT", "cache.exact", "ok")
-            assert seconds * 1000 <= row["total_ms"] < (seconds + 0.25) * 1000
+            assert seconds * 1000 <= row["total_ms"] < (seconds + 0.4) * 1000
             assert row["ttft_ms"] < 100
         asked_s = time.perf_counter()
         assert (await ibid.ask(ASKED)).cache == "HIT"
-        assert time.perf_counter() - asked_s < 0.25  # whole: nothing to pace
+        assert time.perf_counter() - asked_s < 0.4  # whole: nothing to pace
 
 
 async def test_a_client_that_leaves_a_slow_replay_ends_it_at_once(exact, up):
