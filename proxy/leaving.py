@@ -57,10 +57,12 @@ class Finisher:
             del self._lengths[next(iter(self._lengths))]
 
     def _may_be_stored(self, flight: Flight[Fetch]) -> bool:
-        response = flight.response
+        fetch, response = flight.context, flight.response
+        is_other = fetch.stand_in or (fetch.attempt is not None and fetch.attempt.sending.is_other)
         return (
             flight.shared
-            and flight.context.query.controls.write
+            and fetch.query.controls.write
+            and not is_other
             and flight.size_bytes <= self._answer_limit_bytes
             and (response is None or response.status == 200)
         )

@@ -25,7 +25,7 @@ TOKENS_PER_S = (1.0, 10_000.0)
 RUNS_MAX = 48
 TOGETHER_S = 0.001  # what is due within it goes out in one piece
 AT_ONCE_S = 0.01  # a stream as short has no pace
-MISSES_MAX = 4  # pieces of text not found in a body; with more it is counted in bytes
+SCANS_MAX = 16  # of a body's rest, for a text that is not there as it is spelled; then it is counted in bytes
 
 
 def runs_of(pieces: Sequence[bytes], arrived_s: Sequence[float], texts: Sequence[str]) -> tuple[int, ...]:
@@ -64,7 +64,7 @@ def progress(body: bytes, ends: Sequence[int], texts: Sequence[str]) -> Sequence
     strings, else bytes."""
     places: list[int] = []  # where each text has ended
     spellings = [_raw, _ascii, _as_go, _as_ours]  # the one found last is tried first
-    at = misses = 0
+    at = scans = 0
     for text in texts:
         for spell in spellings:
             if (found := _end_of(spell(text), body, at)) > 0:
@@ -73,12 +73,11 @@ def progress(body: bytes, ends: Sequence[int], texts: Sequence[str]) -> Sequence
                     spellings.remove(spell)
                     spellings.insert(0, spell)
                 break
-        else:
-            misses += 1
-            if misses > MISSES_MAX:
+            scans += 1
+            if scans > SCANS_MAX:
                 return ends
         places.append(at)
-    if misses == len(places):
+    if not at:
         return ends
     known = [0, *accumulate(map(len, texts))]
     return [known[bisect_right(places, end)] for end in ends]
@@ -88,7 +87,7 @@ def _end_of(spelled: bytes, body: bytes, start: int) -> int:
     """Where this string has ended in the body, a member's name not counted; 0 when it is not there."""
     while (found := body.find(spelled, start)) >= 0:
         start = found + len(spelled)
-        if body[start : start + 1] != b":":
+        if not body.startswith(b":", start):
             return start
     return 0
 
@@ -103,7 +102,7 @@ def _ascii(text: str) -> bytes:
 
 
 def _as_go(text: str) -> bytes:
-    return _raw(text).replace(b"<", b"\\u003c").replace(b">", b"\\u003e").replace(b"&", b"\\u0026")
+    return _as_ours(text).replace(b"<", b"\\u003c").replace(b">", b"\\u003e").replace(b"&", b"\\u0026")
 
 
 def _as_ours(text: str) -> bytes:
