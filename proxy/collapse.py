@@ -45,7 +45,7 @@ class Flight(Generic[Context]):
         self.context = context
         self.shared = shared
         self.pieces: list[bytes] = []
-        self.arrived_s: list[float] = []  # of each piece, time.perf_counter
+        self.arrived_s: list[float] = []  # of each piece until trimmed, time.perf_counter
         self.size_bytes = 0
         self.ended = False
         self.complete = False  # the body ended cleanly, at the transport's level
@@ -137,7 +137,8 @@ class Flight(Generic[Context]):
                 self._wake()
         if piece:
             self.pieces.append(piece)
-            self.arrived_s.append(time.perf_counter())
+            if not self.trimmed:
+                self.arrived_s.append(time.perf_counter())
             self.size_bytes += len(piece)
             if self.size_bytes > REPLAY_LIMIT_BYTES:
                 self.trimmed = True
