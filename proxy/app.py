@@ -52,6 +52,7 @@ from proxy.lanes.forwarding import Forwarder
 from proxy.lanes.predict import Predictor
 from proxy.lanes.prefetch import Prefetcher
 from proxy.lanes.route import Router
+from proxy.leaving import Finisher
 from proxy.operations import Operator
 from proxy.pipeline import Pipeline
 from proxy.ports import EntryStore
@@ -295,7 +296,7 @@ async def open_edges(settings: Settings, log_writer: logs.LogWriter | None, stac
     return Edges(telemetry, prices, store, upstreams, embedder, index, fault)
 
 
-def assemble(settings: Settings, edges: Edges, tasks: Tasks) -> tuple[Pipeline, ClientHandler]:
+def assemble(settings: Settings, edges: Edges, tasks: Tasks, finishing: Tasks) -> tuple[Pipeline, ClientHandler]:
     """The pipeline over its edges, and the handler in front of it."""
     hot = HotRows(settings.cache.hot_bytes)
     embedder = edges.embedder
@@ -345,6 +346,8 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks) -> tuple[Pipeline, 
         stale=settings.lanes.stale,
         semantic_fault=edges.semantic_fault,
         usage_on_hit=settings.cache.usage_on_hit,
+        pace=settings.stream.pace,
+        finisher=Finisher(settings.stream.on_leave, finishing, settings.rules.answer_limit_bytes),
         model_aliases=aliases_of(settings.forward.model_aliases),
     )
     embeddings = Embeddings(
@@ -408,8 +411,9 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
         if log_writer is not None:
             log_writer.form.redactor.register(token)
         tasks, background = Tasks(edges.telemetry.fault), Tasks(edges.telemetry.fault)
+        finishing = Tasks(edges.telemetry.fault)
         stack.push_async_callback(background.close, 1.0)
-        pipeline, handler = assemble(settings, edges, tasks)
+        pipeline, handler = assemble(settings, edges, tasks, finishing)
         if edges.embedder is not None:
             await learn(pipeline)
         pulse, stopping = Pulse(), asyncio.Event()
@@ -449,7 +453,9 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
             stopping.set()
             for task in endless:
                 task.cancel()
+            drained_s = time.perf_counter() + settings.server.drain_timeout_s
             await clients.stop(settings.server.drain_timeout_s)
+            await finishing.close(max(0.0, drained_s - time.perf_counter()))
             await tasks.close(5.0)
             if edges.index is not None:
                 with contextlib.suppress(IndexRoomError):

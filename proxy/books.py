@@ -154,6 +154,24 @@ class Books:
         self._ledger.record_again(recurring, client.request_id, client.ts_ms, total_ms)
         self._telemetry.lookup(outcome, steps_ms, scope=scope, age_s=age_s, saved_nusd=saved_nusd)
 
+    def paced(
+        self,
+        recurring: tuple[Any, ...],
+        client: Client,
+        steps_ms: dict[str, float] | None,
+        scope: bytes,
+        age_s: int,
+        saved_nusd: int,
+        first_byte_s: float | None,
+        word: str,
+    ) -> None:
+        """Book a hit that went out over time, when it has."""
+        total_ms = (time.perf_counter() - client.started_s) * 1e3
+        ttft_ms = None if first_byte_s is None else (first_byte_s - client.started_s) * 1e3
+        outcome = again(recurring, client.request_id, client.ts_ms, ttft_ms, total_ms)._replace(outcome=word)
+        self._ledger.record(outcome)
+        self._telemetry.lookup(outcome, steps_ms, scope=scope, age_s=age_s, saved_nusd=saved_nusd)
+
     def call_of(self, fetch: Fetch, status: int, size_bytes: int, *, is_stream: bool, won: bool) -> Call:
         """The upstream call of a fetch that has ended. Usage that was not told is estimated from what arrived."""
         query, usage, basis = fetch.query, fetch.usage, "measured"

@@ -4,7 +4,7 @@ A `Flight` is a forward in progress and the bytes it has delivered so far; a `Se
 is no producer task and no leader: whichever seat first needs bytes that are not there yet reads them from the
 upstream, the others wait for it. If that seat's client leaves, its read is cancelled and a waiting seat takes over the
 same upstream response. A client that is slow to take its bytes does not read, so when all are slow the upstream is
-paused. When the last seat is left, the upstream call is cut.
+paused. When the last seat is left, `on_left` may take one to read on for nobody; else the upstream call is cut.
 
 Opening is the one step that cannot change hands halfway, so it runs in a task of its own when the flight may be
 shared, and is cancelled only when nobody waits for it any more.
@@ -15,6 +15,7 @@ Source of the rules: RFC 9211 §2.6 (`collapsed`); varnish's waiting list.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
@@ -39,10 +40,12 @@ class Flight(Generic[Context]):
         on_end: Callable[[Flight[Context]], None],
         *,
         shared: bool,
+        on_left: Callable[[Flight[Context]], None] | None = None,
     ) -> None:
         self.context = context
         self.shared = shared
         self.pieces: list[bytes] = []
+        self.arrived_s: list[float] = []  # of each piece until trimmed, time.perf_counter
         self.size_bytes = 0
         self.ended = False
         self.complete = False  # the body ended cleanly, at the transport's level
@@ -50,6 +53,7 @@ class Flight(Generic[Context]):
         self.trimmed = False
         self._open = open_
         self._on_end = on_end
+        self._on_left = on_left
         self._response: UpstreamResponse | None = None
         self._opening: asyncio.Task[UpstreamResponse] | None = None
         self._seats: set[Seat[Context]] = set()
@@ -72,8 +76,13 @@ class Flight(Generic[Context]):
         """All bytes so far; meaningless when trimmed."""
         return self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
 
-    def join(self) -> Seat[Context]:
-        seat = Seat(self)
+    @property
+    def is_delivered(self) -> bool:
+        """The body ended cleanly, and a client was there to take it."""
+        return self.complete and any([seat.is_client for seat in self._seats])
+
+    def join(self, *, is_client: bool = True) -> Seat[Context]:
+        seat = Seat(self, is_client)
         self._seats.add(seat)
         return seat
 
@@ -128,6 +137,8 @@ class Flight(Generic[Context]):
                 self._wake()
         if piece:
             self.pieces.append(piece)
+            if not self.trimmed:
+                self.arrived_s.append(time.perf_counter())
             self.size_bytes += len(piece)
             if self.size_bytes > REPLAY_LIMIT_BYTES:
                 self.trimmed = True
@@ -138,7 +149,10 @@ class Flight(Generic[Context]):
     def leave(self, seat: Seat[Context]) -> None:
         self._seats.discard(seat)
         if not self._seats and not self.ended:
-            self._end(None)
+            if self._on_left is not None:
+                self._on_left(self)
+            if not self._seats:
+                self._end(None)
 
     def _trim(self) -> None:
         slowest = min(seat.position for seat in self._seats)
@@ -175,12 +189,14 @@ class Flight(Generic[Context]):
 
 
 class Seat(Generic[Context]):
-    """One client's place in a flight. Whoever joins must `leave`, whatever happens in between."""
+    """A place in a flight, a client's or that of whoever reads on for none. Whoever joins must `leave`, whatever
+    happens in between."""
 
-    __slots__ = ("flight", "position")
+    __slots__ = ("flight", "is_client", "position")
 
-    def __init__(self, flight: Flight[Context]) -> None:
+    def __init__(self, flight: Flight[Context], is_client: bool = True) -> None:
         self.flight = flight
+        self.is_client = is_client
         self.position = 0
 
     async def next(self) -> bytes:

@@ -42,6 +42,7 @@ from proxy.settings import (
     Server,
     Settings,
     StoreSettings,
+    Stream,
     UpstreamSettings,
     options,
 )
@@ -69,6 +70,7 @@ def load(flags: Flags, environ: Mapping[str, str]) -> Settings:
         forward=_section(document, "forward", Forward),
         rules=_rules(document),
         cache=_section(document, "cache", Cache),
+        stream=_section(document, "stream", Stream),
         embedding=_section(document, "embedding", Embedding),
         index=_section(document, "index", Index),
         store=_store(document, flags, environ),

@@ -30,9 +30,9 @@ from proxy.passing import PassThrough, passing
 from proxy.pipeline import Pipeline
 from proxy.ports import Ledger, Upstream
 from proxy.reading import Caller, Reader, Target
-from proxy.relay import Relay, Replay
+from proxy.relay import Paced, Relay, Replay
 from proxy.telemetry import Telemetry
-from proxy.wire import SERVER, answer_at_once, relay_at_once
+from proxy.wire import SERVER, answer_at_once, headers_of, relay_at_once
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +138,8 @@ class ClientHandler:
         if reply is None:
             reply = await self._pipeline.answer(query, client)
         if isinstance(reply, Replay):
+            if reply.paced is not None:
+                return await self._pace(request, reply, reply.paced)
             return answer_at_once(request, reply)
         return await self._relay(request, reply)
 
@@ -272,6 +274,29 @@ class ClientHandler:
             raise
         finally:
             relay.close(outcome)
+
+    async def _pace(self, request: web.BaseRequest, replay: Replay, paced: Paced) -> web.StreamResponse:
+        """Write a replay in whole events, each when it is due."""
+        response = web.StreamResponse(headers=headers_of(replay))
+        live = LiveStream(response, paced.heartbeat)
+        begun_s: float | None = None
+        start, outcome = 0, "cancelled"
+        self.streams.add(live)
+        try:
+            await response.prepare(request)
+            for end, due_s in paced.schedule:
+                if begun_s is None:
+                    begun_s = time.perf_counter()
+                elif (rest_s := begun_s + due_s - time.perf_counter()) > 0:
+                    await asyncio.sleep(rest_s)
+                await live.write(replay.body[start:end])
+                start = end
+            await response.write_eof()
+            outcome = "ok"
+        finally:
+            self.streams.discard(live)
+            paced.settle(begun_s, outcome)
+        return response
 
     async def _copy(self, request: web.BaseRequest, relay: Relay, live: LiveStream) -> str:
         """Relay piece by piece. Past the first byte an upstream's fault is said in the stream, or by cutting it."""

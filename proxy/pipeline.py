@@ -38,6 +38,7 @@ from proxy.core.model import (
     Tier,
     Verdict,
 )
+from proxy.core.pace import Pace, Schedule, ends_of, progress, runs_of, schedule, texts_of
 from proxy.core.plan import DEFAULT_PLAN, Lane
 from proxy.explanation import explanation
 from proxy.hot import Alias, Form, HotRow, HotRows
@@ -47,7 +48,8 @@ from proxy.lanes.prefetch import Prefetcher
 from proxy.lanes.route import BAD_ANSWERS, Choice, Router
 from proxy.lanes.route import MECHANISM as ROUTED
 from proxy.lanesettings import StaleLane
-from proxy.relay import Head, Relay, Replay
+from proxy.leaving import Finisher
+from proxy.relay import Head, Paced, Relay, Replay
 from proxy.tasks import Tasks
 from proxy.telemetry import Telemetry
 
@@ -79,6 +81,8 @@ class Pipeline:
         stale: StaleLane,
         semantic_fault: str = "",
         usage_on_hit: UsageMode = "original",
+        pace: Pace = "instant",
+        finisher: Finisher | None = None,
         model_aliases: Mapping[str, Collection[str]] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -99,6 +103,8 @@ class Pipeline:
         self._telemetry = telemetry
         self._tasks = tasks
         self._usage_on_hit = usage_on_hit
+        self._pace = pace
+        self._finisher = finisher
         self._model_aliases = model_aliases or {}
         self._clock = clock
         self.purges = 0  # rows read or written before the last of them may be gone
@@ -352,8 +358,18 @@ class Pipeline:
             form.second = second
         body = form.template.fill(client.request_id, second)
         age_s = freshness.age_s(row.entry.draft.created_ms, client.ts_ms)
+        replay = Replay(head, client.request_id, body)
+        pace = query.controls.pace or self._pace
+        if pace != "instant" and query.stream and len(due := _schedule(query, row.answer, body, pace)) > 1:
+
+            def settle(first_byte_s: float | None, outcome: str) -> None:
+                self._books.paced(
+                    form.recurring, client, steps_ms, query.scope, age_s, form.baseline_nusd, first_byte_s, outcome
+                )
+
+            return replay._replace(paced=Paced(due, query.dialect.heartbeat, settle))
         self._books.hit(form.recurring, client, steps_ms, query.scope, age_s, form.baseline_nusd)
-        return Replay(head, client.request_id, body)
+        return replay
 
     def _form(self, query: Query, client: Client, row: HotRow, hit: Hit) -> Form:
         recurring = self._books.recurring(query, row.answer.model, hit)
@@ -427,7 +443,8 @@ class Pipeline:
 
     def _take_off(self, fetch: Fetch, *, shared: bool) -> Flight[Fetch]:
         """A forward that opens with its first seat."""
-        return Flight(fetch, lambda: self._forwarder.open(fetch), self._landed, shared=shared)
+        on_left = None if self._finisher is None else self._finisher.left
+        return Flight(fetch, lambda: self._forwarder.open(fetch), self._landed, shared=shared, on_left=on_left)
 
     def _revalidate(self, query: Query, client: Client, entry: Entry) -> None:
         """A stale entry is being served: fetch its successor, once at a time."""
@@ -646,8 +663,13 @@ class Pipeline:
             answer = recording.answer
             if answer is not None and answer.usage is None and query.output_limit is not None:
                 answer = replace(answer, limit=query.output_limit)
+            if answer is not None and is_stream:
+                texts = texts_of(answer.message.get("content"), answer.pieces)
+                answer = replace(answer, runs=runs_of(flight.pieces, flight.arrived_s, texts))
             fetch.answer = answer
         self._count_calls(flight, status, is_stream=is_stream)
+        if self._finisher is not None:
+            self._finisher.landed(flight)
         if fetch.purpose != "answer":
             self._books.unasked(fetch)
         for settle in fetch.deferred:
@@ -667,7 +689,7 @@ class Pipeline:
         if fetch.attempt is None and not fetch.stand_in and fetch.attempts:  # it ended while several were under way
             fetch.attempt = fetch.attempts[0]
         if fetch.stand_in != STALE_IF_ERROR:
-            won = flight.complete
+            won = flight.is_delivered
             fetch.call = self._books.call_of(fetch, status, flight.size_bytes, is_stream=is_stream, won=won)
             self._forwarder.learn(fetch)
         if len(fetch.attempts) > 1 or fetch.attempt is None:
@@ -780,6 +802,12 @@ async def _read_whole(seat: Seat[Fetch]) -> None:
         log.debug("a call for no client failed: %s", error.code)
     finally:
         seat.leave()
+
+
+def _schedule(query: Query, answer: Answer, body: bytes, pace: Pace) -> Schedule:
+    ends = ends_of(body, query.dialect.stream_type)
+    done = progress(body, ends, texts_of(answer.message.get("content"), answer.pieces)) if pace == "recorded" else ends
+    return schedule(ends, done, pace, answer.runs, len(ends) if answer.usage is None else answer.usage.output_tokens)
 
 
 def _same_bytes(one: Query, other: Query) -> bool:

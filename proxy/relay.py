@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 from proxy.core.dialects.dialect import Dialect, StreamFilter
 from proxy.core.errors import IbidError, UpstreamError
+from proxy.core.pace import Schedule
 
 
 class Head:
@@ -21,12 +22,22 @@ class Head:
         self.wire: bytes | None = None
 
 
+class Paced(NamedTuple):
+    """That a streamed reply goes out event by event. `settle` is called once, with the time of the first one
+    (`time.perf_counter`; None when there was none) and the outcome, "ok" or "cancelled"."""
+
+    schedule: Schedule
+    heartbeat: bytes | None  # see `Dialect`
+    settle: Callable[[float | None, str], None]
+
+
 class Replay(NamedTuple):
     """A complete reply, status 200. Replays of one entry within one second share their head."""
 
     head: Head
     request_id: str
     body: bytes
+    paced: Paced | None = None  # without it: at once
 
     def saying(self, explanation: tuple[str, str]) -> Replay:
         """The same with one more header."""

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from proxy.configfile import option, setting_names
 from proxy.core.model import Limits, Rules
+from proxy.core.pace import TOKENS_PER_S, Pace
 from proxy.core.plan import ALIASES, Lane, Policy
 from proxy.lanesettings import LANES, AliasSettings, LaneSettings, PolicySettings
 
@@ -84,6 +85,25 @@ class Cache:
     hot_bytes: int = option(64 * MIB, "memory for rows served without asking SQL; least recently used leave", least=0)
     usage_on_hit: Literal["original", "zero"] = option("original", "usage a hit reports: as stored, or 0")
     judge_model: str | None = option(None, "chat model of the same upstream that compares answers; unset: none")
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """How streamed hits go out, and what becomes of a call that every client has left."""
+
+    replay_pace: Literal["instant", "recorded", "tokens"] = option(
+        "instant", "a streamed hit: at once, as the original came, or replay_tokens_per_s"
+    )
+    replay_tokens_per_s: float = option(
+        40.0, "output tokens a second of a hit when the pace is tokens", least=TOKENS_PER_S[0], most=TOKENS_PER_S[1]
+    )
+    on_leave: Literal["abort", "finish", "finish_half"] = option(
+        "abort", "a call all clients left: cut, read on and store, or that only from half of the usual length"
+    )
+
+    @property
+    def pace(self) -> Pace:
+        return self.replay_tokens_per_s if self.replay_pace == "tokens" else self.replay_pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +244,7 @@ class Settings:
     forward: Forward
     rules: Rules
     cache: Cache
+    stream: Stream
     embedding: Embedding
     index: Index
     store: StoreSettings
@@ -277,6 +298,7 @@ SECTIONS: Mapping[str, tuple[type[Any], ...]] = {
     "limits": (Limits,),
     "forward": (Forward,),
     "cache": (Rules, Cache),
+    "stream": (Stream,),
     "embedding": (Embedding,),
     "index": (Index,),
     "store": (StoreSettings,),

@@ -76,12 +76,9 @@ def relay_at_once(
 
 def answer_at_once(request: web.BaseRequest, replay: Replay) -> web.StreamResponse:
     """The response of a replay."""
-    head, request_id, body = replay
+    head, request_id, body, _ = replay
     if request.version != HttpVersion11 or not request.keep_alive or len(body) > AT_ONCE_LIMIT_BYTES:
-        headers = [*head.pairs, ("x-request-id", request_id), ("Server", SERVER)]
-        if head.id_header:
-            headers.append((head.id_header, request_id))
-        return web.Response(headers=headers, body=body)
+        return web.Response(headers=headers_of(replay), body=body)
     wire = head.wire
     if wire is None:
         lines = [f"{name}: {value}\r\n" for name, value in head.pairs]
@@ -93,3 +90,12 @@ def answer_at_once(request: web.BaseRequest, replay: Replay) -> web.StreamRespon
         named = b"%b\r\n%b: %b" % (named, head.id_header.encode(), named)
     whole = b"%bx-request-id: %b\r\nContent-Length: %d\r\n\r\n%b" % (wire, named, len(body), body)
     return cast(web.StreamResponse, WireResponse(whole, len(body)))
+
+
+def headers_of(replay: Replay) -> list[tuple[str, str]]:
+    """All headers of a replay that goes aiohttp's way."""
+    head = replay.head
+    named = [("x-request-id", replay.request_id), ("Server", SERVER)]
+    if head.id_header:
+        named.append((head.id_header, replay.request_id))
+    return [*head.pairs, *named]

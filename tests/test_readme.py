@@ -205,5 +205,5 @@ def test_every_make_target_told_of_exists() -> None:
 
 
 def test_the_benchmark_tables_have_their_places() -> None:
-    for name in ("http", "index"):
+    for name in ("http", "streams", "index"):
         assert re.search(rf"<!-- bench:{name} -->\n.+?\n<!-- /bench:{name} -->", README, re.DOTALL)

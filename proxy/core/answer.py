@@ -8,8 +8,8 @@ from typing import Any
 
 from proxy.core.model import Answer, Usage
 
-FORMAT = 2
-READABLE = (1, FORMAT)
+FORMAT = 3
+READABLE = (1, 2, FORMAT)
 
 
 def encode_answer(answer: Answer, dumps: Callable[[Any], bytes] | None = None) -> bytes:
@@ -33,6 +33,7 @@ def encode_answer(answer: Answer, dumps: Callable[[Any], bytes] | None = None) -
         "dialect": answer.dialect,
         "limit": answer.limit,
         "opaque": answer.opaque,
+        "runs": answer.runs,
     }
     return (dumps or to_json)(record)
 
@@ -56,6 +57,7 @@ def decode_answer(raw: bytes, loads: Callable[[bytes], Any] = json.loads) -> Ans
             dialect=record.get("dialect", "openai"),
             limit=record.get("limit"),
             opaque=record.get("opaque", False),
+            runs=tuple(record.get("runs", ())),
         )
     except (KeyError, TypeError, RecursionError) as fault:
         raise ValueError("not an encoded answer") from fault

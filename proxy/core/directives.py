@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from proxy.core.errors import BadRequest
 from proxy.core.model import Bypass, Controls, Hit, Miss, NearMiss, Tier, Verdict
+from proxy.core.pace import TOKENS_PER_S, Pace
 from proxy.core.plan import DEFAULT_PLAN, edited
 
 DEFAULT_CONTROLS = Controls()
@@ -43,6 +44,7 @@ _NAMES = frozenset(
         b"x-cache-explain",
         b"x-plan",
         b"x-deadline",
+        b"x-cache-pace",
     }
 )
 _PEERS: Mapping[bytes, str] = {
@@ -76,6 +78,8 @@ _SECONDS = re.compile(r"[0-9]{1,18}")
 _FRACTION = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,18})?(?:[eE]-?[0-9]{1,2})?|\.[0-9]{1,18}")
 _NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@=-]{0,63}")
+_PACES: Mapping[str, Pace] = {"instant": "instant", "recorded": "recorded"}
+_PACE = re.compile(r"([0-9]{1,5}(?:\.[0-9]{1,3})?)(?:/s)?")
 _USER = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,254}[\x21-\x7e])?")
 _TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
 
@@ -98,9 +102,9 @@ class _Wishes:
         known = self.values.get(name)
         self.values[name] = min(known, number) if isinstance(known, int | float) else number
 
-    def only(self, name: str, text: str, param: str) -> None:
+    def only(self, name: str, said: str | float, param: str) -> None:
         """A name: said twice it must be the same, else the two would ask for different things."""
-        if self.values.setdefault(name, text) != text:
+        if self.values.setdefault(name, said) != said:
             _refuse(param, "one value")
 
     def mode(self, word: str, param: str) -> None:
@@ -212,6 +216,8 @@ def _read_header(param: str, text: str, wishes: _Wishes) -> None:
             _read_plan(text, param, wishes)
         case "x-deadline":
             wishes.at_most("deadline_s", _duration_s(text, param))
+        case "x-cache-pace":
+            wishes.only("pace", _pace(text.lower(), param), param)
         case _:
             if _truth(text, param):
                 wishes.ask("explain")
@@ -230,6 +236,16 @@ def _read_plan(text: str, param: str, wishes: _Wishes) -> None:
     except ValueError as fault:
         raise BadRequest(f"Invalid value for '{param}': {fault}.", code="invalid_value", param=param) from None
     wishes.only("plan", text, param)
+
+
+def _pace(text: str, param: str) -> Pace:
+    if (named := _PACES.get(text)) is not None:
+        return named
+    found = _PACE.fullmatch(text)
+    least, most = TOKENS_PER_S
+    if found is None or not least <= float(found[1]) <= most:
+        _refuse(param, f"instant, recorded, or tokens a second from {least:g} to {most:g}")
+    return float(found[1])
 
 
 def _read_peer(meaning: str, text: str, param: str, wishes: _Wishes) -> None:

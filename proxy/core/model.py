@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from proxy.core.pace import Pace
 from proxy.core.plan import DEFAULT_PLAN, Plan
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Controls:
     refresh: bool = False
     plan: str = ""  # lanes, or changes to them, see `plan.edited`
     deadline_s: float | None = None  # the client can wait that long for a cheaper answer
+    pace: Pace | None = None  # of a streamed hit; None: as the operator says
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,7 @@ class Answer:
     dialect: str = "openai"  # that recorded it
     limit: int | None = None  # the output limit it ended under, where no usage says how long it is
     opaque: bool = False  # carries signed or encrypted parts: for the very same question only
+    runs: tuple[int, ...] = ()  # how its stream came, see `core.pace`; empty when it was not streamed, or came at once
 
 
 @dataclass(frozen=True, slots=True)

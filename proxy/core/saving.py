@@ -213,6 +213,8 @@ def _shaped(outcome: Outcome, call: Call, paid: _Priced, price: Pricing) -> list
         sold = _acted(mechanism, sold, call)
         chain.append((mechanism, _price(price, sold, call.usage_basis, call.ts_ms, call.total_ms)))
     chain[-1] = (acted[-1], paid)
+    if any([after.basis == "unpriced" for _, after in chain[1:]]):  # what it cost is not known, nor so what it saved
+        return [(mechanism, paid._replace(basis="unpriced")) for mechanism, _ in chain]
     return chain
 
 

@@ -53,6 +53,10 @@ def test_a_request_that_asks_nothing_shares_one_constant() -> None:
         ("X-Cache-Max-Error: 0", Controls(max_error=0.0)),
         ("X-Cache-User: user 7", Controls(user="user 7")),
         ("X-Cache-Explain: 1", Controls(explain=True)),
+        ("X-Cache-Pace: Recorded", Controls(pace="recorded")),
+        ("X-Cache-Pace: instant", Controls(pace="instant")),
+        ("X-Cache-Pace: 40", Controls(pace=40.0)),
+        ("X-Cache-Pace: 2.5/s", Controls(pace=2.5)),
         ("X-Cache-Explain: false", DEFAULT_CONTROLS),
     ],
 )
@@ -106,6 +110,13 @@ def test_the_body_twin_is_read(twin: dict[str, Any], wanted: Controls) -> None:
         "x-cache-max-error: ' OR 1=1--",
         "x-cache-user: " + "u" * 257,
         "x-cache-explain: maybe",
+        "x-cache-pace: fast",
+        "x-cache-pace: 0",
+        "x-cache-pace: -1",
+        "x-cache-pace: 10001",
+        "x-cache-pace: 1e3",
+        "x-cache-pace: nan",
+        "x-cache-pace: ",
     ],
 )
 def test_a_header_that_cannot_be_read_is_refused_and_named(line: str) -> None:
@@ -153,6 +164,8 @@ def test_where_two_places_disagree_the_narrower_holds() -> None:
         asked("x-cache-namespace: a", twin={"namespace": "b"})
     with pytest.raises(BadRequest, match="one value"):
         asked("x-cache-user: a", "x-cache-user: b")
+    with pytest.raises(BadRequest, match="one value"):
+        asked("x-cache-pace: instant", "x-cache-pace: 40")
 
 
 LINES = st.sampled_from(

@@ -156,3 +156,52 @@ def test_a_request_refused_before_any_call_costs_nothing():
 @pytest.mark.parametrize(("ts_ms", "day"), [(NOON_MS, "2026-11-22"), (0, "1970-01-01"), (86_399_999, "1970-01-01")])
 def test_days_are_utc(ts_ms, day):
     assert day_of(ts_ms) == day
+
+
+def test_a_call_shaped_to_where_no_price_is_known_saves_nothing_and_says_so():
+    edge = call(upstream="local", model="free", shaped_by=("edge.local",))
+    settled = settle(outcome(calls=(edge,)), list_price)
+    (step,) = steps_of(settled)
+    assert (step["mechanism"], step["saved_nusd"], step["basis"]) == ("edge.local", 0, "unpriced")
+    assert request_of(settled)["baseline_basis"] == "unpriced"
+
+
+def test_each_lane_that_shaped_a_call_is_a_step_from_the_call_before_it_to_the_call_after():
+    used = Usage(1_000, 200, cache_read_tokens=600, accepted_prediction_tokens=50, rejected_prediction_tokens=80)
+    shaped = call(tier="flex", usage=used, shaped_by=("cache.prefix", "spec.predict", "batch.flex"))
+    settled = settle(outcome(calls=(shaped,)), list_price)
+    found = [(step["mechanism"], step["before_nusd"], step["after_nusd"]) for step in steps_of(settled)]
+    plain = 1_000 * 1_000 + 120 * 4_000
+    read = plain - 600 * 900
+    predicted = read + 80 * 4_000
+    assert found == [
+        ("cache.prefix", plain, read), ("spec.predict", read, predicted), ("batch.flex", predicted, predicted // 2)
+    ]  # fmt: skip
+    assert request_of(settled)["baseline_nusd"] == plain
+
+
+def test_an_answer_of_another_model_is_measured_against_the_one_asked_for():
+    settled = settle(outcome(calls=(call(upstream="edge", model="x", shaped_by=("hybrid.cascade",)),)), list_price)
+    row, (step,) = request_of(settled), steps_of(settled)
+    assert (row["lane"], row["baseline_nusd"], row["baseline_basis"]) == ("hybrid.cascade", 180_000, "estimated")
+    assert (step["mechanism"], step["after_nusd"]) == ("hybrid.cascade", 560)  # 0.8 s at 700 a second
+
+
+@pytest.mark.parametrize("mechanism", ["edge.offline", "cache.stale-if-error"])
+def test_what_stands_in_for_a_failed_upstream_saves_no_money(mechanism):
+    failed = call("failed", won=False, usage=None, usage_basis="none", status=503)
+    local = call("local", upstream="edge", model="x") if mechanism == "edge.offline" else None
+    calls = (failed,) if local is None else (failed, local)
+    settled = settle(outcome(mechanism=mechanism, calls=calls, cache_status="STALE"), list_price)
+    row = request_of(settled)
+    assert (row["baseline_nusd"], row["baseline_basis"], row["lane"]) == (0, "failed", mechanism)
+    assert [step["saved_nusd"] for step in steps_of(settled)] == [0 if local is None else -560]
+
+
+@given(outcomes)
+def test_no_row_is_without_the_basis_of_its_price(any_outcome):
+    settled = settle(any_outcome, list_price)
+    known = {"measured", "estimated", "none", "unpriced", "failed"}
+    assert request_of(settled)["baseline_basis"] in known
+    assert {dict(zip(CALL_COLUMNS, line, strict=True))["cost_basis"] for line in settled.calls} <= known
+    assert {step["basis"] for step in steps_of(settled)} <= known
