@@ -43,6 +43,7 @@ from proxy.core.answer import decode_answer
 from proxy.core.dialects.routes import Routes
 from proxy.core.errors import CacheFault, ConfigError
 from proxy.core.model import Answer
+from proxy.core.rates import writes_cost_extra
 from proxy.embeddings import Embeddings
 from proxy.explain import Explainer
 from proxy.handlers import ClientHandler
@@ -51,6 +52,7 @@ from proxy.judge import Judge
 from proxy.lanes.forwarding import Forwarder
 from proxy.lanes.predict import Predictor
 from proxy.lanes.prefetch import Prefetcher
+from proxy.lanes.prefixes import PrefixMarks
 from proxy.lanes.route import Router
 from proxy.leaving import Finisher
 from proxy.operations import Operator
@@ -301,6 +303,7 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks, finishing: Tasks) -
     hot = HotRows(settings.cache.hot_bytes)
     embedder = edges.embedder
     routes = Routes(orjson.loads)
+    secret = read_secret(settings.data_dir)
     steering = Steering(settings.policies, settings.aliases, settings.ready)
     reader = Reader(routes, edges.upstreams, settings.rules, settings.limits, steering, extra_headers(settings))
     books = Books(edges.store.ledger, edges.prices, edges.telemetry)
@@ -322,6 +325,11 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks, finishing: Tasks) -
         lanes=settings.lanes,
         facts=reader.facts,
         predictor=Predictor(settings.lanes.predict, answers_of(edges.store.entries, hot)),
+        prefixes=PrefixMarks(
+            settings.lanes.prefix,
+            secret,
+            lambda upstream, model, ts_ms: writes_cost_extra(edges.prices.rates(upstream, model, "default", ts_ms)),
+        ),
     )
     pipeline = Pipeline(
         rules=settings.rules,
@@ -369,7 +377,7 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks, finishing: Tasks) -
         ledger=edges.store.ledger,
         telemetry=edges.telemetry,
         limits=settings.limits,
-        secret=read_secret(settings.data_dir),
+        secret=secret,
         extra_headers=extra_headers(settings),
         anonymous=settings.server.anonymous,
         keyless=settings.server.listen.host in LOOPBACK_NAMES,

@@ -34,6 +34,7 @@ from proxy.core.plan import Lane
 from proxy.lanes.attempt import Attempt, LocalResponse, Peeked, whole_of
 from proxy.lanes.predict import MECHANISM as PREDICTED
 from proxy.lanes.predict import Predictor
+from proxy.lanes.prefixes import PrefixMarks
 from proxy.lanes.proof import Proof
 from proxy.lanes.sending import Sending, headers_for, to_other, with_member
 from proxy.lanesettings import LaneSettings
@@ -63,6 +64,7 @@ class Forwarder:
         lanes: LaneSettings,
         facts: Callable[[Query], Facts],
         predictor: Predictor,
+        prefixes: PrefixMarks,
     ) -> None:
         self.times = Times()
         self.budget = Budget(lanes.hedge.max_extra_load)
@@ -70,6 +72,7 @@ class Forwarder:
         self._lanes = lanes
         self._facts = facts
         self._predictor = predictor
+        self._prefixes = prefixes
         self._chat = OpenAIChat()
 
     async def open(self, fetch: Fetch) -> ports.UpstreamResponse:
@@ -135,6 +138,8 @@ class Forwarder:
         """The client's call with what the plan adds to it. What an upstream refuses because of it is asked plainly."""
         own = fetch.sending
         sending = own
+        if Lane.PREFIX in lanes:
+            sending = self._prefixes.mark(sending, fetch)
         if Lane.PREDICT in lanes:
             sending = await self._predictor.predict(sending, fetch)
         response = await self._timed(fetch, sending, lanes)
@@ -143,6 +148,7 @@ class Forwarder:
             if fetch.attempt is not None:
                 fetch.attempt.end()
             self._predictor.refused(sending)
+            self._prefixes.refused(sending)
             return await self._timed(fetch, own, lanes)
         return response
 

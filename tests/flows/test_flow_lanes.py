@@ -478,3 +478,77 @@ async def test_a_client_that_leaves_while_it_is_held_ends_the_call(data_dir, up,
         await until(lambda: up.meter.cancelled == 1)
         await ibid.settled()
         assert [row["outcome"] for row in await ibid.sql("SELECT outcome FROM request")] == ["cancelled"]
+
+
+class Claude:
+    """A scripted messages server with a prefix cache and a meter: what stands before the last mark is written once,
+    then read."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+        self.usages: list[dict[str, int]] = []
+        self.marks: list[int] = []
+
+    def __call__(self, seen: Any) -> Any:
+        body = seen.json
+        spelled = seen.body.decode()
+        marks = spelled.count('"cache_control"')
+        self.marks.append(marks)
+        system = body["system"] if isinstance(body["system"], str) else body["system"][0]["text"]
+        size = len(system) // 4 if marks else 0
+        is_known = system in self.seen
+        if marks:
+            self.seen.add(system)
+        usage = {
+            "input_tokens": len(spelled) // 4 - size,
+            "cache_read_input_tokens": size if is_known else 0,
+            "cache_creation_input_tokens": 0 if is_known else size,
+            "output_tokens": 5,
+        }
+        self.usages.append(usage)
+        said = [{"type": "text", "text": "Fine."}]
+        message = {"id": "msg_1", "type": "message", "role": "assistant", "model": body["model"], "content": said}
+        return Json(200, {**message, "stop_reason": "end_turn", "stop_sequence": None, "usage": usage})
+
+
+async def test_a_prefix_seen_twice_is_marked_and_the_books_say_what_that_cost_and_saved(data_dir, up, edge):
+    up.default = claude = Claude()
+    prices = {
+        "input_usd_per_mtok": 3, "output_usd_per_mtok": 15, "cache_read_usd_per_mtok": 0.3,
+        "cache_write_usd_per_mtok": 3.75,
+    }  # fmt: skip
+    sections = lanes(edge, **{'prices.override."anthropic/*"': prices})
+    async with running(data_dir, up.url, sections) as ibid:
+        headers = {"x-api-key": "sk-a", "anthropic-version": "2026-10-21", "x-plan": "exact,prefix"}
+        for number in range(5):
+            question = {"role": "user", "content": f"Question number {number}"}
+            body = {"model": "claude-x", "max_tokens": 9, "system": "You are careful. " * 400, "messages": [question]}
+            async with ibid.session.post(ibid.url + "/v1/messages", json=body, headers=headers) as response:
+                assert response.status == 200, await response.text()
+            await ibid.settled()
+        assert claude.marks == [0, 1, 1, 1, 1]
+        steps = await ibid.sql("SELECT mechanism, saved_nusd FROM saving ORDER BY saved_nusd")
+        assert [step["mechanism"] for step in steps] == ["cache.prefix"] * 4
+        written = claude.usages[1]["cache_creation_input_tokens"]
+        assert [step["saved_nusd"] for step in steps] == [-written * 750] + [written * 2_700] * 3
+        (row,) = await ibid.sql("SELECT SUM(cost_nusd) AS paid FROM upstream_call")
+        assert row["paid"] == sum(
+            usage["input_tokens"] * 3_000 + usage["output_tokens"] * 15_000
+            + usage["cache_read_input_tokens"] * 300 + usage["cache_creation_input_tokens"] * 3_750
+            for usage in claude.usages
+        )  # fmt: skip
+        assert await balanced(ibid)
+
+
+async def test_openai_is_given_one_key_for_one_beginning_and_the_client_keeps_its_own(data_dir, up, edge):
+    async with running(data_dir, up.url, lanes(edge)) as ibid:
+        system = {"role": "system", "content": "You are careful."}
+        for number in range(2):
+            await ibid.ask([system, {"role": "user", "content": f"{number}"}], headers={"x-plan": "exact,prefix"})
+        own = [system, {"role": "user", "content": "own"}]
+        await ibid.ask(own, headers={"x-plan": "exact,prefix"}, prompt_cache_key="mine")
+        await ibid.ask(own, key="sk-b", headers={"x-plan": "exact,prefix"})
+        keys = [request.json["prompt_cache_key"] for request in up.requests]
+        assert keys[0] == keys[1]
+        assert keys[2] == "mine"
+        assert keys[3] not in keys[:3]
