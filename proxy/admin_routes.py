@@ -8,7 +8,7 @@ from typing import Any
 
 from proxy.admin_schema import Param
 
-GROUPS = ("day", "model", "tenant", "upstream", "namespace", "strategy")
+GROUPS = ("day", "model", "tenant", "team", "upstream", "namespace", "strategy")
 VERDICTS = ("right", "wrong")
 NAME = r"[A-Za-z0-9_.-]+"
 

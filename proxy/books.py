@@ -347,6 +347,8 @@ def _outcome(
         usage_basis=usage_basis if usage is not None else "none",
         calls=calls,
         baseline_ms=baseline_ms,
+        key_id=query.key_id,
+        team=query.team,
         ttft_ms=ttft_ms,
         total_ms=total_ms,
     )

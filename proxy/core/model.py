@@ -100,6 +100,8 @@ class Query:
     has_stops: bool = False  # texts were named that end the answer
     batch: Batch | None = None  # of an embedding request
     keeps_id: bool = False  # see `Facts`
+    key_id: str | None = None  # of the virtual key that asks
+    team: str = ""  # its project
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +284,8 @@ class Outcome(NamedTuple):
     usage_basis: str
     calls: tuple[Call, ...]
     baseline_ms: float | None  # what the upstream took when the entry was made
+    key_id: str | None  # the virtual key that asked, and its project; None and "" for a credential passed through
+    team: str
     ttft_ms: float | None
     total_ms: float
 
