@@ -46,6 +46,7 @@ from proxy.explain import Explainer
 from proxy.handlers import ClientHandler
 from proxy.hot import HotRows
 from proxy.judge import Judge
+from proxy.keys import KeyRing, MeteredLedger
 from proxy.operations import Operator
 from proxy.pipeline import Pipeline
 from proxy.prices import Prices
@@ -289,7 +290,9 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks) -> tuple[Pipeline, 
     """The pipeline over its edges, and the handler in front of it."""
     hot = HotRows(settings.cache.hot_bytes)
     embedder = edges.embedder
-    books = Books(edges.store.ledger, edges.prices, edges.telemetry)
+    ring = KeyRing(edges.store.keys, edges.prices, keyed=keyed(settings))
+    ledger = MeteredLedger(edges.store.ledger, ring)
+    books = Books(ledger, edges.prices, edges.telemetry)
     model = settings.cache.judge_model
     auditor = Auditor(
         judge=Judge(settings.rules, Learner, LEVELS, SENSITIVITY),
@@ -333,11 +336,12 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks) -> tuple[Pipeline, 
         embeddings=embeddings,
         upstream=edges.upstreams,
         routes=Routes(orjson.loads),
-        ledger=edges.store.ledger,
+        ledger=ledger,
         telemetry=edges.telemetry,
         rules=settings.rules,
         limits=settings.limits,
         secret=read_secret(settings.data_dir),
+        key_ring=ring,
         extra_headers=extra_headers(settings),
         anonymous=settings.server.anonymous,
         keyless=settings.server.listen.host in LOOPBACK_NAMES,
@@ -381,6 +385,10 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
         tasks, background = Tasks(edges.telemetry.fault), Tasks(edges.telemetry.fault)
         stack.push_async_callback(background.close, 1.0)
         pipeline, handler = assemble(settings, edges, tasks)
+        try:
+            await handler.keys.load()
+        except CacheFault as fault:
+            raise ConfigError(f"virtual keys cannot be read: {fault.message}") from fault
         if edges.embedder is not None:
             await learn(pipeline.auditor)
         pulse, stopping = Pulse(), asyncio.Event()
@@ -395,6 +403,7 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
                 "uptime_s": round(time.perf_counter() - started_s),
             },
             settings=settings,
+            keys=handler.keys,
             reindex=reindex,
             spawn=background.spawn,
             is_stopping=stopping.is_set,
@@ -409,6 +418,7 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
         endless = [
             background.spawn(pulse.run(handler), "pulse"),
             background.spawn(housekeep(app, edges.index), "housekeeping"),
+            background.spawn(handler.keys.follow(edges.telemetry.fault), "keys"),
         ]
         if reindex is not None:
             endless.append(background.spawn(reindex.run(), "reindex"))
@@ -443,6 +453,11 @@ def watch(
         gauge("ibid_queue_length", "Waiting work", lambda: embedder.queue_length, queue="embedder")
         gauge("ibid_queue_length", "Waiting work", lambda: index.waiting, queue="index")
         gauge("ibid_vectors", "Vectors in the index", lambda: index.size)
+
+
+def keyed(settings: Settings) -> set[str]:
+    """Upstreams that virtual keys open: with a key of their own, or of a dialect that asks for none."""
+    return {name for name, one in settings.upstreams.items() if one.key is not None or one.dialect == "ollama"}
 
 
 def upstream_address(name: str, settings: UpstreamSettings) -> UpstreamAddress:

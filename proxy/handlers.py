@@ -11,23 +11,25 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 from aiohttp import web
-from aiohttp.hdrs import METH_POST
+from aiohttp.hdrs import METH_PATCH, METH_POST, METH_PUT, UPGRADE
 
 from proxy.books import Client
-from proxy.core import fingerprint, identity, jsontext, policy
+from proxy.core import fingerprint, identity, jsontext, keys, policy
 from proxy.core.dialects.dialect import Dialect
 from proxy.core.dialects.fields import CACHE_TWIN
-from proxy.core.dialects.routes import Routes, family_of, key_in
+from proxy.core.dialects.routes import Routes, family_of, key_in, without_key
 from proxy.core.directives import controls_of
 from proxy.core.errors import BadRequest, IbidError, UpstreamError
 from proxy.core.model import Batch, Controls, Level, Limits, Query, Rules
 from proxy.embeddings import Embeddings
 from proxy.incoming import error_response, query_of, read_body, target_of
+from proxy.keys import Grant, KeyRing
 from proxy.listener import Admission
-from proxy.passing import PassThrough, passing
+from proxy.passing import Passing, PassThrough, model_in_path, passing
 from proxy.pipeline import Pipeline
 from proxy.ports import Ledger, Upstream
 from proxy.relay import Relay, Replay
@@ -53,12 +55,13 @@ class Target(NamedTuple):
     stream: bool = False  # likewise
     key: bytes = b""  # a credential in the query, as Gemini allows
     is_keyless: bool = False  # of a dialect whose own server asks for no credential
+    is_virtual: bool = False  # the credential in the query is a key of ours, and `path_qs` is without it
 
 
 class Caller:
     """What a header block says. Compared by identity: one object per distinct block."""
 
-    __slots__ = ("controls", "headers", "is_json", "is_retry", "scope_headers", "tenant")
+    __slots__ = ("controls", "grant", "headers", "is_json", "is_retry", "scope_headers", "tenant")
 
     def __init__(
         self,
@@ -68,6 +71,7 @@ class Caller:
         *,
         is_json: bool,
         is_retry: bool,
+        grant: Grant | None = None,
     ) -> None:
         self.controls: Controls | None = None  # read with the first body that leaves them to the headers
         self.tenant = tenant
@@ -75,6 +79,20 @@ class Caller:
         self.scope_headers = scope_headers
         self.is_json = is_json
         self.is_retry = is_retry
+        self.grant = grant  # of a virtual key; `headers` are without it
+
+    @property
+    def key_id(self) -> str | None:
+        return None if self.grant is None else self.grant.live.key.id
+
+    @property
+    def team(self) -> str:
+        return "" if self.grant is None else self.grant.live.key.project
+
+    @property
+    def plan(self) -> str:
+        """What the key says of the plan of its requests; "" when it leaves that to the policy."""
+        return "" if self.grant is None else self.grant.live.key.plan
 
 
 class ClientHandler:
@@ -92,6 +110,7 @@ class ClientHandler:
         rules: Rules,
         limits: Limits,
         secret: bytes,
+        key_ring: KeyRing,
         extra_headers: frozenset[str] = frozenset(),
         anonymous: bool = False,
         keyless: bool = False,
@@ -108,6 +127,7 @@ class ClientHandler:
         self._rules = rules
         self._limits = limits
         self._secret = secret
+        self.keys = key_ring
         self._extra_headers = extra_headers
         self._anonymous = anonymous
         self._keyless = keyless
@@ -129,6 +149,8 @@ class ClientHandler:
                 return await self._answer(request, request_id)
             finally:
                 self.admission.leave()
+                if self.keys.held:
+                    self.keys.let_go(request_id)
         except IbidError as error:
             self._telemetry.refused(error.code)
             return error_response(error, request_id, self._speech_of(request))
@@ -148,12 +170,16 @@ class ClientHandler:
     async def _answer(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
         started_s = time.perf_counter()
         target = self._targets.get(request.raw_path) or self._read_target(request)
-        caller = self._callers.get(request.raw_headers) or self._read_caller(request, target)
+        caller = None if target.is_virtual else self._callers.get(request.raw_headers)
+        if caller is None:
+            caller = self._read_caller(request, target)
         if target.dialect is None:
             asked = passing(
                 request, request_id=request_id, path=target.path, path_qs=target.path_qs, tenant=caller.tenant,
-                headers=caller.headers, started_s=started_s,
+                headers=caller.headers, started_s=started_s, key_id=caller.key_id, team=caller.team,
             )  # fmt: skip
+            if caller.grant is not None:
+                asked = await self._admit_passing(request, caller.grant, asked)
             return await self._passing.answer(request, asked)
         if request.method != METH_POST:
             raise BadRequest("Use POST here.", code="method_not_allowed", status=405)
@@ -164,13 +190,46 @@ class ClientHandler:
         client = Client(
             request_id, int(self._clock() * 1000), started_s, target.path_qs, caller.headers, caller.is_retry
         )
-        if query.batch is not None:
+        grant = caller.grant
+        if grant is not None and (spent := self.keys.admit(grant, query, request_id, client.ts_ms)) is not None:
+            reply = await self._recall_only(query, client, spent)
+        elif query.batch is not None:
             reply = await self._embeddings.answer(query, client)
         else:
             reply = self._pipeline.recall(query, client) or await self._pipeline.answer(query, client)
         if isinstance(reply, Replay):
             return answer_at_once(request, reply)
         return await self._relay(request, reply)
+
+    async def _recall_only(self, query: Query, client: Client, spent: BadRequest) -> Replay | Relay:
+        """What the cache has, for a key whose money is spent. Raises `spent` when it has nothing."""
+        only = replace(query, controls=replace(query.controls, only_if_cached=True))
+        try:
+            if only.batch is not None:
+                return await self._embeddings.answer(only, client)
+            return self._pipeline.recall(only, client) or await self._pipeline.answer(only, client)
+        except BadRequest as error:
+            if error.code != "not_cached":
+                raise
+            raise spent from None
+
+    async def _admit_passing(self, request: web.BaseRequest, grant: Grant, asked: Passing) -> Passing:
+        """As `KeyRing.admit` for what passes through. A key held to some models must name one of them where that may
+        cost something; then the body is read whole, to find it."""
+        model = body = None
+        is_socket = request.headers.get(UPGRADE, "").lower() == "websocket"
+        is_free = request.method not in (METH_POST, METH_PUT, METH_PATCH) and not is_socket
+        if grant.live.key.models and not is_free:
+            model = model_in_path(asked.path, asked.path_qs if is_socket else "")
+            if model is None and request.content_type == "application/json" and "batch" not in asked.path.lower():
+                body = await read_body(request, self._limits)
+                named = jsontext.parse(body, self._limits.json_depth).get("model")
+                model = named if isinstance(named, str) else None
+            model = model or ""
+        upstream = self._upstream.route(asked.path, request.headers)
+        ts_ms = int(self._clock() * 1000)
+        self.keys.admit_passing(grant, upstream, model, asked.request_id, ts_ms, is_free=is_free)
+        return asked._replace(body=body)
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -182,6 +241,10 @@ class ClientHandler:
 
     def target(self, path: str, query: str = "") -> Target:
         """Where a path leads, and the query behind it, its question mark included."""
+        key = key_in(query)
+        is_virtual = keys.is_virtual(key)
+        if is_virtual:
+            query = without_key(query)
         route = self._routes.find(path, query)
         return Target(
             path,
@@ -190,26 +253,30 @@ class ClientHandler:
             route.dialect,
             route.model,
             route.stream,
-            key_in(query),
+            key,
             is_keyless=family_of(path, {}) == "ollama",
+            is_virtual=is_virtual,
         )
 
     def _read_caller(self, request: web.BaseRequest, target: Target) -> Caller:
         headers = request.raw_headers
         known, anonymous = self._callers, self._anonymous
-        if target.key and not any(name.lower() == b"x-goog-api-key" for name, _ in headers):
+        in_header = any(name.lower() == b"x-goog-api-key" for name, _ in headers)
+        if target.key and (target.is_virtual or not in_header):
             headers = (*headers, (b"x-goog-api-key", target.key))
         elif target.is_keyless and self._keyless:
             known, anonymous = self._without_key, True
         if (found := known.get(headers)) is not None:
             return found
-        tenant = identity.tenant_of(self._secret, identity.credential(headers, anonymous=anonymous))
+        who = identity.credential(headers, anonymous=anonymous)
+        grant = self.keys.grant(who)
         caller = Caller(
-            tenant,
-            headers,
+            identity.tenant_of(self._secret, who) if grant is None else grant.live.tenant,
+            headers if grant is None else identity.without_credentials(headers),
             identity.scope_headers(headers, self._extra_headers),
             is_json=request.content_type == "application/json",
             is_retry=request.headers.get("x-stainless-retry-count", "0") not in ("", "0"),
+            grant=grant,
         )
         _remember(known, headers, caller)
         return caller
@@ -265,6 +332,8 @@ class ClientHandler:
             has_stops=facts.has_stops,
             batch=batch,
             keeps_id=facts.keeps_id,
+            key_id=caller.key_id,
+            team=caller.team,
         )
         if len(raw) <= MEMO_BODY_BYTES:
             _remember(self._queries, (target, caller, raw), query)

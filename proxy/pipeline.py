@@ -293,7 +293,15 @@ class Pipeline:
 
     def _serve(self, query: Query, client: Client, row: HotRow, hit: Hit, steps_ms: dict[str, float] | None) -> Replay:
         """Replay an entry. What two hits of one entry share is made once: template, headers of a second, ledger row."""
-        kind = (query.stream, query.wants_usage, query.endpoint, query.controls.tags, hit.tier, hit.similarity)
+        kind = (
+            query.stream,
+            query.wants_usage,
+            query.endpoint,
+            query.controls.tags,
+            hit.tier,
+            hit.similarity,
+            query.key_id,
+        )
         form = row.forms.get(kind)
         if form is None:
             form = row.forms[kind] = self._form(query, client, row, hit)

@@ -19,6 +19,7 @@ from proxy.store import migrate
 from proxy.store.comparisons import Comparisons
 from proxy.store.engine import DATABASE_ERRORS, Database, fault_of, open_database, transaction
 from proxy.store.entries import Entries
+from proxy.store.keys import Keys
 from proxy.store.ledger import SqlLedger
 from proxy.store.queries import Queries
 from proxy.store.schema import HEAD, entry, feedback, request
@@ -37,6 +38,7 @@ class Store:
     ledger: SqlLedger
     queries: Queries
     comparisons: Comparisons
+    keys: Keys
 
     @property
     def state(self) -> str:
@@ -113,7 +115,8 @@ async def open_store(
         await writer.close()
         await database.close()
         raise
-    return Store(database, writer, entries, ledger, Queries(database), Comparisons(database, writer))
+    return Store(database, writer, entries, ledger, Queries(database), Comparisons(database, writer),
+                 Keys(database, writer, ledger))  # fmt: skip
 
 
 async def migrate_store(url: str | None, data_dir: Path) -> migrate.Migrated:

@@ -99,6 +99,26 @@ class FakeOperations:
         self._note("simulate", dict(wanted))
         return {"budgets": [], "note": CANARY}
 
+    def keys(self) -> Sequence[Mapping[str, Any]]:
+        self._note("keys")
+        return [{"id": "key_9", "name": CANARY}]
+
+    def key(self, key_id: str) -> Mapping[str, Any] | None:
+        self._note("key", key_id)
+        return {"id": "key_9", "name": CANARY} if key_id in ("key_9", "r-1") else None
+
+    async def create_key(self, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+        self._note("create_key", dict(wanted))
+        return {"id": "key_9", "project": wanted["project"], "secret": CANARY}
+
+    async def revoke_key(self, key_id: str) -> Mapping[str, Any] | None:
+        self._note("revoke_key", key_id)
+        return {"id": "key_9", "name": CANARY} if key_id in ("key_9", "r-1") else None
+
+    async def rotate_key(self, key_id: str) -> Mapping[str, Any] | None:
+        self._note("rotate_key", key_id)
+        return {"id": "key_9", "secret": CANARY} if key_id in ("key_9", "r-1") else None
+
     async def savings(self, group_by: Sequence[str], since_ms: int | None, until_ms: int | None) -> Table:
         self._note("savings", group_by, since_ms, until_ms)
         return Table(("day", "saved_nusd", "note"), [("2026-11-22", Decimal(1500), CANARY)])
