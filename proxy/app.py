@@ -94,6 +94,7 @@ class App:
     store: Store
     telemetry: Telemetry
     operator: Operator
+    keys: KeyRing
     admin_token: str
     admin_token_path: Path | None
     stopping: asyncio.Event
@@ -408,7 +409,7 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
             spawn=background.spawn,
             is_stopping=stopping.is_set,
         )
-        app = App(settings, pipeline, edges.store, edges.telemetry, operator, token, token_path, stopping)
+        app = App(settings, pipeline, edges.store, edges.telemetry, operator, handler.keys, token, token_path, stopping)
         watch(app, handler, pulse, edges.embedder, edges.index)
         runner = await open_admin(settings, operator, edges, token)
         stack.push_async_callback(runner.cleanup)

@@ -108,12 +108,6 @@ class Pipeline:
                 pass
             case _:
                 assert_never(lookup.verdict)
-        if query.controls.only_if_cached:
-            unsent = Fetch(query, client, lookup, time.perf_counter())
-            _ = self._books.forwarded(query, client, lookup.verdict, unsent, "error", 504, None, collapsed=False)
-            raise BadRequest(
-                "Not in the cache, and the request asked for cached answers only.", status=504, code="not_cached"
-            )
         if (flight := self._joinable(query)) is not None:  # it may have started while this one was looking
             return await self._join(flight, query, client)
         reply = await self.forward(query, client, lookup)
@@ -351,6 +345,12 @@ class Pipeline:
         return flight if own is None or (asked is not None and asked <= own) else None
 
     async def forward(self, query: Query, client: Client, lookup: Lookup) -> Replay | Relay:
+        if query.controls.only_if_cached:
+            unsent = Fetch(query, client, lookup, time.perf_counter())
+            _ = self._books.forwarded(query, client, lookup.verdict, unsent, "error", 504, None, collapsed=False)
+            raise BadRequest(
+                "Not in the cache, and the request asked for cached answers only.", status=504, code="not_cached"
+            )
         shared = query.eligibility.level is not Level.NONE and query.controls.read
         current = self.flights.get(query.fingerprint)
         shared = shared and (current is None or not current.joinable)  # it goes on for those it suits
