@@ -291,7 +291,7 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks) -> tuple[Pipeline, 
     """The pipeline over its edges, and the handler in front of it."""
     hot = HotRows(settings.cache.hot_bytes)
     embedder = edges.embedder
-    ring = KeyRing(edges.store.keys, edges.prices, keyed=keyed(settings))
+    ring = KeyRing(edges.store.keys, edges.prices, keyed=keyed(settings), only=settings.server.keys_only)
     ledger = MeteredLedger(edges.store.ledger, ring)
     books = Books(ledger, edges.prices, edges.telemetry)
     model = settings.cache.judge_model

@@ -20,6 +20,7 @@ from proxy.core.directives import usd
 from proxy.core.errors import BadRequest
 from proxy.core.identity import Credential
 from proxy.core.keys import (
+    PREFIX,
     Budget,
     Cost,
     Key,
@@ -29,7 +30,6 @@ from proxy.core.keys import (
     check_standing,
     digest_of,
     exhausted,
-    new_secret,
     over,
     read_expiry,
     read_limit,
@@ -43,6 +43,7 @@ from proxy.core.policy import estimate_usage
 from proxy.core.saving import Pricing, paid_nusd
 
 FOLLOW_S = 2.0
+SECRET_BYTES = 24
 READ_ALL_S = 30.0  # between two readings of every key, whether or not a change was noticed
 READ_SHARE = 0.05  # of the time, at most, that goes into reading what was spent
 OUTPUT_TOKENS = 512  # taken for granted where a request names no limit of its own
@@ -89,7 +90,8 @@ class Held(NamedTuple):
 
 
 class KeyRing:
-    """Owned by the composition root; `keyed` are the upstreams that have a key of their own, or need none."""
+    """Owned by the composition root; `keyed` are the upstreams that have a key of their own, or need none; `only`: no
+    other credential is served."""
 
     def __init__(
         self,
@@ -97,11 +99,13 @@ class KeyRing:
         prices: ports.PriceBook,
         *,
         keyed: Collection[str] = (),
+        only: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._prices = prices
         self._keyed = frozenset(keyed)
+        self._only = only
         self._clock = clock
         self._by_id: dict[str, LiveKey] = {}
         self._by_digest: dict[bytes, LiveKey] = {}
@@ -118,6 +122,8 @@ class KeyRing:
         """What the virtual key among a request's credentials opens; None without one. Raises BadRequest (401)."""
         secret = virtual_key_in(who)
         if secret is None:
+            if self._only:
+                raise refused("Only keys issued by this ibid are served here.")
             return None
         digest = digest_of(secret)
         live = self._by_digest.get(digest)
@@ -363,6 +369,10 @@ class KeyRing:
                 return None
             self._take(key)
         return {**(self.described(key_id) or {}), "secret": secret.decode()}
+
+
+def new_secret() -> bytes:
+    return PREFIX + secrets.token_hex(SECRET_BYTES).encode()
 
 
 def _shown_limit(limit: Limit) -> dict[str, Any]:

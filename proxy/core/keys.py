@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -25,7 +24,6 @@ from proxy.core.errors import BadRequest
 from proxy.core.identity import Credential
 
 PREFIX = b"ibid-"
-SECRET_BYTES = 24
 NUSD_PER_USD = 1_000_000_000
 RETRY_AFTER_MOST_S = 120
 """Longer waits are not told as Retry-After: openai 3.54 gives up above it, Anthropic's clients would sleep through them
@@ -154,10 +152,6 @@ class Key:
 
     def allows(self, model: str) -> bool:
         return not self.models or any(fnmatchcase(model, pattern) for pattern in self.models)
-
-
-def new_secret() -> bytes:
-    return PREFIX + secrets.token_hex(SECRET_BYTES).encode()
 
 
 def digest_of(secret: bytes) -> bytes:

@@ -21,8 +21,6 @@ from proxy.core.keys import (
     check_standing,
     digest_of,
     exhausted,
-    is_virtual,
-    new_secret,
     over,
     read_expiry,
     read_limit,
@@ -102,12 +100,6 @@ def test_plans_are_words(plan):
 def test_other_plans_are_refused(plan):
     with pytest.raises(BadRequest, match="plan"):
         read_plan(plan)
-
-
-def test_secrets_are_long_and_never_the_same():
-    made = {new_secret() for _ in range(100)}
-    assert len(made) == 100
-    assert all(is_virtual(secret) and len(secret) == 5 + 48 for secret in made)  # 192 bits in hexadecimal
 
 
 def test_the_one_virtual_key_is_found_in_whatever_header():

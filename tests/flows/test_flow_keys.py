@@ -175,6 +175,18 @@ async def test_an_upstream_without_a_key_of_its_own_is_not_opened(data_dir, up):
         assert (await ibid.ask("What is a hose?", key="sk-passed")).status == 200
 
 
+async def test_where_only_keys_are_served_nothing_else_spends_the_upstreams_key(data_dir, up):
+    async with running(data_dir, up.url, {**KEYED, "server": {"keys_only": True}}) as ibid:
+        secret = (await make(ibid))["secret"]
+        for key in ("sk-anything", secret + "0", "x"):
+            assert (await ibid.ask("What is a hose?", key=key)).json["error"]["code"] == "invalid_api_key"
+        assert (await get(ibid, "/v1/models", "sk-anything"))[0] == 401
+        async with ibid.session.post(f"{ibid.url}/api/chat", json={"model": "m", "messages": []}) as response:
+            assert response.status == 401
+        assert up.requests == []
+        assert (await ibid.ask("What is a hose?", key=secret)).status == 200
+
+
 async def get(ibid: Client, path: str, key: str) -> tuple[int, Any]:
     async with ibid.session.get(ibid.url + path, headers={"Authorization": f"Bearer {key}"}) as response:
         return response.status, await response.json()

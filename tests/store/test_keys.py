@@ -7,10 +7,10 @@ import pytest
 from sqlalchemy import text
 
 from proxy.core.errors import CacheFault
-from proxy.core.keys import Cost, Key, Kind, Limit, Window, digest_of
+from proxy.core.keys import Cost, Key, Kind, Limit, Window, digest_of, is_virtual
 from proxy.core.model import Usage
 from proxy.core.saving import REQUEST_COLUMNS, settle
-from proxy.keys import KeyRing, MeteredLedger, cost_of
+from proxy.keys import KeyRing, MeteredLedger, cost_of, new_secret
 from proxy.store import keys as store_keys
 from proxy.store.ledger import SPILL_NAME
 from proxy.store.store import open_store
@@ -30,6 +30,12 @@ class ListPrices:
 
 def ring_of(store, now_ms=NOON_MS):
     return KeyRing(store.keys, ListPrices(), clock=lambda: now_ms / 1000)
+
+
+def test_secrets_are_long_and_never_the_same():
+    made = {new_secret() for _ in range(100)}
+    assert len(made) == 100
+    assert all(is_virtual(secret) and len(secret) == 5 + 48 for secret in made)  # 192 bits in hexadecimal
 
 
 async def test_a_key_comes_back_as_it_was_stored(store):
