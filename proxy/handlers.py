@@ -29,7 +29,7 @@ from proxy.embeddings import Embeddings
 from proxy.incoming import error_response, query_of, read_body, target_of
 from proxy.keys import Grant, KeyRing
 from proxy.listener import Admission
-from proxy.passing import Passing, PassThrough, model_in_path, passing
+from proxy.passing import Passing, PassThrough, model_in_path, passing, tells_cost
 from proxy.pipeline import Pipeline
 from proxy.ports import Ledger, Upstream
 from proxy.relay import Relay, Replay
@@ -228,7 +228,10 @@ class ClientHandler:
             model = model or ""
         upstream = self._upstream.route(asked.path, request.headers)
         ts_ms = int(self._clock() * 1000)
-        self.keys.admit_passing(grant, upstream, model, asked.request_id, ts_ms, is_free=is_free)
+        is_told = not is_socket and tells_cost(asked.path)
+        self.keys.admit_passing(
+            grant, upstream, model, asked.request_id, ts_ms, is_free=is_free, is_told=is_free or is_told
+        )
         return asked._replace(body=body)
 
     # -- reading --------------------------------------------------------------------------------------------------

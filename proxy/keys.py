@@ -152,12 +152,24 @@ class KeyRing:
         return self._hold(grant.live, request_id, ts_ms, cost)
 
     def admit_passing(
-        self, grant: Grant, upstream: str, model: str | None, request_id: str, ts_ms: int, *, is_free: bool
+        self,
+        grant: Grant,
+        upstream: str,
+        model: str | None,
+        request_id: str,
+        ts_ms: int,
+        *,
+        is_free: bool,
+        is_told: bool,
     ) -> None:
-        """Let a request pass through. `model` None: whatever it is; `is_free`: it costs nothing upstream."""
+        """Let a request pass through. `model` None: whatever it is; `is_free`: it costs nothing upstream;
+        `is_told`: what it costs can be known. Raises BadRequest: 401, 403, 429."""
         self._check(grant, upstream, ts_ms)
         if model is not None:
             check_model(grant.live.key, model)
+        if not is_told and any([limit.kind is Kind.USD for limit in grant.live.key.limits]):
+            message = "This ibid key has a limit of money, and nothing tells what a request to this path costs."
+            raise BadRequest(message, status=403, code="cost_not_told")
         spent = self._hold(grant.live, request_id, ts_ms, _ONE)
         if spent is not None and not is_free:
             self.let_go(request_id)

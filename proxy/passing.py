@@ -31,6 +31,10 @@ TAIL_BYTES: Final = 64 * 1024  # looked at for the usage
 MESSAGE_LIMIT_BYTES: Final = 16 * 1024 * 1024
 _MODEL: Final = re.compile(rb'"model(?:Version)?"\s*:\s*"([^"\\]{1,200})"')
 _IN_PATH: Final = re.compile(r"/(?:models|deployments)/([^/:]+)[/:]")
+_TOLD: Final = re.compile(
+    r"/(?:cancel|count_tokens|detokenize|files|input_tokens|moderations|tokenize)(?:/|$)"
+    r"|:(?:countTokens|generateContent|streamGenerateContent)$"
+)
 _READ: Final = frozenset({"application/json", "text/event-stream", "application/x-ndjson"})
 _PASSED: Final = Bypass("pass_through")
 _USAGES: Final[Mapping[str, tuple[Callable[[bytes], Usage | None], ...]]] = {
@@ -271,6 +275,12 @@ def passing(
     """A request on its way past the cache."""
     family = family_of(path, request.headers)
     return Passing(request_id, path, path_qs, tenant, headers, family, started_s, key_id, team)
+
+
+def tells_cost(path: str) -> bool:
+    """Whether a request to this path costs nothing, or its answer tells its usage. Batches, pictures, speech, training
+    and sockets do not."""
+    return _TOLD.search(path) is not None
 
 
 def model_in_path(path: str, query: str = "") -> str | None:

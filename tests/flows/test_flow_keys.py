@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import anthropic
 import openai
 import pytest
@@ -336,6 +337,28 @@ async def test_a_minutes_limit_says_when_to_come_back(keyed: Ibid):
     assert last.json["error"]["code"] == "rate_limit_exceeded"
 
 
+async def test_a_limit_of_money_opens_no_path_whose_cost_nobody_tells(keyed: Ibid, up):
+    up.default = lambda seen: Json(200, {"ok": True})
+    rich, plain = await make(keyed, limit_usd=["10/day"]), await make(keyed, limit_requests=["100/day"])
+    for path in (
+        "/v1/batches",
+        "/v1/images/generations",
+        "/v1/audio/speech",
+        "/v1/fine_tuning/jobs",
+        "/v1/messages/batches",
+    ):
+        status, told = await post(keyed, path, rich["secret"], {"model": MODEL})
+        assert (status, told["error"]["code"]) == (403, "cost_not_told"), path
+        assert (await post(keyed, path, plain["secret"], {"model": MODEL}))[0] == 200
+        assert (await get(keyed, path, rich["secret"]))[0] == 200
+    for path in ("/v1/files", "/v1/moderations", "/v1/messages/count_tokens", "/v1/batches/b1/cancel"):
+        assert (await post(keyed, path, rich["secret"], {"model": MODEL}))[0] == 200, path
+    headers = {"Authorization": f"Bearer {rich['secret']}"}
+    with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+        await keyed.session.ws_connect(keyed.url + "/v1/realtime?model=gpt-realtime", headers=headers)
+    assert caught.value.status == 403
+
+
 async def test_tokens_count_on_hits_too(keyed: Ibid):
     made = await make(keyed, limit_tokens=["1000000/month"])
     first = await keyed.ask("What is a hose?", key=made["secret"])
@@ -360,7 +383,8 @@ async def test_those_in_flight_hold_money_so_that_the_rest_must_wait(keyed: Ibid
     asks = [asyncio.create_task(keyed.ask(f"hose {n}?", key=made["secret"], stream=True, max_tokens=1000))
             for n in range(20)]  # fmt: skip
     await until(lambda: sum(ask.done() for ask in asks) == 17)
-    assert len(up.requests) == 1 + 3
+    await until(lambda: len(up.requests) == 1 + 3)
+    assert len(keyed.app.keys.held) == 1 + 3
     refused = [ask.result() for ask in asks if ask.done()]
     assert {(r.status, r.json["error"]["code"], r.headers["Retry-After"]) for r in refused} == {
         (429, "rate_limit_exceeded", "1")
@@ -520,6 +544,41 @@ async def test_the_shell_works_on_the_database_when_nothing_runs(data_dir, up):
     await asyncio.to_thread(ibid_keys, data_dir, "revoke", made["id"])
     async with running(data_dir, up.url, KEYED) as ibid:
         assert (await ibid.ask("hose?", key=made["secret"])).status == 401
+
+
+def test_the_shell_tells_people_what_they_need(data_dir):
+    def run(*arguments: str) -> tuple[int, str, str]:
+        env = {name: value for name, value in os.environ.items() if not name.startswith("IBID_")}
+        command = [sys.executable, "-m", "proxy", "keys", *arguments, "--data-dir", str(data_dir)]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout, done.stderr
+
+    code, made, _ = run("create", "--project", "red", "--limit-usd", "0.25/hour", "--limit-usd", "2/day")
+    (secret,) = SECRET.findall(made)
+    assert code == 0
+    assert "told this once" in made
+    code, listed, _ = run("list")
+    assert code == 0
+    assert "0.25 usd/hour,2 usd/day" in listed
+    assert secret not in listed
+    code, seen, _ = run("show", re.findall(r"key_[0-9a-f]{12}", made)[0])
+    assert code == 0
+    assert re.search(r"^0\.25 usd/hour +0\.000000000 +0\.000000000 +0\.250000000 +20\d\d-", seen, re.MULTILINE)
+    for arguments, said in (
+        (("show", "key_nobody"), "there is no key key_nobody"),
+        (("create", "--project", "red", "--limit-usd", "10"), "limit_usd: must be an amount per minute"),
+        (
+            ("create", "--project", "red", "--limit-requests", "5/day", "--limit-requests", "6/day"),
+            "one limit of a kind",
+        ),
+        (("create", "--project", "red", "--expires", "yesterday"), "expires: must be"),
+        (("create", "--project", "red", "--plan", "a b"), "plan: must be"),
+        (("create", "--project", "\x1b[0m"), "project: must"),
+        (("create",), "--project"),
+        ((), "ACTION"),
+    ):
+        code, _, error = run(*arguments)
+        assert (code, said in error) == (2, True), (arguments, error)
 
 
 async def test_a_key_revoked_in_the_table_by_another_process_ends_within_5_s(keyed: Ibid, data_dir):
