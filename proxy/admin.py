@@ -138,6 +138,24 @@ class Operations(Protocol):
         """Stored questions once more under other rules; `wanted` has max_error, model, without, namespace, limit."""
         ...
 
+    def keys(self) -> Sequence[Mapping[str, Any]]:
+        """Virtual keys, the newest first, without what they spent."""
+        ...
+
+    def key(self, key_id: str) -> Mapping[str, Any] | None:
+        """One virtual key with what is spent and what remains of each limit."""
+        ...
+
+    async def create_key(self, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A new virtual key with its "secret", which is told this once; `wanted` has the route's values."""
+        ...
+
+    async def revoke_key(self, key_id: str) -> Mapping[str, Any] | None: ...
+
+    async def rotate_key(self, key_id: str) -> Mapping[str, Any] | None:
+        """The key with its new "secret"; the old one is void."""
+        ...
+
     async def savings(self, group_by: Sequence[str], since_ms: int | None, until_ms: int | None) -> Table: ...
 
     def queries(self) -> Sequence[Mapping[str, Any]]:
@@ -313,6 +331,36 @@ class Admin:
     @guarded
     async def simulate(self, request: web.Request) -> web.Response:
         return reply(await self._do.simulate(await self._read(request)))
+
+    @guarded
+    async def keys(self, request: web.Request) -> web.Response:
+        await self._read(request)
+        return reply({"keys": self._do.keys()})
+
+    @guarded
+    async def key(self, request: web.Request) -> web.Response:
+        values = await self._read(request)
+        return reply(_found(self._do.key(values["id"]), "key"))
+
+    @guarded
+    async def create_key(self, request: web.Request) -> web.Response:
+        made = await self._do.create_key(await self._read(request))
+        log.info("key created", extra={"virtual": made["id"], "project": made["project"]})
+        return reply(made)
+
+    @guarded
+    async def revoke_key(self, request: web.Request) -> web.Response:
+        values = await self._read(request)
+        revoked = _found(await self._do.revoke_key(values["id"]), "key")
+        log.info("key revoked", extra={"virtual": values["id"]})
+        return reply(revoked)
+
+    @guarded
+    async def rotate_key(self, request: web.Request) -> web.Response:
+        values = await self._read(request)
+        rotated = _found(await self._do.rotate_key(values["id"]), "key")
+        log.info("key rotated", extra={"virtual": values["id"]})
+        return reply(rotated)
 
     @guarded
     async def savings(self, request: web.Request) -> web.Response:

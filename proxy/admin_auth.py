@@ -26,7 +26,7 @@ TOKEN_FILE = "admin-token"
 TOKEN_CHARACTERS = 32
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 CLIENT_KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")
-_CLIENT_KEY_SHAPE = re.compile(r"(?:sk|pk|rk|gsk|xai|hf|r8)[-_]|AIza|eyJ").match
+_CLIENT_KEY_SHAPE = re.compile(r"(?:sk|pk|rk|gsk|xai|hf|r8|ibid)[-_]|AIza|eyJ").match
 _SHAPE = re.compile(r"[\x21-\x7e]+").fullmatch
 
 Method = Callable[[Any, web.Request], Awaitable[web.StreamResponse]]

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from proxy.admin_schema import Param
+from proxy.core.keys import Kind
 
-GROUPS = ("day", "model", "tenant", "upstream", "namespace", "strategy")
+GROUPS = ("day", "model", "tenant", "team", "upstream", "namespace", "strategy")
 VERDICTS = ("right", "wrong")
 NAME = r"[A-Za-z0-9_.-]+"
+PROJECT = r"[A-Za-z0-9][A-Za-z0-9 ._@/-]*"
 
 _LIMIT = Param("limit", "integer", "how many rows at most", default=50)
 _CURSOR = Param("cursor", "id", "the next_cursor of the page before")
@@ -19,6 +21,7 @@ _UNTIL = Param("until", "time", "up to then, its day included")
 _NAMESPACE = Param("namespace", "text", "entries of this namespace")
 _MODEL = Param("model", "text", "entries of this model")
 _ENTRY = Param("id", "id", "entry id", required=True)
+_KEY = Param("id", "text", "key id", required=True, pattern=NAME)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,23 @@ ROUTES: tuple[Route, ...] = (
             Param("limit", "integer", "newest questions at most", default=5000, high=100_000),
         ),
     ),
+    Route("GET", "/cache/keys", "keys", "virtual keys, newest first"),
+    Route(
+        "POST", "/cache/keys", "create_key", "a new virtual key; its secret is told this once",
+        body=(
+            Param("project", "text", "whose entries it reads and writes", required=True, length=100, pattern=PROJECT),
+            Param("name", "text", "what it is for", length=100),
+            *(Param(f"limit_{kind.value}", "texts", f"at most so many {kind.value} in each window, as in 10/day")
+              for kind in Kind),
+            Param("models", "texts", "patterns of the models it may ask, with * and ?"),
+            Param("plan", "text", "lanes of its requests, as in x-plan"),
+            Param("expires", "text", "when it ends: after an age such as 90d, or at an ISO 8601 time"),
+        ),
+    ),
+    Route("GET", "/cache/keys/{id}", "key", "one virtual key: what is spent and what remains", places=(_KEY,)),
+    Route("POST", "/cache/keys/{id}/revoke", "revoke_key", "close a virtual key for good", places=(_KEY,)),
+    Route("POST", "/cache/keys/{id}/rotate", "rotate_key", "a new secret for a virtual key; the old one is void",
+          places=(_KEY,)),
     Route(
         "GET", "/savings", "savings", "what was saved, by whole days in UTC",
         query=(Param("group_by", "choices", "columns", default=("day",), choices=GROUPS), _SINCE, _UNTIL),

@@ -49,6 +49,7 @@ from proxy.explain import Explainer
 from proxy.handlers import ClientHandler
 from proxy.hot import HotRows
 from proxy.judge import Judge
+from proxy.keys import KeyRing, MeteredLedger
 from proxy.lanes.forwarding import Forwarder
 from proxy.lanes.predict import Predictor
 from proxy.lanes.prefetch import Prefetcher
@@ -104,6 +105,7 @@ class App:
     store: Store
     telemetry: Telemetry
     operator: Operator
+    keys: KeyRing
     admin_token: str
     admin_token_path: Path | None
     stopping: asyncio.Event
@@ -306,7 +308,9 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks, finishing: Tasks) -
     secret = read_secret(settings.data_dir)
     steering = Steering(settings.policies, settings.aliases, settings.ready)
     reader = Reader(routes, edges.upstreams, settings.rules, settings.limits, steering, extra_headers(settings))
-    books = Books(edges.store.ledger, edges.prices, edges.telemetry)
+    ring = KeyRing(edges.store.keys, edges.prices, keyed=keyed(settings), only=settings.server.keys_only)
+    ledger = MeteredLedger(edges.store.ledger, ring)
+    books = Books(ledger, edges.prices, edges.telemetry)
     model = settings.cache.judge_model
     auditor = Auditor(
         judge=Judge(settings.rules, Learner, LEVELS, SENSITIVITY),
@@ -374,10 +378,11 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks, finishing: Tasks) -
         upstream=edges.upstreams,
         reader=reader,
         routes=routes,
-        ledger=edges.store.ledger,
+        ledger=ledger,
         telemetry=edges.telemetry,
         limits=settings.limits,
         secret=secret,
+        key_ring=ring,
         extra_headers=extra_headers(settings),
         anonymous=settings.server.anonymous,
         keyless=settings.server.listen.host in LOOPBACK_NAMES,
@@ -422,6 +427,10 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
         finishing = Tasks(edges.telemetry.fault)
         stack.push_async_callback(background.close, 1.0)
         pipeline, handler = assemble(settings, edges, tasks, finishing)
+        try:
+            await handler.keys.load()
+        except CacheFault as fault:
+            raise ConfigError(f"virtual keys cannot be read: {fault.message}") from fault
         if edges.embedder is not None:
             await learn(pipeline)
         pulse, stopping = Pulse(), asyncio.Event()
@@ -436,11 +445,12 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
                 "uptime_s": round(time.perf_counter() - started_s),
             },
             settings=settings,
+            keys=handler.keys,
             reindex=reindex,
             spawn=background.spawn,
             is_stopping=stopping.is_set,
         )
-        app = App(settings, pipeline, edges.store, edges.telemetry, operator, token, token_path, stopping)
+        app = App(settings, pipeline, edges.store, edges.telemetry, operator, handler.keys, token, token_path, stopping)
         watch(app, handler, pulse, edges.embedder, edges.index)
         runner = await open_admin(settings, operator, edges, token)
         stack.push_async_callback(runner.cleanup)
@@ -450,6 +460,7 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
         endless = [
             background.spawn(pulse.run(handler), "pulse"),
             background.spawn(housekeep(app, edges.index), "housekeeping"),
+            background.spawn(handler.keys.follow(edges.telemetry.fault), "keys"),
         ]
         if reindex is not None:
             endless.append(background.spawn(reindex.run(), "reindex"))
@@ -486,6 +497,11 @@ def watch(
         gauge("ibid_queue_length", "Waiting work", lambda: embedder.queue_length, queue="embedder")
         gauge("ibid_queue_length", "Waiting work", lambda: index.waiting, queue="index")
         gauge("ibid_vectors", "Vectors in the index", lambda: index.size)
+
+
+def keyed(settings: Settings) -> set[str]:
+    """Upstreams that virtual keys open: with a key of their own, or of a dialect that asks for none."""
+    return {name for name, one in settings.upstreams.items() if one.key is not None or one.dialect == "ollama"}
 
 
 def upstream_address(name: str, settings: UpstreamSettings) -> UpstreamAddress:

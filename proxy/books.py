@@ -452,6 +452,8 @@ def _outcome(
         calls=calls,
         baseline_ms=baseline_ms,
         tier=query.tier,
+        key_id=query.key_id,
+        team=query.team,
         ttft_ms=ttft_ms,
         total_ms=total_ms,
     )

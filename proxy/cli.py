@@ -1,7 +1,7 @@
 """The command `ibid`. Exit codes: 0 fine, 2 the operator must act (one line on standard error says what), 1 a bug.
 
 `serve` runs the program. `savings` and `sql` read the database directly, whether a server runs or not; `stats`,
-`entries`, `explain` and `purge` ask a running one over its admin listener.
+`entries`, `explain` and `purge` ask a running one over its admin listener; `keys` does either.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+class Unanswered(ConfigError):
+    """No admin listener answers."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(ACT, f"ibid: {message} (see {self.prog} --help)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    places = _Parser(add_help=False)
-    places.add_argument("--config", metavar="FILE", help="TOML configuration (IBID_CONFIG)")
-    places.add_argument("--data-dir", metavar="DIR", help="where ibid keeps its files (IBID_DATA_DIR)")
-    places.add_argument("--database", metavar="URL", help="sqlite:///FILE or postgresql://… (IBID_DATABASE_URL)")
-    places.add_argument("--admin", metavar="HOST:PORT", help="admin listener (IBID_ADMIN)")
+    places = _places()
     machine = _Parser(add_help=False)
     machine.add_argument("--json", action="store_true", help="JSON for machines")
     table = _Parser(add_help=False)
@@ -132,8 +132,43 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--without", action="append", default=[], metavar="GUARD", help="leave a guard out")
     simulate.add_argument("--namespace", metavar="NAME")
     simulate.add_argument("--limit", type=int, default=20_000, metavar="N", help="newest questions at most (20000)")
+    _add_keys(command("keys", _keys, "virtual keys: make, list, show, revoke, rotate"), machine)
     command("sql", _sql, "any read-only query of the ledger", table).add_argument("statement", metavar="SELECT")
     return parser
+
+
+def _places(default: str | None = None) -> _Parser:
+    """Where the configuration, the files and the listeners are."""
+    places = _Parser(add_help=False, argument_default=default)
+    places.add_argument("--config", metavar="FILE", help="TOML configuration (IBID_CONFIG)")
+    places.add_argument("--data-dir", metavar="DIR", help="where ibid keeps its files (IBID_DATA_DIR)")
+    places.add_argument("--database", metavar="URL", help="sqlite:///FILE or postgresql://… (IBID_DATABASE_URL)")
+    places.add_argument("--admin", metavar="HOST:PORT", help="admin listener (IBID_ADMIN)")
+    return places
+
+
+def _add_keys(parser: argparse.ArgumentParser, machine: _Parser) -> None:
+    places = _places(argparse.SUPPRESS)  # what stands before the action holds
+    actions = parser.add_subparsers(title="actions", dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, about: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, parents=[places, machine], help=about, description=about)
+
+    create = action("create", "make a key; its secret is told this once")
+    create.add_argument("--project", required=True, metavar="NAME", help="keys of one project share its entries")
+    create.add_argument("--name", metavar="TEXT", help="what the key is for")
+    for kind, example in (("usd", "10/day"), ("requests", "100/minute"), ("tokens", "1000000/month")):
+        create.add_argument(f"--limit-{kind}", action="append", metavar="N/WINDOW", help=f"{example}; again for others")
+    create.add_argument("--models", action="append", metavar="PATTERN", help="'gpt-*'; may be given again")
+    create.add_argument("--plan", metavar="LANES", help="exact,semantic or +route,-semantic")
+    create.add_argument("--expires", metavar="WHEN", help="90d, 2027-01-01")
+    action("list", "every key, the newest first")
+    for name, about in (
+        ("show", "what is spent and what remains of each limit"),
+        ("revoke", "close it for good"),
+        ("rotate", "give it a new secret; the old one is void"),
+    ):
+        action(name, about).add_argument("id", metavar="ID")
 
 
 def _add_selection(parser: argparse.ArgumentParser, *, listing: bool) -> None:
@@ -262,6 +297,19 @@ def _purge(settings: config.Settings, chosen: argparse.Namespace) -> int:
         print(f"{done['count']:,} entries would be purged{_some(done['ids'])}; --yes does it")
     else:
         print(f"{done['count']:,} entries purged{_some(done['ids'])}")
+    return FINE
+
+
+def _keys(settings: config.Settings, chosen: argparse.Namespace) -> int:
+    from proxy import keycommands
+
+    def ask_running(method: str, path: str, body: bytes | None) -> dict[str, Any] | None:
+        try:
+            return ask(settings, method, path, body)
+        except Unanswered:
+            return None
+
+    keycommands.run(settings, chosen, ask_running)
     return FINE
 
 
@@ -446,7 +494,7 @@ def ask(settings: config.Settings, method: str, path: str, body: bytes | None = 
         response = connection.getresponse()
         answer = orjson.loads(response.read())
     except (OSError, http.client.HTTPException, orjson.JSONDecodeError) as error:
-        raise ConfigError(f"no ibid answers on {server.admin}: start it with `ibid serve` ({error})") from error
+        raise Unanswered(f"no ibid answers on {server.admin}: start it with `ibid serve` ({error})") from error
     finally:
         connection.close()
     if response.status >= 400:

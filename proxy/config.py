@@ -311,6 +311,8 @@ def _check_together(settings: Settings, document: Document) -> None:
         document.fail("server", "workers", "(--workers) above 1 is not supported yet")
     if server.anonymous and not server.listen.is_loopback:
         document.fail("server", "anonymous", f"needs a loopback listener, and server.listen is {server.listen}")
+    if server.anonymous and server.keys_only:
+        document.fail("server", "keys_only", "and server.anonymous exclude each other")
     if server.listen == server.admin and server.listen.port != 0:
         document.fail("server", "admin", f"is the client listener's address, {server.listen}")
     if rules.ttl_s > rules.max_ttl_s:

@@ -11,13 +11,14 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from aiohttp import web
-from aiohttp.hdrs import METH_POST
+from aiohttp.hdrs import METH_PATCH, METH_POST, METH_PUT, UPGRADE
 
 from proxy.books import Client
-from proxy.core import identity
+from proxy.core import identity, jsontext
 from proxy.core.dialects.dialect import JSON, Dialect
 from proxy.core.dialects.routes import Routes
 from proxy.core.directives import held_headers
@@ -25,8 +26,9 @@ from proxy.core.errors import BadRequest, IbidError, UpstreamError
 from proxy.core.model import Limits, Query
 from proxy.embeddings import Embeddings
 from proxy.incoming import error_response, query_of, read_body, target_of
+from proxy.keys import Grant, KeyRing
 from proxy.listener import Admission
-from proxy.passing import PassThrough, passing
+from proxy.passing import Passing, PassThrough, model_in_path, passing, tells_cost
 from proxy.pipeline import Pipeline
 from proxy.ports import Ledger, Upstream
 from proxy.reading import Caller, Reader, Target
@@ -57,6 +59,7 @@ class ClientHandler:
         telemetry: Telemetry,
         limits: Limits,
         secret: bytes,
+        key_ring: KeyRing,
         extra_headers: frozenset[str] = frozenset(),
         anonymous: bool = False,
         keyless: bool = False,
@@ -67,11 +70,13 @@ class ClientHandler:
         self._pipeline = pipeline
         self._embeddings = embeddings
         self._reader = reader
+        self._upstream = upstream
         self._routes = routes
         self._passing = PassThrough(upstream, ledger, telemetry, limits, clock)
         self._telemetry = telemetry
         self._limits = limits
         self._secret = secret
+        self.keys = key_ring
         self._extra_headers = extra_headers
         self._anonymous = anonymous
         self._keyless = keyless
@@ -93,6 +98,8 @@ class ClientHandler:
                 return await self._answer(request, request_id)
             finally:
                 self.admission.leave()
+                if self.keys.held:
+                    self.keys.let_go(request_id)
         except IbidError as error:
             self._telemetry.refused(error.code)
             return error_response(error, request_id, self._speech_of(request))
@@ -112,12 +119,16 @@ class ClientHandler:
     async def _answer(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
         started_s = time.perf_counter()
         target = self._targets.get(request.raw_path) or self._read_target(request)
-        caller = self._callers.get(request.raw_headers) or self._read_caller(request, target)
+        caller = None if target.is_virtual else self._callers.get(request.raw_headers)
+        if caller is None:
+            caller = self._read_caller(request, target)
         if target.dialect is None:
             asked = passing(
                 request, request_id=request_id, path=target.path, path_qs=target.path_qs, tenant=caller.tenant,
-                headers=caller.headers, started_s=started_s,
+                headers=caller.headers, started_s=started_s, key_id=caller.key_id, team=caller.team,
             )  # fmt: skip
+            if caller.grant is not None:
+                asked = await self._admit_passing(request, caller.grant, asked)
             return await self._passing.answer(request, asked)
         if request.method != METH_POST:
             raise BadRequest("Use POST here.", code="method_not_allowed", status=405)
@@ -129,7 +140,10 @@ class ClientHandler:
             request_id, int(self._clock() * 1000), started_s, query.path_qs, caller.headers, caller.is_retry
         )
         reply: Replay | Relay | None
-        if query.batch is not None:
+        grant = caller.grant
+        if grant is not None and (spent := self.keys.admit(grant, query, request_id, client.ts_ms)) is not None:
+            reply = await self._recall_only(query, client, spent)
+        elif query.batch is not None:
             reply = await self._embeddings.answer(query, client)
         else:
             reply = self._pipeline.recall(query, client)
@@ -142,6 +156,39 @@ class ClientHandler:
                 return await self._pace(request, reply, reply.paced)
             return answer_at_once(request, reply)
         return await self._relay(request, reply)
+
+    async def _recall_only(self, query: Query, client: Client, spent: BadRequest) -> Replay | Relay:
+        """What the cache has, for a key whose money is spent. Raises `spent` when it has nothing."""
+        only = replace(query, controls=replace(query.controls, only_if_cached=True))
+        try:
+            if only.batch is not None:
+                return await self._embeddings.answer(only, client)
+            return self._pipeline.recall(only, client) or await self._pipeline.answer(only, client)
+        except BadRequest as error:
+            if error.code != "not_cached":
+                raise
+            raise spent from None
+
+    async def _admit_passing(self, request: web.BaseRequest, grant: Grant, asked: Passing) -> Passing:
+        """As `KeyRing.admit` for what passes through. A key held to some models must name one of them where that may
+        cost something; then the body is read whole, to find it."""
+        model = body = None
+        is_socket = request.headers.get(UPGRADE, "").lower() == "websocket"
+        is_free = request.method not in (METH_POST, METH_PUT, METH_PATCH) and not is_socket
+        if grant.live.key.models and not is_free:
+            model = model_in_path(asked.path, asked.path_qs if is_socket else "")
+            if model is None and request.content_type == "application/json" and "batch" not in asked.path.lower():
+                body = await read_body(request, self._limits)
+                named = jsontext.parse(body, self._limits.json_depth).get("model")
+                model = named if isinstance(named, str) else None
+            model = model or ""
+        upstream = self._upstream.route(asked.path, request.headers)
+        ts_ms = int(self._clock() * 1000)
+        is_told = not is_socket and tells_cost(asked.path)
+        self.keys.admit_passing(
+            grant, upstream, model, asked.request_id, ts_ms, is_free=is_free, is_told=is_free or is_told
+        )
+        return asked._replace(body=body)
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -158,19 +205,22 @@ class ClientHandler:
     def _read_caller(self, request: web.BaseRequest, target: Target) -> Caller:
         headers = request.raw_headers
         known, anonymous = self._callers, self._anonymous
-        if target.key and not any(name.lower() == b"x-goog-api-key" for name, _ in headers):
+        in_header = any(name.lower() == b"x-goog-api-key" for name, _ in headers)
+        if target.key and (target.is_virtual or not in_header):
             headers = (*headers, (b"x-goog-api-key", target.key))
         elif target.is_keyless and self._keyless:
             known, anonymous = self._without_key, True
         if (found := known.get(headers)) is not None:
             return found
-        tenant = identity.tenant_of(self._secret, identity.credential(headers, anonymous=anonymous))
+        who = identity.credential(headers, anonymous=anonymous)
+        grant = self.keys.grant(who)
         caller = Caller(
-            tenant,
-            headers,
+            identity.tenant_of(self._secret, who) if grant is None else grant.live.tenant,
+            headers if grant is None else identity.without_credentials(headers),
             identity.scope_headers(headers, self._extra_headers),
             is_json=request.content_type == "application/json",
             is_retry=request.headers.get("x-stainless-retry-count", "0") not in ("", "0"),
+            grant=grant,
         )
         _remember(known, headers, caller)
         return caller

@@ -46,6 +46,7 @@ _MARKERS = (
     "secret",
     "aiza",
     "eyj",
+    "ibid-",
     "xai",
     "r8",
     "hf_",
@@ -60,6 +61,7 @@ _PATTERN = re.compile(
     r"|(?P<url>[a-z][\w+.-]{0,30}://)[^\s/@]{1,200}@"
     r"|\b(?:sk|pk|rk|gsk|xai|hf|r8)[-_][\w-]{8,}"
     r"|\bAIza[\w-]{20,}"
+    r"|\bibid-[0-9a-f]{16,}"
     r"|\beyJ[\w-]{8,}[\w.-]*",
     re.IGNORECASE,
 )

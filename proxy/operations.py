@@ -18,6 +18,7 @@ from proxy.config import Settings
 from proxy.core.answer import decode_answer
 from proxy.core.errors import BadRequest, CacheFault
 from proxy.core.model import Draft
+from proxy.keys import KeyRing
 from proxy.pipeline import Pipeline
 from proxy.reindex import Reindex
 from proxy.store.selection import Filters, Selector
@@ -41,6 +42,7 @@ class Operator:
         explain: Explainer,
         gauges: Callable[[], Mapping[str, Any]],
         settings: Settings,
+        keys: KeyRing,
         reindex: Reindex | None,
         spawn: Callable[[Coroutine[Any, Any, None], str], object],
         is_stopping: Callable[[], bool],
@@ -52,6 +54,7 @@ class Operator:
         self._explain = explain
         self._gauges = gauges
         self._settings = settings
+        self._keys = keys
         self._reindex = reindex
         self._spawn = spawn
         self._is_stopping = is_stopping
@@ -203,6 +206,21 @@ class Operator:
             raise BadRequest(lines[-1][:500] if lines else "the simulation failed", code="simulation_failed")
         found: Mapping[str, Any] = orjson.loads(out)
         return found
+
+    def keys(self) -> Sequence[Mapping[str, Any]]:
+        return self._keys.listed()
+
+    def key(self, key_id: str) -> Mapping[str, Any] | None:
+        return self._keys.described(key_id)
+
+    async def create_key(self, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+        return await self._keys.create(wanted)
+
+    async def revoke_key(self, key_id: str) -> Mapping[str, Any] | None:
+        return await self._keys.revoke(key_id)
+
+    async def rotate_key(self, key_id: str) -> Mapping[str, Any] | None:
+        return await self._keys.rotate(key_id)
 
     async def savings(self, group_by: Sequence[str], since_ms: int | None, until_ms: int | None) -> admin.Table:
         result = await self._store.queries.savings(

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
+from urllib.parse import parse_qs, unquote
 
 from aiohttp import WSCloseCode, WSMsgType, web
 from aiohttp.hdrs import METH_GET, SEC_WEBSOCKET_PROTOCOL, UPGRADE
@@ -29,6 +30,11 @@ HEAD_BYTES: Final = 4 * 1024  # looked at for the model
 TAIL_BYTES: Final = 64 * 1024  # looked at for the usage
 MESSAGE_LIMIT_BYTES: Final = 16 * 1024 * 1024
 _MODEL: Final = re.compile(rb'"model(?:Version)?"\s*:\s*"([^"\\]{1,200})"')
+_IN_PATH: Final = re.compile(r"/(?:models|deployments)/([^/:]+)[/:]")
+_TOLD: Final = re.compile(
+    r"/(?:cancel|count_tokens|detokenize|files|input_tokens|moderations|tokenize)(?:/|$)"
+    r"|:(?:countTokens|generateContent|streamGenerateContent)$"
+)
 _READ: Final = frozenset({"application/json", "text/event-stream", "application/x-ndjson"})
 _PASSED: Final = Bypass("pass_through")
 _USAGES: Final[Mapping[str, tuple[Callable[[bytes], Usage | None], ...]]] = {
@@ -49,6 +55,9 @@ class Passing(NamedTuple):
     headers: tuple[tuple[bytes, bytes], ...]
     family: str
     started_s: float  # time.perf_counter
+    key_id: str | None = None
+    team: str = ""
+    body: bytes | None = None  # where it was read already
 
 
 class Glance:
@@ -100,7 +109,7 @@ class PassThrough:
             self._telemetry.lookup(outcome)
 
     async def _forward(self, request: web.BaseRequest, asked: Passing, entry: _Entry) -> web.StreamResponse:
-        body = body_stream(request, self._limits)
+        body = body_stream(request, self._limits) if asked.body is None else asked.body
         answer = await self._upstream.open(entry.upstream, request.method, asked.path_qs, asked.headers, body)
         entry.status = answer.status
         entry.first_byte_s = time.perf_counter()
@@ -141,6 +150,7 @@ class PassThrough:
         """Both handshakes, the upstream's first, then messages either way until one side closes; so does the other,
         with the same code."""
         wanted = [p.strip() for p in request.headers.get(SEC_WEBSOCKET_PROTOCOL, "").split(",") if p.strip()]
+        wanted = [protocol for protocol in wanted if "ibid-" not in protocol]  # browsers hide a key there
         far = await self._upstream.connect(entry.upstream, asked.path_qs, asked.headers, wanted)
         entry.status, entry.word = 101, "ok"  # however it ends: a session has no answer that could be whole
         entry.first_byte_s = time.perf_counter()
@@ -246,6 +256,8 @@ class _Entry:
             tier="default",
             ttft_ms=ttft_ms,
             total_ms=total_ms,
+            key_id=asked.key_id,
+            team=asked.team,
         )
 
 
@@ -258,6 +270,23 @@ def passing(
     tenant: str,
     headers: tuple[tuple[bytes, bytes], ...],
     started_s: float,
+    key_id: str | None = None,
+    team: str = "",
 ) -> Passing:
     """A request on its way past the cache."""
-    return Passing(request_id, path, path_qs, tenant, headers, family_of(path, request.headers), started_s)
+    family = family_of(path, request.headers)
+    return Passing(request_id, path, path_qs, tenant, headers, family, started_s, key_id, team)
+
+
+def tells_cost(path: str) -> bool:
+    """Whether a request to this path costs nothing, or its answer tells its usage. Batches, pictures, speech, training
+    and sockets do not."""
+    return _TOLD.search(path) is not None
+
+
+def model_in_path(path: str, query: str = "") -> str | None:
+    """The model that a path or its query names, as Gemini, Azure and OpenAI's WebSockets do."""
+    if (found := _IN_PATH.search(path)) is not None:
+        return unquote(found[1])
+    named = parse_qs(query.partition("?")[2]).get("model", [])
+    return named[0] if len(named) == 1 else None

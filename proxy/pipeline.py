@@ -113,7 +113,7 @@ class Pipeline:
 
     async def answer(self, query: Query, client: Client) -> Replay | Relay:
         """Serve or forward. Raises BadRequest (only-if-cached) and UpstreamError; cache faults never leave here."""
-        if Lane.PREFETCH in query.plan.lanes:
+        if Lane.PREFETCH in query.plan.lanes and not query.controls.only_if_cached:
             self._prefetch(query, client)
         if (flight := self._joinable(query)) is not None:
             return await self._join(flight, query, client)
@@ -123,7 +123,9 @@ class Pipeline:
                 assert lookup.row is not None
                 if hit.tier is Tier.SEMANTIC:
                     self._count_alike(query, client, lookup)
-                elif hit.tier is Tier.STALE and Lane.REVALIDATE in query.plan.lanes:
+                elif (
+                    hit.tier is Tier.STALE and Lane.REVALIDATE in query.plan.lanes and not query.controls.only_if_cached
+                ):
                     self._revalidate(query, client, hit.entry)
                 replay = self._serve(query, client, lookup.row, hit, lookup.steps_ms)
                 return replay if not query.controls.explain else replay.saying(explanation(query, lookup))
@@ -131,15 +133,10 @@ class Pipeline:
                 pass
             case _:
                 assert_never(lookup.verdict)
-        if query.controls.only_if_cached:
-            unsent = Fetch(query, client, lookup, time.perf_counter())
-            _ = self._books.forwarded(query, client, lookup.verdict, unsent, "error", 504, None, collapsed=False)
-            raise BadRequest(
-                "Not in the cache, and the request asked for cached answers only.", status=504, code="not_cached"
-            )
         if (flight := self._joinable(query)) is not None:  # it may have started while this one was looking
             return await self._join(flight, query, client)
-        choice = await self.router.choose(query, client, lookup) if _may_route(query) else None
+        routes = _may_route(query) and not query.controls.only_if_cached
+        choice = await self.router.choose(query, client, lookup) if routes else None
         reply = None if choice is None else await self._serve_routed(choice, query, client, lookup)
         if reply is None:
             reply = await self.forward(query, client, lookup, choice)
@@ -346,7 +343,7 @@ class Pipeline:
         """Replay an entry. What two hits of one entry share is made once: template, headers of a second, ledger row."""
         lanes = query.plan.lanes
         asked = (query.stream, query.wants_usage, query.endpoint, query.upstream, query.model, query.controls.tags)
-        kind = (*asked, hit.tier, hit.similarity, lanes)
+        kind = (*asked, hit.tier, hit.similarity, lanes, query.key_id)
         form = row.forms.get(kind)
         if form is None:
             form = row.forms[kind] = self._form(query, client, row, hit)
@@ -429,6 +426,12 @@ class Pipeline:
     async def forward(
         self, query: Query, client: Client, lookup: Lookup, choice: Choice | None = None
     ) -> Replay | Relay:
+        if query.controls.only_if_cached:
+            unsent = Fetch(query, client, lookup, time.perf_counter())
+            _ = self._books.forwarded(query, client, lookup.verdict, unsent, "error", 504, None, collapsed=False)
+            raise BadRequest(
+                "Not in the cache, and the request asked for cached answers only.", status=504, code="not_cached"
+            )
         shared = _may_share(query)
         current = self.flights.get(query.fingerprint)
         shared = shared and (current is None or not current.joinable)  # it goes on for those it suits

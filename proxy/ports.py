@@ -7,6 +7,7 @@ the real edge.
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from index.errors import IndexRoomError
 from proxy.core.errors import CacheFault
+from proxy.core.keys import Cost, Key
 from proxy.core.model import Comparison, Draft, Entry, Outcome, Query, Usage
 from proxy.core.risk import Counted
 
@@ -260,6 +262,40 @@ class EntryStore(Protocol):
         ...
 
     async def touch(self, entry_id: int, expires_ms: int) -> None: ...
+
+
+class KeyStore(Protocol):
+    """Rows of virtual keys, and what the ledger says they spent. Every method raises CacheFault when the database
+    cannot answer."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Other processes may write to this database."""
+        ...
+
+    async def mark(self) -> object:
+        """Differs from an earlier one when keys were made, changed or removed since."""
+        ...
+
+    async def keys(self) -> Sequence[Key]: ...
+
+    async def create(self, key: Key) -> None: ...
+
+    async def revoke(self, key_id: str, now_ms: int) -> Key | None:
+        """The key as it is now; None when there is none."""
+        ...
+
+    async def rotate(self, key_id: str, digest: bytes, now_ms: int) -> Key | None:
+        """The key as it is now; None when there is none, or it is revoked."""
+        ...
+
+    def settled(self) -> AbstractAsyncContextManager[bool]:
+        """Inside, the ledger writes nothing; True when all that was recorded before is in the database."""
+        ...
+
+    async def spent(self, key_ids: Sequence[str], starts: Mapping[str, int]) -> Mapping[tuple[str, str], Cost]:
+        """(key id, window) → what its requests took that began at or after the window's start."""
+        ...
 
 
 class Ledger(Protocol):

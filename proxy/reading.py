@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from proxy.core import fingerprint, identity, jsontext, policy
+from proxy.core import fingerprint, identity, jsontext, keys, policy
 from proxy.core.answer import to_json
 from proxy.core.dialects.dialect import Dialect
 from proxy.core.dialects.fields import CACHE_TWIN
-from proxy.core.dialects.routes import Route, Routes, family_of, key_in
+from proxy.core.dialects.routes import Routes, family_of, key_in, without_key
 from proxy.core.directives import controls_of
 from proxy.core.facts import Facts
 from proxy.core.model import Batch, Controls, Level, Limits, Query, Rules
@@ -29,6 +29,7 @@ from proxy.core.plan import (
     refuse_unready,
     split_alias,
 )
+from proxy.keys import Grant
 from proxy.ports import Upstream
 
 _TIERS: Mapping[object, str] = {None: "default", "auto": "default", "standard": "default", "standard_only": "default"}
@@ -46,12 +47,13 @@ class Target(NamedTuple):
     stream: bool = False  # likewise
     key: bytes = b""  # a credential in the query, as Gemini allows
     is_keyless: bool = False  # of a dialect whose own server asks for no credential
+    is_virtual: bool = False  # the credential in the query is a key of ours, and `path_qs` is without it
 
 
 class Caller:
     """What a header block says. Compared by identity: one object per distinct block."""
 
-    __slots__ = ("controls", "headers", "is_json", "is_retry", "plan", "project", "scope_headers", "tenant")
+    __slots__ = ("controls", "grant", "headers", "is_json", "is_retry", "scope_headers", "tenant")
 
     def __init__(
         self,
@@ -61,15 +63,28 @@ class Caller:
         *,
         is_json: bool,
         is_retry: bool,
+        grant: Grant | None = None,
     ) -> None:
         self.controls: Controls | None = None  # read with the first body that leaves them to the headers
         self.tenant = tenant
-        self.project = ""  # of its virtual key
-        self.plan = ""  # likewise: changes to the plan
         self.headers = headers
         self.scope_headers = scope_headers
         self.is_json = is_json
         self.is_retry = is_retry
+        self.grant = grant  # of a virtual key; `headers` are without it
+
+    @property
+    def key_id(self) -> str | None:
+        return None if self.grant is None else self.grant.live.key.id
+
+    @property
+    def team(self) -> str:
+        return "" if self.grant is None else self.grant.live.key.project
+
+    @property
+    def plan(self) -> str:
+        """What the key says of the plan of its requests; "" when it leaves that to the policy."""
+        return "" if self.grant is None else self.grant.live.key.plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +117,22 @@ class Reader:
 
     def target(self, path: str, query: str = "") -> Target:
         """Where a path leads, and the query behind it, its question mark included."""
+        key = key_in(query)
+        is_virtual = keys.is_virtual(key)
+        if is_virtual:
+            query = without_key(query)
         route = self._routes.find(path, query)
-        return _target(path, query, route)
+        return Target(
+            path,
+            route.path + query,
+            route.scope_query,
+            route.dialect,
+            route.model,
+            route.stream,
+            key,
+            is_keyless=family_of(path, {}) == "ollama",
+            is_virtual=is_virtual,
+        )
 
     def read(self, target: Target, caller: Caller, raw: bytes) -> Query:
         """The question in a body. Raises BadRequest."""
@@ -129,7 +158,8 @@ class Reader:
         body = jsontext.parse(query.body, self._limits.json_depth)
         target, raw, body = _renamed(target, query.body, body, model)
         facts = _facts(target, body)
-        return self._query(target, caller, raw, body, facts, query.controls, query.plan, upstream)
+        found = self._query(target, caller, raw, body, facts, query.controls, query.plan, upstream)
+        return replace(found, key_id=query.key_id, team=query.team)
 
     def facts(self, query: Query) -> Facts:
         """What a query's body says, once more."""
@@ -154,7 +184,7 @@ class Reader:
             asked = Asked(
                 facts.model,
                 caller.tenant,
-                caller.project,
+                caller.team,
                 controls.namespace,
                 controls.tags,
                 facts.stream,
@@ -162,10 +192,8 @@ class Reader:
                 controls.deadline_s is not None,
             )
             plan = choose(steering.policies, asked)
-        if caller.plan:
-            plan = edited(plan, caller.plan)
-        if alias:  # of what is not configured here an alias takes nothing
-            plan = edited(plan, alias)
+        for edit in filter(None, (caller.plan, alias)):  # of what is not configured here these take nothing
+            plan = edited(plan, edit)
             plan = replace(plan, lanes=plan.lanes & steering.ready)
         if controls.plan:
             plan = edited(plan, controls.plan)
@@ -230,20 +258,9 @@ class Reader:
             tier=_TIERS.get(tier, tier) if isinstance(tier, str) else "default",
             has_tools=facts.has_tools,
             path_qs=target.path_qs,
+            key_id=caller.key_id,
+            team=caller.team,
         )
-
-
-def _target(path: str, query: str, route: Route) -> Target:
-    return Target(
-        path,
-        route.path + query,
-        route.scope_query,
-        route.dialect,
-        route.model,
-        route.stream,
-        key_in(query),
-        is_keyless=family_of(path, {}) == "ollama",
-    )
 
 
 def _facts(target: Target, body: Mapping[str, Any]) -> Facts:

@@ -48,6 +48,7 @@ class Server:
     listen: Address = option(Address("127.0.0.1", 4141), "client listener; the loopback until you decide otherwise")
     admin: Address = option(Address("127.0.0.1", 4142), "admin listener: metrics, ledger, purges; keep it private")
     anonymous: bool = option(False, "serve clients without a credential, all as one tenant; loopback listener only")
+    keys_only: bool = option(False, "serve keys made by `ibid keys` only; any other credential, or none, is 401")
     workers: int = option(1, "event loops sharing the client port; more than 1 is not supported yet", least=1)
     drain_timeout_s: float = option(30.0, "how long a stop waits for answers under way", least=0)
     admin_token: str | None = field(default=None, repr=False, metadata={"environment_only": True})

@@ -70,7 +70,7 @@ def outcome(name: str = "q", **changes: Any) -> Outcome:
         "upstream": "openai", "mechanism": None, "outcome": "ok", "cache_status": "MISS", "reason": "nothing_alike",
         "status": 200, "similarity": None, "entry_id": None, "retry_of": None, "usage": Usage(100, 20),
         "usage_basis": "measured", "calls": (call(f"{name}-call"),), "ttft_ms": 90.0, "total_ms": 800.0,
-        "baseline_ms": None, "tier": "default",
+        "baseline_ms": None, "tier": "default", "key_id": None, "team": "",
     }  # fmt: skip
     return Outcome(**{**fields, **changes})
 

@@ -132,6 +132,11 @@ def test_secrets_are_not_shown_by_repr() -> None:
         ("[server]\nworkers = 2\n", 2, "server.workers (--workers) above 1 is not supported yet"),
         ("[server]\nadmin_token = 'x'\n", 2, "server.admin_token is a secret: set IBID_ADMIN_TOKEN instead"),
         ("[server]\nlisten = '0.0.0.0:1'\nanonymous = true\n", 3, "server.anonymous needs a loopback listener"),
+        (
+            "[server]\nanonymous = true\nkeys_only = true\n",
+            3,
+            "server.keys_only and server.anonymous exclude each other",
+        ),
         ("[server]\nadmin = '127.0.0.1:4141'\n", 2, "server.admin is the client listener's address"),
         ("[upstream.Lab]\nbase_url = 'http://h'\n", 1, "upstream.Lab must be 1-32 of"),
         ("[upstream.lab]\ndialect = 'openai'\n", 1, "upstream.lab.base_url must be http://HOST"),

@@ -54,6 +54,7 @@ def outcome(**changes: object) -> Outcome:
         "cache_status": "HIT", "reason": "hit", "status": 200, "similarity": None, "entry_id": 7, "retry_of": None,
         "usage": None, "usage_basis": "measured", "calls": (), "ttft_ms": None, "total_ms": 0.2, "baseline_ms": 900.0,
         "tier": "default",
+        "key_id": None, "team": "",
     }  # fmt: skip
     return Outcome(**(fields | changes))  # type: ignore[arg-type]
 

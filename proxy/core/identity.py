@@ -138,6 +138,11 @@ def is_tenant(text: str) -> bool:
     return len(text) == _HEX64 and not text.strip("0123456789abcdef")
 
 
+def without_credentials(headers: Iterable[tuple[bytes, bytes]]) -> tuple[tuple[bytes, bytes], ...]:
+    """Raw header lines less the credentials: what a virtual key's request carries on, so that the key goes nowhere."""
+    return tuple([line for line in headers if line[0].lower() not in CREDENTIALS])
+
+
 def forwardable(headers: Iterable[tuple[bytes, bytes]], extra: Collection[str] = ()) -> list[tuple[str, str]]:
     """The headers that go upstream, in order, spelled as they came.
 

@@ -113,6 +113,8 @@ class Query:
     tier: str = "default"  # service tier the client asked for
     has_tools: bool = False
     path_qs: str = ""  # the target as it goes upstream
+    key_id: str | None = None  # of the virtual key that asks
+    team: str = ""  # its project
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +301,8 @@ class Outcome(NamedTuple):
     calls: tuple[Call, ...]
     baseline_ms: float | None  # what the upstream took when the entry was made
     tier: str  # service tier asked for
+    key_id: str | None  # the virtual key that asked, and its project; None and "" for a credential passed through
+    team: str
     ttft_ms: float | None
     total_ms: float
 

@@ -25,7 +25,7 @@ REQUEST_COLUMNS = (
     "id", "ts", "day", "tenant", "namespace", "tag", "dialect", "endpoint", "stream", "model_requested",
     "model_served", "upstream", "lane", "outcome", "cache_status", "reason", "status", "similarity", "entry_id",
     "retry_of", "in_tok", "out_tok", "cache_read_tok", "cache_write_tok", "usage_basis", "baseline_nusd",
-    "actual_nusd", "baseline_basis", "price_id", "ttft_ms", "total_ms", "baseline_ms",
+    "actual_nusd", "baseline_basis", "price_id", "ttft_ms", "total_ms", "baseline_ms", "key_id", "team",
 )  # fmt: skip
 CALL_COLUMNS = (
     "id", "request_id", "ts", "upstream", "model", "purpose", "tier", "won", "in_tok", "out_tok", "cache_read_tok",
@@ -73,6 +73,7 @@ nothing: what a stand-in costs is a negative saving."""
 
 _LANES = {"BYPASS": "bypass", "AUDIT": "audit"}
 _TTFT = REQUEST_COLUMNS.index("ttft_ms")  # total_ms follows it
+_BASELINE_MS = REQUEST_COLUMNS.index("baseline_ms")
 _SAVED_MS = SAVING_COLUMNS.index("saved_ms")
 _NO_USAGE = (None, None, None, None)
 
@@ -96,7 +97,7 @@ class Dated:
         self.day = day
         self._middle = settlement.request[2:_TTFT]
         self._after = settlement.request[_TTFT + 2 :]
-        self._baseline_ms: float | None = settlement.request[-1]
+        self._baseline_ms: float | None = settlement.request[_BASELINE_MS]
         self._steps = [(step[1:_SAVED_MS], step[_SAVED_MS + 1 :]) for step in settlement.savings]
 
     def at(self, request_id: str, ts_ms: int, total_ms: float) -> Settlement:
@@ -152,14 +153,23 @@ def settle(outcome: Outcome, price: Pricing) -> Settlement:
       nothing.
     Usage or price unknown: 0, with the basis saying so; never a guess.
     """
-    costs = [_price(price, _Sold(call.upstream, call.model, call.tier, call.usage), call.usage_basis, call.ts_ms,
-                    call.total_ms) for call in outcome.calls]  # fmt: skip
+    costs = [_cost(price, call) for call in outcome.calls]
     own = _own_call(outcome.calls)
     chain = _chain(outcome, costs, own, price)
     savings = _waterfall(outcome, costs, own, chain)
     actual = sum(cost.nusd for cost in costs)
     calls = [_call_row(outcome.request_id, call, cost) for call, cost in zip(outcome.calls, costs, strict=True)]
     return Settlement(_request_row(outcome, chain[0][1], actual), calls, savings)
+
+
+def paid_nusd(outcome: Outcome, price: Pricing) -> int:
+    """What its calls cost: `actual_nusd` of its row."""
+    return sum([_cost(price, call).nusd for call in outcome.calls])
+
+
+def _cost(price: Pricing, call: Call) -> _Priced:
+    sold = _Sold(call.upstream, call.model, call.tier, call.usage)
+    return _price(price, sold, call.usage_basis, call.ts_ms, call.total_ms)
 
 
 def _price(price: Pricing, sold: _Sold, basis: str, ts_ms: int, total_ms: float) -> _Priced:
@@ -282,7 +292,7 @@ def _request_row(o: Outcome, baseline: _Priced, actual_nusd: int) -> tuple[Any, 
         o.request_id, o.ts_ms, day_of(o.ts_ms), o.tenant, o.namespace, o.tag, o.dialect, o.endpoint, int(o.stream),
         o.model_requested, o.model_served, o.upstream, lane, o.outcome, o.cache_status, o.reason, o.status,
         o.similarity, o.entry_id, o.retry_of, *counters, o.usage_basis, baseline.nusd, actual_nusd, baseline.basis,
-        baseline.price_id, o.ttft_ms, o.total_ms, o.baseline_ms,
+        baseline.price_id, o.ttft_ms, o.total_ms, o.baseline_ms, o.key_id, o.team,
     )  # fmt: skip
 
 

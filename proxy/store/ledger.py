@@ -15,7 +15,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +61,7 @@ _TABLES: tuple[tuple[Table, tuple[str, ...]], ...] = (
 
 _ENTRY = REQUEST_COLUMNS.index("entry_id")
 _LANE = REQUEST_COLUMNS.index("lane")
+_ADDED = (None, "")  # last columns of `request` that a spill of an earlier release does not have: key_id, team
 _FORWARDS = frozenset({"forward", "bypass", "refused"})
 
 
@@ -138,12 +140,22 @@ class SqlLedger:
     async def flush(self) -> None:
         """Write what waits now; returns when it is in the database or in the spill file."""
         async with self._flushing:
-            while self._waiting:
-                batch, self._waiting = self._waiting[:BATCH_ROWS], self._waiting[BATCH_ROWS:]
-                if not await self._write(batch):
-                    return
-            if self._spilled and self._writer.is_trying:
-                await self._replay()
+            await self._empty()
+
+    @asynccontextmanager
+    async def settled(self) -> AsyncIterator[bool]:
+        """Inside, nothing is written; True when all that was recorded before it is in the database."""
+        async with self._flushing:
+            await self._empty()
+            yield not self._waiting and not self._spilled
+
+    async def _empty(self) -> None:
+        while self._waiting:
+            batch, self._waiting = self._waiting[:BATCH_ROWS], self._waiting[BATCH_ROWS:]
+            if not await self._write(batch):
+                return
+        if self._spilled and self._writer.is_trying:
+            await self._replay()
 
     async def _run(self) -> None:
         while not self._closing:
@@ -277,6 +289,7 @@ class SqlLedger:
     async def _replay_line(self, line: bytes) -> None:
         try:
             requests, calls, savings = orjson.loads(line)
+            requests = [(*r, *_ADDED[len(_ADDED) - len(REQUEST_COLUMNS) + len(r) :]) for r in requests]
             rows: Rows = ([tuple(r) for r in requests], [tuple(c) for c in calls], [tuple(s) for s in savings])
         except (ValueError, TypeError):
             self.refused += 1  # torn by a crash while it was being written

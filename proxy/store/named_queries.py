@@ -72,6 +72,8 @@ def _nusd(pusd: str) -> str:
     return f"(({pusd}) + 500) / 1000"
 
 
+_PAYER = "CASE WHEN r.team = '' THEN r.tenant ELSE r.team END"
+
 _QUERIES = (
     NamedQuery(
         "total",
@@ -150,12 +152,12 @@ _QUERIES = (
     ),
     NamedQuery(
         "showback",
-        "What does each tenant pay, per million tokens too?",
-        f"SELECT r.tenant AS tenant, {_ASKED} AS requests, {_usd('r.actual_nusd')} AS actual_usd, {_usd(_SAVED)} AS saved_usd, "
+        "What does each team pay, per million tokens too? A tenant without a virtual key is its own team.",
+        f"SELECT {_PAYER} AS team, {_ASKED} AS requests, {_usd('r.actual_nusd')} AS actual_usd, {_usd(_SAVED)} AS saved_usd, "
         f"{_ratio(_int('r.actual_nusd'), _int('COALESCE(r.in_tok, 0) + COALESCE(r.out_tok, 0)'))} / 1e3 AS usd_per_mtok "
-        f"FROM request r WHERE {_DAYS} GROUP BY r.tenant ORDER BY actual_usd DESC, tenant",
+        f"FROM request r WHERE {_DAYS} GROUP BY {_PAYER} ORDER BY actual_usd DESC, team",
         {
-            "tenant": "digest",
+            "team": "project of the virtual keys, else the tenant's digest",
             "requests": "count",
             "actual_usd": "USD",
             "saved_usd": "USD",
@@ -315,6 +317,7 @@ GROUPS = {
     "day": "r.day",
     "model": "r.model_requested",
     "tenant": "r.tenant",
+    "team": "r.team",
     "upstream": "r.upstream",
     "namespace": "r.namespace",
 }

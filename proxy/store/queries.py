@@ -94,7 +94,7 @@ class Queries:
         row_limit: int = 1_000,
         timeout_s: float = 10,
     ) -> Result:
-        """Requests and money by any of day, model, tenant, upstream, namespace, strategy.
+        """Requests and money by any of day, model, tenant, team, upstream, namespace, strategy.
 
         With "strategy" the rows are waterfall steps: `requests` counts those with such a step, and the money is what
         the step saved (`before_usd`, `after_usd`, `saved_usd`).

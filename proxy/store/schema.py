@@ -19,6 +19,7 @@ from sqlalchemy import (
     SmallInteger,
     Table,
     Text,
+    text,
 )
 
 HEAD = "0006"
@@ -123,7 +124,10 @@ request = Table(
     Column("ttft_ms", Double),
     Column("total_ms", Double, nullable=False),
     Column("baseline_ms", Double),
+    Column("key_id", Text),  # the virtual key that asked; NULL: a credential passed through
+    Column("team", Text, nullable=False, server_default=""),  # the key's project
     Index(None, "day", "ts"),
+    Index(None, "key_id", "ts", sqlite_where=text("key_id IS NOT NULL"), postgresql_where=text("key_id IS NOT NULL")),
     sqlite_with_rowid=False,  # written for every request: one tree and one index, not four
 )
 
@@ -247,6 +251,24 @@ route_vote = Table(
     sqlite_autoincrement=True,
 )
 
+api_key = Table(
+    "api_key",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("digest", LargeBinary(32), nullable=False),  # SHA-256 of the secret, which is stored nowhere
+    Column("project", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("created_ms", BigInteger, nullable=False),
+    Column("changed_ms", BigInteger, nullable=False),  # grows with every change, so that others notice it
+    Column("rotated_ms", BigInteger),
+    Column("revoked_ms", BigInteger),
+    Column("expires_ms", BigInteger),
+    Column("limits", Text, nullable=False),  # JSON list of [kind, amount, window]; USD as nano-dollars
+    Column("models", Text, nullable=False),  # JSON list of patterns; []: every model
+    Column("plan", Text, nullable=False),
+    Index(None, "digest", unique=True),
+)
+
 _COUNT = "CAST(COUNT(*) AS BIGINT)"
 
 
@@ -275,7 +297,7 @@ VIEWS: dict[str, str] = {
     "savings_daily": f"SELECT day, {_MONEY} FROM request GROUP BY day",
     "savings_by_model": f"SELECT upstream, model_requested AS model, {_MONEY} FROM request GROUP BY upstream, "
     "model_requested",
-    "savings_by_tenant": f"SELECT tenant, {_MONEY} FROM request GROUP BY tenant",
+    "savings_by_tenant": f"SELECT tenant, team, {_MONEY} FROM request GROUP BY tenant, team",
     "savings_by_strategy": (
         f"SELECT family AS strategy, mechanism, {_COUNT} AS steps, {_usd('saved_nusd')} AS saved_usd, "
         f"{_usd('CASE WHEN saved_nusd > 0 THEN saved_nusd ELSE 0 END')} AS earned_usd, "

@@ -20,6 +20,7 @@ from proxy.store import migrate
 from proxy.store.comparisons import Comparisons
 from proxy.store.engine import DATABASE_ERRORS, Database, fault_of, open_database, transaction
 from proxy.store.entries import Entries
+from proxy.store.keys import Keys
 from proxy.store.ledger import SqlLedger
 from proxy.store.queries import Queries
 from proxy.store.schema import HEAD, entry, feedback, request
@@ -40,6 +41,7 @@ class Store:
     queries: Queries
     comparisons: Comparisons
     votes: RouteVotes
+    keys: Keys
 
     @property
     def state(self) -> str:
@@ -125,6 +127,7 @@ async def open_store(
         Queries(database, rates),
         Comparisons(database, writer),
         RouteVotes(database, writer),
+        Keys(database, writer, ledger),
     )
 
 

@@ -30,7 +30,10 @@ DESCRIBED: Mapping[str, View] = {
     "savings_by_model": View(
         "What was saved, by the model asked for?", {"upstream": "name", "model": "name, as requested", **_MONEY}
     ),
-    "savings_by_tenant": View("What was saved, by tenant?", {"tenant": "digest or project", **_MONEY}),
+    "savings_by_tenant": View(
+        "What was saved, by tenant?",
+        {"tenant": "digest", "team": "project of the virtual key; empty without one", **_MONEY},
+    ),
     "savings_by_strategy": View(
         "Which strategies earned it, and which lost money?",
         {

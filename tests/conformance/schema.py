@@ -31,6 +31,7 @@ async def filled(ibid: Ibid) -> None:
             await ibid.ask(f"{wording} {number}?")
             await ibid.settled()
     reply = await ibid.ask("How do I repair garden hose number 0?")
+    await ibid.admin("POST", "/cache/keys", {"project": "red", "limit_usd": ["10/day"]})
     await ibid.admin("POST", "/cache/feedback", {"request_id": reply.headers["x-request-id"], "verdict": "wrong"})
     await ibid.sql("SELECT 1")
 

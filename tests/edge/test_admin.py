@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import os
 import stat
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -98,6 +99,26 @@ class FakeOperations:
     async def simulate(self, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
         self._note("simulate", dict(wanted))
         return {"budgets": [], "note": CANARY}
+
+    def keys(self) -> Sequence[Mapping[str, Any]]:
+        self._note("keys")
+        return [{"id": "key_9", "name": CANARY}]
+
+    def key(self, key_id: str) -> Mapping[str, Any] | None:
+        self._note("key", key_id)
+        return {"id": "key_9", "name": CANARY} if key_id in ("key_9", "r-1") else None
+
+    async def create_key(self, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+        self._note("create_key", dict(wanted))
+        return {"id": "key_9", "project": wanted["project"], "secret": CANARY}
+
+    async def revoke_key(self, key_id: str) -> Mapping[str, Any] | None:
+        self._note("revoke_key", key_id)
+        return {"id": "key_9", "name": CANARY} if key_id in ("key_9", "r-1") else None
+
+    async def rotate_key(self, key_id: str) -> Mapping[str, Any] | None:
+        self._note("rotate_key", key_id)
+        return {"id": "key_9", "secret": CANARY} if key_id in ("key_9", "r-1") else None
 
     async def savings(self, group_by: Sequence[str], since_ms: int | None, until_ms: int | None) -> Table:
         self._note("savings", group_by, since_ms, until_ms)
@@ -225,7 +246,8 @@ async def test_every_route_answers_its_own_verb_with_the_token_and_405_to_others
     bodies: dict[str, Any] = {
         "invalidate": {"ids": [9]}, "flush": {"confirm": "flush"}, "delete": {"keys": ["9"]}, "flushall": {},
         "explain": {"messages": []}, "feedback": {"entry_id": 9, "verdict": "wrong"}, "run_query": {"name": "total"},
-        "reindex": {}, "simulate": {"max_error": 0.02},
+        "reindex": {}, "simulate": {"max_error": 0.02}, "create_key": {"project": "red"}, "revoke_key": {},
+        "rotate_key": {},
     }  # fmt: skip
     body = bodies[route.name] if route.method == "POST" else None
     response = await client.request(route.method, path_of(route), headers=AUTH, json=body)
@@ -305,7 +327,9 @@ async def test_a_post_that_is_not_json_is_415(
 ) -> None:
     for route in ROUTES:
         if route.method == "POST":
-            response = await client.post(route.path, headers=AUTH | {"Content-Type": kind}, data=b'{"confirm":"flush"}')
+            response = await client.post(
+                path_of(route), headers=AUTH | {"Content-Type": kind}, data=b'{"confirm":"flush"}'
+            )
             assert (await refused(response, 415))["code"] == "unsupported_media_type"
     assert operations.asked == []
 
@@ -363,15 +387,17 @@ ODD = [
 async def test_odd_values_in_a_body_field_are_refused_by_name(
     client: TestClient[web.Request, web.Application], operations: FakeOperations, route: Route, param: Param
 ) -> None:
-    required = {"flush": {"confirm": "flush"}, "feedback": {"verdict": "right"}}.get(route.name, {})
+    required: dict[str, Any] = {
+        "flush": {"confirm": "flush"}, "feedback": {"verdict": "right"}, "create_key": {"project": "red"},
+    }.get(route.name, {})  # fmt: skip
     for value in ODD:
         if value is None or (param.kind == "boolean" and value is True):
             continue
         try:
             data = orjson.dumps({**required, param.name: value})
         except (TypeError, orjson.JSONEncodeError):
-            data = b'{"%s": 99999999999999999999999}' % param.name.encode()
-        response = await client.post(route.path, headers=AUTH | {"Content-Type": "application/json"}, data=data)
+            data = json.dumps({**required, param.name: 99999999999999999999999}).encode()
+        response = await client.post(path_of(route), headers=AUTH | {"Content-Type": "application/json"}, data=data)
         error = await refused(response, 400)
         assert error["code"] in ("invalid_value", "invalid_json")
         assert error["code"] == "invalid_json" or error["param"] == param.name

@@ -32,6 +32,12 @@ CHAT = "/v1/chat/completions"
 EMBEDDINGS = "/v1/embeddings"
 EMBEDDER = "text-embedding-3-small"
 EXACT_ONLY: Mapping[str, Mapping[str, Any]] = {"cache": {"semantic": False}}
+KEY_ENV, UPSTREAM_KEY = "FLOW_UPSTREAM_KEY", "sk-the-upstreams-own"
+KEYED: Mapping[str, Mapping[str, Any]] = {
+    **EXACT_ONLY,
+    **{f"upstream.{name}": {"key_env": KEY_ENV} for name in ("openai", "anthropic", "gemini")},
+}
+"""Upstreams have a key of their own, as virtual keys need them."""
 UNAUDITED: Mapping[str, Any] = {"audit_share": 0}  # unless a test says otherwise: the upstream's meter counts calls
 
 
@@ -72,7 +78,7 @@ def settings_of(
         data_dir=str(data_dir),
         database=database,
     )
-    return config.load(flags, {"IBID_ADMIN_TOKEN": TOKEN})
+    return config.load(flags, {"IBID_ADMIN_TOKEN": TOKEN, KEY_ENV: UPSTREAM_KEY})
 
 
 def chat_body(prompt: str | Sequence[Mapping[str, Any]], **fields: Any) -> dict[str, Any]:
@@ -303,7 +309,9 @@ async def serving(
     arguments = ["serve", "--config", str(path), "--data-dir", str(data_dir), "--upstream", upstream]
     arguments += ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("IBID_")}
-    child = (Forked if forked else _start)(arguments, {**env, "IBID_ADMIN_TOKEN": TOKEN}, log_path)
+    child = (Forked if forked else _start)(
+        arguments, {**env, "IBID_ADMIN_TOKEN": TOKEN, KEY_ENV: UPSTREAM_KEY}, log_path
+    )
     try:
         ports = await _ports(child, log_path)
         async with aiohttp.ClientSession(

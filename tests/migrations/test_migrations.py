@@ -8,16 +8,17 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import insert, inspect
+from sqlalchemy import insert, inspect, text
 
 from proxy.core.errors import ConfigError
 from proxy.core.model import Draft
+from proxy.core.saving import REQUEST_COLUMNS, settle
 from proxy.store import migrate
 from proxy.store.engine import open_database, transaction
 from proxy.store.entries import checksum_of
 from proxy.store.schema import HEAD, VIEWS, entry, metadata
 from proxy.store.store import migrate_store, open_store
-from tests.rows import digest, draft, hit, list_price
+from tests.rows import digest, draft, hit, list_price, outcome
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -114,3 +115,35 @@ async def test_a_database_of_the_first_revision_is_upgraded_with_its_rows(url, t
     store = await open_store(url, tmp_path / "data", price=list_price)
     assert (await store.entries.find(digest("a"))).draft == draft()
     await store.close()
+
+
+def row_of(asked):
+    return dict(zip(REQUEST_COLUMNS, settle(asked, list_price).request, strict=True))
+
+
+async def test_requests_of_the_second_revision_belong_to_no_key(url, tmp_path):
+    database = open_database(url, tmp_path / "data")
+    async with database.writer.connect() as connection:
+        async with transaction(connection):
+            await connection.run_sync(lambda sync: migrate.upgrade(sync, "0002"))
+        before = {name: value for name, value in row_of(outcome("old")).items() if name not in ("key_id", "team")}
+        names, marks = ", ".join(before), ", ".join(f":{name}" for name in before)
+        async with transaction(connection):
+            await connection.execute(text(f"INSERT INTO request ({names}) VALUES ({marks})"), before)
+    await database.close()
+    await migrate_store(url, tmp_path / "data")
+    store = await open_store(url, tmp_path / "data", price=list_price)
+    found = await store.queries.request("old")
+    assert (found["key_id"], found["team"], found["actual_nusd"]) == (None, "", before["actual_nusd"])
+    (row,) = (await store.queries.run_readonly("SELECT tenant, team, requests FROM savings_by_tenant")).rows
+    assert row == ("t" * 64, "", 1)
+    (payer,) = (await store.queries.named("showback")).rows
+    assert payer[0] == "t" * 64
+    await store.close()
+    database = open_database(url, tmp_path / "data")
+    async with database.writer.connect() as connection:
+        async with transaction(connection):
+            await connection.run_sync(lambda sync: migrate.downgrade(sync, "0002"))
+        found = (await connection.execute(text("SELECT * FROM request"))).mappings().one()
+        assert dict(found) == before
+    await database.close()

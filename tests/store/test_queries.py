@@ -24,6 +24,7 @@ async def fill(store):
     for number in range(60):
         ts_ms = NOON_MS - (number % 3) * DAY_MS
         common = {"ts_ms": ts_ms, "tenant": "ab"[number % 2] * 64, "tag": ("", "eval")[number % 2]}
+        common |= {"key_id": "key_1", "team": "red"} if number % 5 == 0 else {}
         if number % 4 == 0:
             store.ledger.record(hit(f"r{number}", total_ms=1.0 + number / 7, **common))
         elif number % 4 == 1:
@@ -65,7 +66,7 @@ async def test_views_and_named_queries_agree_between_sqlite_and_postgresql(sqlit
         types = [[tuple(map(type, row)) for row in result.rows] for result in results]
         assert types[0] == types[1], name
         assert results[0].rows or name == "balance", name
-    for group in (["day"], ["model", "tenant"], ["strategy"], ["day", "strategy"]):
+    for group in (["day"], ["model", "tenant"], ["strategy"], ["day", "strategy"], ["team", "day"]):
         results = [await store.queries.savings(group) for store in (sqlite_store, pg_store)]
         assert close_to(results[0].rows) == close_to(results[1].rows)
         assert results[0].columns[: len(group)] == tuple(group)
@@ -258,3 +259,12 @@ async def test_feedback_on_what_nobody_knows_is_not_recorded(store):
     assert await store.feedback(verdict="wrong", ts_ms=1, entry_id=made.entry.id) == made.entry.id
     store.ledger.record(hit("just-now", entry_id=made.entry.id))
     assert await asyncio.wait_for(store.feedback(verdict="right", ts_ms=1, request_id="just-now"), 5) == made.entry.id
+
+
+async def test_showback_is_by_team_and_by_tenant_where_there_is_none(store):
+    store.ledger.record(outcome("a", key_id="key_1", team="red"))
+    store.ledger.record(outcome("b", key_id="key_2", team="red", tenant="u" * 64))
+    store.ledger.record(outcome("c"))
+    await store.ledger.flush()
+    result = await store.queries.named("showback")
+    assert [row[:3] for row in result.rows] == [("red", 2, 0.00036), ("t" * 64, 1, 0.00018)]

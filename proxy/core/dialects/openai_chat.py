@@ -181,9 +181,12 @@ def forward_body(raw: bytes, parsed: Mapping[str, Any]) -> bytes:
     return set_member(raw, "stream_options", _ASK_FOR_USAGE)
 
 
+_KINDS = {"budget_exceeded": "insufficient_quota", "rate_limit_exceeded": "rate_limit_exceeded"}
+
+
 def error_body(error: IbidError) -> bytes:
     """The error envelope; all four keys are required by the API description."""
-    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    kind = _KINDS.get(error.code, "invalid_request_error" if error.status < 500 else "server_error")
     envelope = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
     return json.dumps({"error": envelope}, separators=(",", ":")).encode()
 

@@ -96,6 +96,12 @@ def key_in(query: str) -> bytes:
     return b""
 
 
+def without_key(query: str) -> str:
+    """A query less its `key` parameters; "" when nothing else is in it."""
+    kept = "&".join([pair for pair in query[1:].split("&") if pair.partition("=")[0] != "key"])
+    return "?" + kept if kept else ""
+
+
 def family_of(path: str, headers: Mapping[str, str]) -> str:
     """Whose path it is; `anthropic-version` decides where paths coincide."""
     if "anthropic-version" in headers or path.startswith(("/v1/messages", "/messages")):
