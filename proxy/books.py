@@ -91,9 +91,9 @@ class Books:
         self._telemetry = telemetry
         self._serial = itertools.count(1)
 
-    def price(self, query: Query, usage: Usage | None, ts_ms: int) -> int:
+    def price(self, query: Query, usage: Usage | None, ts_ms: int, tier: str = "default") -> int:
         """List price of these tokens at the model asked for, nano-dollars; 0 when either is unknown."""
-        return 0 if usage is None else self._prices.price(query.upstream, query.model, usage, "default", ts_ms).nusd
+        return 0 if usage is None else self._prices.price(query.upstream, query.model, usage, tier, ts_ms).nusd
 
     def recurring(self, query: Query, model_served: str, hit: Hit) -> tuple[Any, ...]:
         """What every hit of this kind has in common, see `Outcome.recurring`."""
@@ -192,7 +192,7 @@ class Books:
             total_ms=(time.perf_counter() - client.started_s) * 1e3,
         )
         self._ledger.record(outcome)
-        cost_nusd = sum([self.price(query, made.usage, client.ts_ms) for made in calls])
+        cost_nusd = sum([self.price(query, made.usage, client.ts_ms, made.tier) for made in calls])
         saved_nusd = self.price(query, usage, client.ts_ms) - cost_nusd if outcome.is_partial else 0
         self._telemetry.lookup(
             outcome, fetch.lookup.steps_ms, scope=query.scope, saved_nusd=saved_nusd, cost_nusd=cost_nusd
@@ -228,6 +228,37 @@ class Books:
         self._ledger.record(outcome)
         saved_nusd = self.price(query, usage, client.ts_ms)
         self._telemetry.lookup(outcome, steps_ms, scope=query.scope, saved_nusd=saved_nusd)
+
+    def repeated(
+        self, query: Query, client: Client, usage: Usage | None, model_served: str, word: str, status: int
+    ) -> None:
+        """Book a line of a batch that got the answer of another line of it, which asks the same."""
+        total_ms = (time.perf_counter() - client.started_s) * 1e3
+        outcome = _outcome(
+            query,
+            request_id=client.request_id,
+            ts_ms=client.ts_ms,
+            outcome=word,
+            status=status,
+            cache_status="MISS",
+            reason="repeated",
+            mechanism="batch.dedup",
+            model_served=model_served,
+            similarity=None,
+            entry_id=None,
+            usage=usage,
+            total_ms=total_ms,
+        )
+        self._ledger.record(outcome)
+        self._telemetry.lookup(outcome, scope=query.scope, saved_nusd=self.price(query, usage, client.ts_ms))
+
+    def batch_tier(self, query: Query, usage: Usage | None, ts_ms: int) -> str:
+        """The tier a call of a provider's batch is booked at: "default", which is never too little, when nobody knows
+        the price of the other."""
+        if usage is None:
+            return "batch"
+        known = self._prices.price(query.upstream, query.model, usage, "batch", ts_ms).basis != "unpriced"
+        return "batch" if known else "default"
 
     def audited(self, fetch: Fetch) -> None:
         """Book an audit: nobody was answered, so all it cost is a negative saving."""

@@ -16,8 +16,10 @@ from typing import NamedTuple, TypeVar
 from aiohttp import web
 from aiohttp.hdrs import METH_POST
 
+from proxy.batch_http import BatchApi
 from proxy.books import Client
 from proxy.core import fingerprint, identity, jsontext, policy
+from proxy.core.batches import Place, place_of
 from proxy.core.dialects.dialect import Dialect
 from proxy.core.dialects.fields import CACHE_TWIN
 from proxy.core.dialects.routes import Routes, family_of, key_in
@@ -53,12 +55,13 @@ class Target(NamedTuple):
     stream: bool = False  # likewise
     key: bytes = b""  # a credential in the query, as Gemini allows
     is_keyless: bool = False  # of a dialect whose own server asks for no credential
+    place: Place | None = None  # in the batch API
 
 
 class Caller:
     """What a header block says. Compared by identity: one object per distinct block."""
 
-    __slots__ = ("controls", "headers", "is_json", "is_retry", "scope_headers", "tenant")
+    __slots__ = ("controls", "headers", "is_deferring", "is_json", "is_retry", "scope_headers", "tenant")
 
     def __init__(
         self,
@@ -68,7 +71,9 @@ class Caller:
         *,
         is_json: bool,
         is_retry: bool,
+        is_deferring: bool = False,
     ) -> None:
+        self.is_deferring = is_deferring  # wants its answer later
         self.controls: Controls | None = None  # read with the first body that leaves them to the headers
         self.tenant = tenant
         self.headers = headers
@@ -99,11 +104,12 @@ class ClientHandler:
     ) -> None:
         self.admission = Admission(limits.in_flight, limits.queued, limits.queue_timeout_s)
         self.streams: set[LiveStream] = set()
+        self.batches: BatchApi | None = None  # set by `app.assemble`, for it reads its lines through this handler
         self._pipeline = pipeline
         self._embeddings = embeddings
         self._upstream = upstream
         self._routes = routes
-        self._passing = PassThrough(upstream, ledger, telemetry, limits, clock)
+        self.passing = PassThrough(upstream, ledger, telemetry, limits, clock)
         self._telemetry = telemetry
         self._rules = rules
         self._limits = limits
@@ -116,6 +122,7 @@ class ClientHandler:
         self._callers: dict[tuple[tuple[bytes, bytes], ...], Caller] = {}
         self._without_key: dict[tuple[tuple[bytes, bytes], ...], Caller] = {}
         self._queries: dict[tuple[Target, Caller, bytes], Query] = {}
+        self._of_lines: dict[tuple[str, tuple[tuple[bytes, bytes], ...]], Caller] = {}
         self._id_prefix = os.urandom(10).hex()
         self._id_count = int.from_bytes(os.urandom(3), "big")
 
@@ -154,13 +161,21 @@ class ClientHandler:
                 request, request_id=request_id, path=target.path, path_qs=target.path_qs, tenant=caller.tenant,
                 headers=caller.headers, started_s=started_s,
             )  # fmt: skip
-            return await self._passing.answer(request, asked)
+            if target.place is not None and self.batches is not None:
+                return await self.batches.answer(request, target.place, asked)
+            return await self.passing.answer(request, asked)
         if request.method != METH_POST:
             raise BadRequest("Use POST here.", code="method_not_allowed", status=405)
         if not caller.is_json:
             raise BadRequest("Content-Type must be application/json.", code="unsupported_media_type", status=415)
         body = await read_body(request, self._limits)
-        query = self._queries.get((target, caller, body)) or self.read_query(target, caller, body)
+        query = self._queries.get((target, caller, body))
+        if query is None:
+            query = self.read_query(target, caller, body)
+            if len(body) <= MEMO_BODY_BYTES:
+                _remember(self._queries, (target, caller, body), query)
+        if caller.is_deferring and self.batches is not None:
+            return await self.batches.defer(query, target.path_qs, caller.headers)
         client = Client(
             request_id, int(self._clock() * 1000), started_s, target.path_qs, caller.headers, caller.is_retry
         )
@@ -192,6 +207,7 @@ class ClientHandler:
             route.stream,
             key_in(query),
             is_keyless=family_of(path, {}) == "ollama",
+            place=place_of(path),
         )
 
     def _read_caller(self, request: web.BaseRequest, target: Target) -> Caller:
@@ -210,6 +226,7 @@ class ClientHandler:
             identity.scope_headers(headers, self._extra_headers),
             is_json=request.content_type == "application/json",
             is_retry=request.headers.get("x-stainless-retry-count", "0") not in ("", "0"),
+            is_deferring="respond-async" in request.headers.get("Prefer", ""),
         )
         _remember(known, headers, caller)
         return caller
@@ -266,9 +283,30 @@ class ClientHandler:
             batch=batch,
             keeps_id=facts.keeps_id,
         )
-        if len(raw) <= MEMO_BODY_BYTES:
-            _remember(self._queries, (target, caller, raw), query)
         return query
+
+    def read_line(self, path_qs: str, tenant: str, headers: tuple[tuple[bytes, bytes], ...], raw: bytes) -> Query:
+        """The question in a body that came in a batch, or came earlier. Raises BadRequest."""
+        caller = self._of_lines.get((tenant, headers))
+        if caller is None:
+            scope_headers = identity.scope_headers(headers, self._extra_headers)
+            caller = Caller(tenant, headers, scope_headers, is_json=True, is_retry=False)
+            _remember(self._of_lines, (tenant, headers), caller)
+        return self.read_query(self.target_of(path_qs), caller, raw)
+
+    def target_of(self, path_qs: str) -> Target:
+        """The target of a path that was asked for before."""
+        if (target := self._targets.get(path_qs)) is None:
+            path, mark, query = path_qs.partition("?")
+            target = self.target(path, mark + query)
+            _remember(self._targets, path_qs, target)
+        return target
+
+    def dialect_of(self, path_qs: str) -> Dialect:
+        """Which dialect speaks on a path that has one."""
+        dialect = self.target_of(path_qs).dialect
+        assert dialect is not None
+        return dialect
 
     # -- writing --------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Final, NamedTuple
 
 from aiohttp import WSCloseCode, WSMsgType, web
@@ -49,6 +49,7 @@ class Passing(NamedTuple):
     headers: tuple[tuple[bytes, bytes], ...]
     family: str
     started_s: float  # time.perf_counter
+    body: bytes | AsyncIterator[bytes] | None = None  # where it was read before it was known to pass through
 
 
 class Glance:
@@ -100,7 +101,7 @@ class PassThrough:
             self._telemetry.lookup(outcome)
 
     async def _forward(self, request: web.BaseRequest, asked: Passing, entry: _Entry) -> web.StreamResponse:
-        body = body_stream(request, self._limits)
+        body = body_stream(request, self._limits) if asked.body is None else asked.body
         answer = await self._upstream.open(entry.upstream, request.method, asked.path_qs, asked.headers, body)
         entry.status = answer.status
         entry.first_byte_s = time.perf_counter()

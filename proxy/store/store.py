@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from proxy.core.errors import ConfigError
 from proxy.core.saving import Pricing
 from proxy.store import migrate
+from proxy.store.batches import Batches
 from proxy.store.comparisons import Comparisons
 from proxy.store.engine import DATABASE_ERRORS, Database, fault_of, open_database, transaction
 from proxy.store.entries import Entries
@@ -37,6 +38,7 @@ class Store:
     ledger: SqlLedger
     queries: Queries
     comparisons: Comparisons
+    batches: Batches
 
     @property
     def state(self) -> str:
@@ -113,7 +115,8 @@ async def open_store(
         await writer.close()
         await database.close()
         raise
-    return Store(database, writer, entries, ledger, Queries(database), Comparisons(database, writer))
+    queries, comparisons = Queries(database), Comparisons(database, writer)
+    return Store(database, writer, entries, ledger, queries, comparisons, Batches(database, writer))
 
 
 async def migrate_store(url: str | None, data_dir: Path) -> migrate.Migrated:
