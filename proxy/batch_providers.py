@@ -28,7 +28,7 @@ _BOUNDARY: Final = b"ibid-7d9f1c52a4e84b0e"
 _UNSENT: Final = frozenset(
     {b"accept", b"content-length", b"content-type", b"content-encoding", b"idempotency-key", b"prefer"}
 )
-_NUMBER = re.compile(r"-(\d{1,9})")
+_NUMBER = re.compile(r"-(\d{1,9})\Z")
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
 
