@@ -466,6 +466,9 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
                 batches.deferred.stop()
                 batches.engine.stop()
             await clients.stop(settings.server.drain_timeout_s)
+            if batches is not None:
+                await batches.engine.drained(settings.server.drain_timeout_s)
+                await batches.deferred.drained(settings.server.drain_timeout_s)
             await tasks.close(5.0)
             if edges.index is not None:
                 with contextlib.suppress(IndexRoomError):

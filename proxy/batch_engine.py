@@ -83,6 +83,7 @@ class Engine:
         self._batches: dict[str, bool] = dict.fromkeys(without_batches, False)  # by upstream, as far as known
         self._probing: dict[str, asyncio.Lock] = {}
         self._runs: dict[str, Run] = {}
+        self._working: set[asyncio.Task[None]] = set()
         self._closing = False
 
     # -- jobs ---------------------------------------------------------------------------------------------------
@@ -137,10 +138,17 @@ class Engine:
         for run in self._runs.values():
             run.stop()
 
+    async def drained(self, within_s: float) -> None:
+        """After `stop`: what was being asked has ended, and is written down."""
+        if self._working:
+            await asyncio.wait(self._working, timeout=within_s)
+
     def _spawn(self, job: Job, headers: RawHeaders) -> None:
         run = self._runs[job.id] = Run(self, job, headers)
         try:
-            _ = self._tasks.spawn(self._work(run, headers), "batch")
+            task = self._tasks.spawn(self._work(run, headers), "batch")
+            self._working.add(task)
+            task.add_done_callback(self._working.discard)
         except RuntimeError:  # closing: the next process goes on with it
             del self._runs[job.id]
 

@@ -111,7 +111,7 @@ class Run:
             keeping.cancel()
             await asyncio.gather(keeping, return_exceptions=True)
             if self.stopping:
-                await self._save()
+                await self._save_surely()
 
     def stop(self) -> None:
         """Begin nothing more; what is being asked ends."""
@@ -329,11 +329,11 @@ class Run:
                     self._sent[part.number] = set(numbers)
                     self._rows += [LineRow(number, "sent", part.number) for number in numbers]
                     self._made.append(part)
-                    await self._save()
+                    await self._save_surely()
                 part.provider_id = await provider.create(upstream, self._headers, handed(), part.input_file_id)
                 part.state = "running"
                 self._made.append(part)
-                await self._save()
+                await self._save_surely()
                 return
             except NoBatchApi:
                 self._engine.remember_none(upstream)
@@ -545,6 +545,17 @@ class Run:
                 await asyncio.sleep(1.0)
                 self._wake.set()
 
+    async def _save_surely(self) -> None:
+        """Return when what there is, is committed, or this run is to stop."""
+        while True:
+            try:
+                await self._save()
+                return
+            except CacheFault:
+                if self.stopping:
+                    raise
+                await asyncio.sleep(1.0)
+
     async def _save(self) -> None:
         async with self._saving:
             rows, parts = self._rows, list({part.number: part for part in self._made}.values())
@@ -568,7 +579,7 @@ class Run:
         self.job.errors = faults
         self.job.total = 0
         self.job.reach("failed", self._now_ms())
-        await self._save()
+        await self._save_surely()
 
     async def _finalize(self) -> None:
         """Report what nobody answered, then show the outputs."""
@@ -584,6 +595,7 @@ class Run:
                         self._lose(number, await self._query(leader), state, None)
         job, now_ms = self.job, self._now_ms()
         job.reach("finalizing", now_ms)
+        await self._save_surely()  # no results are shown before all of them are there
         if job.dialect == "openai":
             await self._show_outputs(now_ms)
         end = "completed"
@@ -594,7 +606,7 @@ class Run:
         elif job.expired:
             end = "expired"
         job.reach(end, self._now_ms())
-        await self._save()
+        await self._save_surely()
 
     @property
     def _asks_what_is_lost(self) -> bool:
@@ -615,7 +627,7 @@ class Run:
             name = f"{part}_file_id"
             if size_bytes and not getattr(job, name):
                 setattr(job, name, self._engine.new_name("file-"))
-        await self._save()
+        await self._save_surely()
         for part, size_bytes in (("output", job.output_bytes), ("error", job.error_bytes)):
             file_id = getattr(job, f"{part}_file_id")
             if file_id:

@@ -52,6 +52,7 @@ class DeferredCalls:
         self._collect_s = collect_s
         self._keep_s = keep_s
         self._under_way: set[str] = set()
+        self._working: set[asyncio.Task[None]] = set()
         self._groups: dict[tuple[str, RawHeaders, str, str, str], _Group] = {}
 
     async def start(self) -> None:
@@ -104,6 +105,11 @@ class DeferredCalls:
                 group.timer.cancel()
         self._groups.clear()
 
+    async def drained(self, within_s: float) -> None:
+        """After `stop`: what was being asked has ended, and is written down."""
+        if self._working:
+            await asyncio.wait(self._working, timeout=within_s)
+
     @property
     def waiting(self) -> int:
         return len(self._under_way)
@@ -121,7 +127,9 @@ class DeferredCalls:
     def _begin(self, call: Deferred, query: Query, headers: RawHeaders) -> None:
         self._under_way.add(call.id)
         try:
-            _ = self._tasks.spawn(self._work(call, query, headers), "deferred")
+            task = self._tasks.spawn(self._work(call, query, headers), "deferred")
+            self._working.add(task)
+            task.add_done_callback(self._working.discard)
         except RuntimeError:  # closing
             self._under_way.discard(call.id)
 
