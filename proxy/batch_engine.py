@@ -153,7 +153,7 @@ class Engine:
             del self._runs[job.id]
 
     async def _work(self, run: Run, headers: RawHeaders) -> None:
-        job = run.job
+        job, knows_why = run.job, False
         try:
             while True:
                 try:
@@ -164,12 +164,23 @@ class Engine:
                 await asyncio.sleep(RETRY_S)
                 again = await self._reread(job)
                 if again is None or self._closing:
+                    knows_why = True
                     return
                 run = self._runs[job.id] = Run(self, again, headers)
+            knows_why = True
             if run.job.is_ended:
                 log.info("a batch ended", extra=_told(run.job))
         finally:
             self._runs.pop(job.id, None)
+            if not knows_why and not self._closing:
+                await self._give_up(run.job)
+
+    async def _give_up(self, job: Job) -> None:
+        """A fault of ours: said, rather than met again whenever somebody asks."""
+        message = "Something failed inside ibid."
+        job.errors = [*job.errors, {"code": "internal_error", "line": None, "message": message, "param": None}]
+        job.reach("failed", int(self.clock() * 1000))
+        await self.store.save(job, (), (), self.worker, 0)
 
     async def _reread(self, job: Job) -> Job | None:
         while not self._closing:

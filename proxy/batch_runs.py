@@ -88,30 +88,32 @@ class Run:
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
+        self._waiters: list[asyncio.Future[None]] = []
         self._saving = asyncio.Lock()
 
     # -- the story ----------------------------------------------------------------------------------------------
 
     async def go(self) -> None:
-        """Raises CacheFault when the database cannot answer: nothing is lost, it can be taken up again."""
-        keeping = asyncio.ensure_future(self._keep_saving())
-        try:
-            if faults := await self._read_file():
-                await self._fail(faults)
-                return
-            if self.job.status == "validating":
-                self.job.reach("in_progress", self._now_ms())
-            await self._take_up()
-            await self._answer_all()
-            await self._hand_in_all()
-            await self._follow_parts()
-            if not self.stopping:
-                await self._finalize()
-        finally:
-            keeping.cancel()
-            await asyncio.gather(keeping, return_exceptions=True)
-            if self.stopping:
-                await self._save_surely()
+        """Raises an ExceptionGroup of CacheFault when the database cannot answer: it can be taken up again."""
+        async with asyncio.TaskGroup() as group:  # a saver that breaks ends the work, whose workers wait for it
+            saving = group.create_task(self._keep_saving())
+            await self._work()
+            saving.cancel()
+        if self.stopping:
+            await self._save_surely()
+
+    async def _work(self) -> None:
+        if faults := await self._read_file():
+            await self._fail(faults)
+            return
+        if self.job.status == "validating":
+            self.job.reach("in_progress", self._now_ms())
+        await self._take_up()
+        await self._answer_all()
+        await self._hand_in_all()
+        await self._follow_parts()
+        if not self.stopping:
+            await self._finalize()
 
     def stop(self) -> None:
         """Begin nothing more; what is being asked ends."""
@@ -240,11 +242,12 @@ class Run:
             for _ in range(self._engine.concurrency):
                 group.create_task(work())
 
-    async def _begin(self, number: int) -> None:
+    async def _begin(self, number: int, query: Query | None = None) -> None:
+        """Answer a line, and those that repeat it. `query` is that of its leader, when it is not one itself."""
         if (refused := self._refused.get(number)) is not None:
             self._finish(number, refused)
             return
-        query = await self._query(number)
+        query = query or await self._query(number)
         if self._engine.has_batches(query.upstream) is False or query.controls.only_if_cached:
             await self._ask(number, query)
             return
@@ -254,7 +257,7 @@ class Run:
             self._finish(number, found)
             for follower in self._followers.get(number, ()):
                 if not self._ended[follower]:
-                    await self._begin(follower)
+                    await self._begin(follower, query)
             await asyncio.sleep(0)
         elif await self._engine.probe(query.upstream, self.job.path, self._headers):
             place = (query.upstream, query.model if self._engine.provider(self.job.path).is_per_model else "")
@@ -270,6 +273,9 @@ class Run:
                 return
             answered = await self._engine.lines.ask(query, self._client(), self.job.deadline_ms / 1000)
         self._finish_all(number, query, answered)
+        committed = asyncio.get_running_loop().create_future()
+        self._waiters.append(committed)
+        await committed  # so that a crash costs no more calls than there are workers
 
     def _client(self) -> Client:
         return self._engine.lines.client(self.job.path, self._headers)
@@ -559,14 +565,18 @@ class Run:
     async def _save(self) -> None:
         async with self._saving:
             rows, parts = self._rows, list({part.number: part for part in self._made}.values())
-            self._rows, self._made = [], []
+            waiters = self._waiters
+            self._rows, self._made, self._waiters = [], [], []
             engine = self._engine
             try:
                 lease_ms = self._now_ms() + int(LEASE_S * 1000)
                 status = await engine.store.save(self.job, rows, parts, engine.worker, lease_ms)
             except BaseException:
-                self._rows, self._made = rows + self._rows, parts + self._made
+                self._rows, self._made, self._waiters = rows + self._rows, parts + self._made, waiters + self._waiters
                 raise
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
             self._room.set()
             if status is None:
                 self.stop()  # another process has it, or it was deleted

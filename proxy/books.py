@@ -24,6 +24,7 @@ from proxy.core.model import (
     Draft,
     Entry,
     Hit,
+    Miss,
     NearMiss,
     Outcome,
     Query,
@@ -37,6 +38,7 @@ from proxy.hot import HotRow
 from proxy.judge import Opinion
 from proxy.telemetry import Telemetry
 
+_REPEATED = Miss("repeated")
 MECHANISMS = {Tier.EXACT: "cache.exact", Tier.SEMANTIC: "cache.semantic", Tier.STALE: "cache.stale"}
 
 
@@ -241,7 +243,7 @@ class Books:
             outcome=word,
             status=status,
             cache_status="MISS",
-            reason="repeated",
+            reason=_REPEATED.reason,
             mechanism="batch.dedup",
             model_served=model_served,
             similarity=None,

@@ -247,7 +247,7 @@ class Batches:
     async def _deferred(self, *conditions: Any) -> list[Deferred]:
         statement = select(*(deferred.c[name] for name in _DEFERRED)).where(*conditions)
         found = []
-        for row in await self._database.rows(statement.order_by(deferred.c.created_ms)):
+        for row in await self._database.rows(statement.order_by(deferred.c.created_ms, deferred.c.id)):
             values = dict(row._mapping)
             values |= {"headers": _pairs(values["headers"]), "needs_owner": bool(values["needs_owner"])}
             found.append(Deferred(**values))

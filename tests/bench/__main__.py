@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-BENCHES = ("tests.bench.http", "tests.bench.search", "tests.bench.capacity")
+BENCHES = ("tests.bench.http", "tests.bench.search", "tests.bench.capacity", "tests.bench.batch")
 
 
 def main() -> int:

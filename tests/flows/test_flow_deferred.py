@@ -34,8 +34,10 @@ async def later(ibid, prompt: str, headers=LATER, **fields: Any) -> str:
 
 async def fetched(ibid, place: str) -> Reply:
     async with asyncio.timeout(10):
-        while (reply := await get(ibid, place)).status == 202:
+        reply = await get(ibid, place)
+        while reply.status == 202:
             await asyncio.sleep(0.01)
+            reply = await get(ibid, place)
     return reply
 
 
