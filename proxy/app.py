@@ -455,7 +455,7 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
         if edges.store.database.dialect == "postgresql":  # SQLite has one process
             endless.append(background.spawn(follow(app), "follow"))
         if (batches := handler.batches) is not None:
-            _ = tasks.spawn(take_up(batches), "batches")
+            endless.append(background.spawn(take_up(batches, edges.store.database.dialect), "batches"))
         try:
             yield app
         finally:
@@ -475,13 +475,17 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
                     await edges.index.snapshot(settings.data_dir / SNAPSHOT_NAME)
 
 
-async def take_up(batches: BatchApi) -> None:
-    """Go on with batches and deferred calls of an earlier process."""
-    try:
-        await batches.engine.start()
-        await batches.deferred.start()
-    except CacheFault as fault:
-        log.error("batches of before wait for their owners to ask", extra={"cause": fault.message})
+async def take_up(batches: BatchApi, database: str) -> None:
+    """Go on with batches and deferred calls of an earlier process, and of replicas that are gone."""
+    while True:
+        try:
+            await batches.engine.start()
+            await batches.deferred.start()
+        except CacheFault as fault:
+            log.warning("batches of before wait", extra={"cause": fault.message})
+        if database == "sqlite":  # one process: nobody else can leave any
+            return
+        await asyncio.sleep(HOUSEKEEPING_S)
 
 
 def watch(

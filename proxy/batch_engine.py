@@ -104,10 +104,12 @@ class Engine:
         """Work on a job that nobody works on, with what its owner has just sent. Raises CacheFault."""
         if job.is_ended or job.id in self._runs or self._closing:
             return
-        if job.needs_owner and family_of_path(job.path) not in self._keyed and not _credentials(headers):
+        if job.needs_owner and family_of_path(job.path) not in self._keyed and not has_credentials(headers):
             return
         if await self.store.claim(job.id, self.worker, int(self.clock() * 1000), self._lease_ms()):
-            self._spawn(job, joined(job.headers, headers))
+            fresh = await self.store.job(job.id, job.tenant)  # as whoever held it has left it
+            if fresh is not None and job.id not in self._runs:
+                self._spawn(fresh, joined(job.headers, headers))
 
     def live(self, job_id: str) -> Job | None:
         """A job that this process works on, as it is at this moment."""
@@ -246,10 +248,10 @@ def kept(headers: Sequence[tuple[bytes, bytes]]) -> tuple[tuple[tuple[str, str],
         low = name.lower()
         if low in KEPT_HEADERS or low.startswith(KEPT_PREFIXES):
             shown.append((low.decode("latin-1"), value.decode("latin-1")))
-    return tuple(shown), _credentials(headers)
+    return tuple(shown), has_credentials(headers)
 
 
-def _credentials(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+def has_credentials(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     return any(name.lower() in CREDENTIALS for name, _ in headers)
 
 

@@ -246,13 +246,13 @@ class BatchApi:
         return jobs
 
     async def _job(self, asked: Passing, job_id: str, dialect: str) -> Job:
-        job = await self._store.job(job_id, asked.tenant)
-        if job is None or job.dialect != dialect:
+        live = self.engine.live(job_id)  # first: what was read before it ended would be stale
+        job = await self._store.job(job_id, asked.tenant) if live is None else live
+        if job is None or job.dialect != dialect or job.tenant != asked.tenant:
             shown = "batch" if dialect == "openai" else "message batch"
             raise BadRequest(f"No {shown} found with id '{job_id}'.", status=404, code="not_found", param="id")
-        if (live := self.engine.live(job_id)) is not None:
-            return live
-        await self.engine.resume(job, asked.headers)
+        if live is None:
+            await self.engine.resume(job, asked.headers)
         return job
 
     # -- Anthropic's message batches --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import orjson
 
-from proxy.batch_engine import Engine, RawHeaders, is_batchable, joined, kept, of_lines
+from proxy.batch_engine import Engine, RawHeaders, has_credentials, is_batchable, joined, kept, of_lines
 from proxy.batch_files import FileWriter
 from proxy.batch_lines import Answered
 from proxy.core.batches import BatchFile, Deferred, Job, read_reply, spell_reply
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 BATCH_DEADLINE_S = 3600.0
 COLLECT_LINES = 1000
 MARGIN_S = 600.0  # before a deadline: time to ask for what a batch did not bring
+LEASE_MS = 1_200_000  # a call is another process's after that: longer than any answer may take
 RETRY_AFTER_S = 2
 
 Reply = tuple[int, list[tuple[str, str]], bytes]
@@ -58,8 +59,8 @@ class DeferredCalls:
     async def start(self) -> None:
         """Go on with what an earlier process left, where that needs nobody. Raises CacheFault."""
         for call in await self._engine.store.open_deferred():
-            if not call.needs_owner:
-                self._take_up(call, joined(call.headers, ()))
+            if not call.needs_owner and call.id not in self._under_way:
+                await self._take_up(call, joined(call.headers, ()))
 
     async def accept(self, query: Query, path_qs: str, headers: Sequence[tuple[bytes, bytes]]) -> Deferred:
         """Write a call down and begin it. Raises BadRequest for a deadline that cannot be read, CacheFault."""
@@ -69,7 +70,7 @@ class DeferredCalls:
         call = Deferred(
             id=self._engine.new_name("def_"),
             tenant=query.tenant,
-            path_qs=path_qs,
+            path_qs=without_key(path_qs),
             headers=shown,
             needs_owner=needs_owner,
             body=query.body,
@@ -77,7 +78,7 @@ class DeferredCalls:
             deadline_ms=None if deadline_s is None else now_ms + int(deadline_s * 1000),
             expires_ms=now_ms + int(self._keep_s * 1000),
         )
-        await self._engine.store.put_deferred(call)
+        await self._engine.store.put_deferred(call, self._engine.worker, now_ms + LEASE_MS)
         self._begin(call, query, of_lines(headers))
         return call
 
@@ -95,7 +96,7 @@ class DeferredCalls:
         if job is not None and not job.is_ended:
             await self._engine.resume(job, headers)
         elif call.id not in self._under_way:
-            self._take_up(call, joined(call.headers, headers))
+            await self._take_up(call, joined(call.headers, headers))
         return call
 
     def stop(self) -> None:
@@ -116,7 +117,13 @@ class DeferredCalls:
 
     # -- one call -------------------------------------------------------------------------------------------------
 
-    def _take_up(self, call: Deferred, headers: RawHeaders) -> None:
+    async def _take_up(self, call: Deferred, headers: RawHeaders) -> None:
+        """Begin a call that nobody works on any more, if whoever asks about it may send it."""
+        if call.needs_owner and not has_credentials(headers):
+            return
+        now_ms = int(self._engine.clock() * 1000)
+        if not await self._engine.store.claim_deferred(call.id, self._engine.worker, now_ms, now_ms + LEASE_MS):
+            return
         try:
             query = self._engine.read(call.path_qs, call.tenant, headers, call.body)
         except BadRequest as error:  # it was read once: the rules have changed since
@@ -221,6 +228,13 @@ class DeferredCalls:
             log.warning("deferred calls cannot be handed in", extra={"reason": fault.code})
         finally:
             self._under_way.difference_update([call.id for call in calls])
+
+
+def without_key(path_qs: str) -> str:
+    """A path whose query holds no credential; it travels in a header, which is in memory alone."""
+    path, mark, query = path_qs.partition("?")
+    shown = "&".join(pair for pair in query.split("&") if pair.partition("=")[0] != "key")
+    return path + mark + shown if shown else path
 
 
 def requests_line(custom_id: str, body: bytes) -> bytes:

@@ -119,6 +119,8 @@ def upgrade() -> None:
         sa.Column("job_id", sa.Text(), nullable=False),
         sa.Column("number", sa.Integer(), nullable=False),
         sa.Column("reply", sa.LargeBinary(), nullable=True),
+        sa.Column("worker", sa.Text(), nullable=False),
+        sa.Column("lease_ms", sa.BigInteger(), nullable=False),
         sa.CheckConstraint("needs_owner IN (0, 1)", name=op.f("ck_deferred_needs_owner")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_deferred")),
     )

@@ -118,15 +118,20 @@ class Batches:
         return [_job_of(row) for row in await self._database.rows(statement)]
 
     async def claim(self, job_id: str, worker: str, now_ms: int, lease_ms: int) -> bool:
-        """Whether the job is this process's now: nobody else holds it. SQLite has one process: who held it is gone."""
+        """Whether the job is this process's now: it has not ended, and nobody else holds it.
+
+        SQLite has one process: whoever held it is gone.
+        """
         free = (batch_job.c.lease_ms < now_ms) | (batch_job.c.worker == worker)
-        mine = batch_job.c.id == job_id
+        mine = (batch_job.c.id == job_id) & batch_job.c.status.not_in(sorted(ENDED))
         if self._database.dialect == "postgresql":
             mine &= free
 
+        return await self._claimed(update(batch_job).where(mine).values(worker=worker, lease_ms=lease_ms))
+
+    async def _claimed(self, change: Any) -> bool:
         async def act(connection: AsyncConnection) -> bool:
-            changed = await connection.execute(update(batch_job).where(mine).values(worker=worker, lease_ms=lease_ms))
-            return changed.rowcount == 1
+            return (await connection.execute(change)).rowcount == 1
 
         return await self._writer.run(act)
 
@@ -166,12 +171,7 @@ class Batches:
     async def cancel(self, job_id: str, times: dict[str, int]) -> bool:
         """Mark a job that has not ended as cancelling; whether there was one."""
         open_ = (batch_job.c.id == job_id) & batch_job.c.status.not_in(sorted(ENDED))
-        change = update(batch_job).where(open_).values(status="cancelling", times=_dumped(times))
-
-        async def act(connection: AsyncConnection) -> bool:
-            return (await connection.execute(change)).rowcount == 1
-
-        return await self._writer.run(act)
+        return await self._claimed(update(batch_job).where(open_).values(status="cancelling", times=_dumped(times)))
 
     async def delete_job(self, job: Job) -> None:
         """With its lines, and with its input when that came without a file."""
@@ -230,8 +230,8 @@ class Batches:
 
     # -- deferred calls ---------------------------------------------------------------------------------------------
 
-    async def put_deferred(self, call: Deferred) -> None:
-        values = {name: getattr(call, name) for name in _DEFERRED}
+    async def put_deferred(self, call: Deferred, worker: str, lease_ms: int) -> None:
+        values = {name: getattr(call, name) for name in _DEFERRED} | {"worker": worker, "lease_ms": lease_ms}
         values |= {"headers": _dumped(call.headers), "needs_owner": int(call.needs_owner)}
         await self._run(insert(deferred).values(values))
 
@@ -252,6 +252,13 @@ class Batches:
             values |= {"headers": _pairs(values["headers"]), "needs_owner": bool(values["needs_owner"])}
             found.append(Deferred(**values))
         return found
+
+    async def claim_deferred(self, call_id: str, worker: str, now_ms: int, lease_ms: int) -> bool:
+        """As `claim`, of a call."""
+        open_ = (deferred.c.id == call_id) & deferred.c.reply.is_(None)
+        if self._database.dialect == "postgresql":
+            open_ &= deferred.c.lease_ms < now_ms
+        return await self._claimed(update(deferred).where(open_).values(worker=worker, lease_ms=lease_ms))
 
     async def settle_deferred(self, call_id: str, reply: bytes) -> None:
         await self._run(update(deferred).where(deferred.c.id == call_id).values(reply=reply))

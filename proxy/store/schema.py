@@ -332,6 +332,8 @@ deferred = Table(
     Column("job_id", Text, nullable=False),  # of the batch it went with, or ""
     Column("number", Integer, nullable=False),
     Column("reply", LargeBinary),
+    Column("worker", Text, nullable=False),  # as of a batch_job
+    Column("lease_ms", BigInteger, nullable=False),
     Index(None, "expires_ms"),
     CheckConstraint("needs_owner IN (0, 1)", name="needs_owner"),
 )

@@ -145,6 +145,28 @@ async def test_a_message_is_deferred_in_its_own_dialect(data_dir, up):
         assert len(theirs.batches) == 1
 
 
+async def test_a_key_in_the_query_is_not_written_down(data_dir, up):
+    said = {"candidates": [{"content": {"role": "model", "parts": [{"text": "It is."}]}, "finishReason": "STOP"}],
+            "usageMetadata": {"promptTokenCount": 3, "candidatesTokenCount": 2, "totalTokenCount": 5}}  # fmt: skip
+    up.default = Json(200, said)
+    path = "/v1beta/models/gemini-3-flash:generateContent?key=AIza-secret"
+    body = {"contents": [{"role": "user", "parts": [{"text": "What is it?"}]}]}
+    async with running(data_dir, up.url, QUICK) as ibid:
+        async with ibid.session.post(ibid.url + path, json=body, headers=LATER) as response:
+            assert response.status == 202
+            place = response.headers["Location"]
+        async with asyncio.timeout(10):
+            status = 202
+            while status == 202:
+                async with ibid.session.get(f"{ibid.url}{place}?key=AIza-secret") as response:
+                    status, told = response.status, await response.json()
+        assert told["candidates"][0]["content"]["parts"][0]["text"] == "It is."
+        assert up.requests[-1].header("x-goog-api-key") == "AIza-secret"
+        for file in data_dir.rglob("*"):
+            if file.is_file() and "models" not in file.parts:
+                assert b"AIza-secret" not in file.read_bytes(), file
+
+
 async def test_deferred_calls_survive_a_kill_and_wait_for_their_owner(data_dir, up):
     theirs = BatchUpstream(up, polls=0)
     async with serving(data_dir, up.url, {**QUICK, "batch": {"poll_interval_s": 0.02, "collect_s": 0}}) as process:

@@ -26,7 +26,8 @@ def job(name: str = "j", **changes: Any) -> Job:
     fields: dict[str, Any] = {
         "id": name, "tenant": TENANT, "dialect": "openai", "path": "/v1/embeddings", "status": "in_progress",
         "input_file_id": "f", "created_ms": NOON_MS, "deadline_ms": NOON_MS + HOUR_MS,
-        "expires_ms": NOON_MS + HOUR_MS, "headers": (("accept", "x"),), "metadata": {"a": "é"}, "times": {"x": 1}, "errors": [],
+        "expires_ms": NOON_MS + HOUR_MS, "headers": (("accept", "x"),), "metadata": {"a": "é"}, "times": {"x": 1},
+        "errors": [],
     }  # fmt: skip
     return Job(**{**fields, **changes})
 
@@ -129,6 +130,8 @@ async def test_a_job_is_worked_on_by_one_process(store):
     assert await batches.claim("j", "v", NOON_MS + 1, NOON_MS + 5)
     assert await batches.save(job(), (), (), "w", NOON_MS) is None
     assert not await batches.claim("nobody", "v", NOON_MS, NOON_MS)
+    await batches.create_job(job("ended", status="completed"), "", 0)
+    assert not await batches.claim("ended", "v", NOON_MS, NOON_MS)
 
 
 def call(name: str, **changes: Any) -> Deferred:
@@ -142,10 +145,14 @@ def call(name: str, **changes: Any) -> Deferred:
 async def test_a_deferred_call_is_open_until_it_has_a_reply_or_a_batch(store):
     batches = store.batches
     for name in "abc":
-        await batches.put_deferred(call(name))
+        await batches.put_deferred(call(name), "w", NOON_MS)
     assert await batches.deferred("a", TENANT) == call("a")
     assert await batches.deferred("a", OTHER) is None
+    is_fleet = store.database.dialect == "postgresql"
+    assert await batches.claim_deferred("a", "v", NOON_MS - 1, NOON_MS) is not is_fleet
+    assert await batches.claim_deferred("a", "v", NOON_MS + 1, NOON_MS)
     await batches.settle_deferred("a", b"reply")
+    assert not await batches.claim_deferred("a", "v", NOON_MS + 9, NOON_MS)
     await batches.join_deferred("j", ["c", "b"])
     assert [one.id for one in await batches.open_deferred()] == ["b", "c"]  # that batch was never made
     await batches.create_job(job(), "w", NOON_MS)
@@ -161,7 +168,7 @@ async def test_what_has_expired_is_gone(store, late):
     await batches.begin_file(file("begun"))
     await batches.create_job(job(), "w", NOON_MS)
     await batches.save(job(), [LineRow(0, "ok", None, b"x")], [], "w", NOON_MS)
-    await batches.put_deferred(call("d"))
+    await batches.put_deferred(call("d"), "w", NOON_MS)
     await batches.housekeep(NOON_MS + HOUR_MS + (1 if late else -1))
     there = [await batches.file("f", TENANT), await batches.job("j", TENANT), await batches.deferred("d", TENANT)]
     assert [one is None for one in there] == [late] * 3
