@@ -37,6 +37,9 @@ from proxy import admin, listener, logs
 from proxy.admin_auth import LOOPBACK_NAMES, Gate, load_token
 from proxy.arbiter import Arbiter
 from proxy.audits import Auditor
+from proxy.batch_engine import Engine
+from proxy.batch_http import BatchApi
+from proxy.batch_lines import Lines
 from proxy.books import Books
 from proxy.config import Settings, UpstreamSettings
 from proxy.core.answer import decode_answer
@@ -44,6 +47,7 @@ from proxy.core.dialects.routes import Routes
 from proxy.core.errors import CacheFault, ConfigError
 from proxy.core.model import Answer
 from proxy.core.rates import writes_cost_extra
+from proxy.deferred import DeferredCalls
 from proxy.embeddings import Embeddings
 from proxy.explain import Explainer
 from proxy.handlers import ClientHandler
@@ -245,6 +249,7 @@ async def housekeep(app: App, index: VectorOwner | None) -> None:
             app.pipeline.forget(await app.store.entries.housekeep(now_ms, stale_for_ms=kept_ms))
             await app.store.comparisons.housekeep()
             await app.store.votes.housekeep()
+            await app.store.batches.housekeep(now_ms)
             if index is not None and time.monotonic() - saved_s >= app.settings.index.snapshot_interval_s:
                 await index.snapshot(app.settings.data_dir / SNAPSHOT_NAME)
                 saved_s = time.monotonic()
@@ -387,7 +392,42 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks, finishing: Tasks) -
         anonymous=settings.server.anonymous,
         keyless=settings.server.listen.host in LOOPBACK_NAMES,
     )
+    if settings.batch.serve:
+        handler.batches = batch_api(settings, edges, tasks, handler, Lines(
+            pipeline, embeddings, books, settings.rules, aliases_of(settings.forward.model_aliases),
+            settings.cache.usage_on_hit,
+        ))  # fmt: skip
     return pipeline, handler
+
+
+def batch_api(settings: Settings, edges: Edges, tasks: Tasks, handler: ClientHandler, lines: Lines) -> BatchApi:
+    """Batches and deferred calls, not started."""
+    ours, keep_s = settings.batch, settings.batch.keep_days * 86_400
+    upstreams = settings.upstreams.items()
+    keyless = {upstream.dialect for _, upstream in upstreams if upstream.key is None}
+    without = [name for name, one in upstreams if one.batch == "off" or one.dialect not in ("openai", "anthropic")]
+    engine = Engine(
+        store=edges.store.batches,
+        lines=lines,
+        upstream=edges.upstreams,
+        read=handler.read_line,
+        dialect_of=handler.dialect_of,
+        tasks=tasks,
+        without_batches=without,
+        keyed=frozenset({"openai", "anthropic"} - keyless),
+        concurrency=ours.concurrency,
+        poll_s=ours.poll_interval_s,
+        max_lines=ours.max_lines,
+        line_limit_bytes=settings.limits.body_bytes,
+    )
+    return BatchApi(
+        engine=engine,
+        deferred=DeferredCalls(engine, tasks, collect_s=ours.collect_s, keep_s=keep_s),
+        passing=handler.passing,
+        upstream=edges.upstreams,
+        limits=settings.limits,
+        keep_s=keep_s,
+    )
 
 
 async def open_admin(settings: Settings, operator: Operator, edges: Edges, token: str) -> web.AppRunner:
@@ -466,6 +506,8 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
             endless.append(background.spawn(reindex.run(), "reindex"))
         if edges.store.database.dialect == "postgresql":  # SQLite has one process
             endless.append(background.spawn(follow(app), "follow"))
+        if (batches := handler.batches) is not None:
+            endless.append(background.spawn(take_up(batches, edges.store.database.dialect), "batches"))
         try:
             yield app
         finally:
@@ -473,12 +515,31 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
             for task in endless:
                 task.cancel()
             drained_s = time.perf_counter() + settings.server.drain_timeout_s
+            if batches is not None:
+                batches.deferred.stop()
+                batches.engine.stop()
             await clients.stop(settings.server.drain_timeout_s)
+            if batches is not None:
+                await batches.engine.drained(settings.server.drain_timeout_s)
+                await batches.deferred.drained(settings.server.drain_timeout_s)
             await finishing.close(max(0.0, drained_s - time.perf_counter()))
             await tasks.close(5.0)
             if edges.index is not None:
                 with contextlib.suppress(IndexRoomError):
                     await edges.index.snapshot(settings.data_dir / SNAPSHOT_NAME)
+
+
+async def take_up(batches: BatchApi, database: str) -> None:
+    """Go on with batches and deferred calls of an earlier process, and of replicas that are gone."""
+    while True:
+        try:
+            await batches.engine.start()
+            await batches.deferred.start()
+        except CacheFault as fault:
+            log.warning("batches of before wait", extra={"cause": fault.message})
+        if database == "sqlite":  # one process: nobody else can leave any
+            return
+        await asyncio.sleep(HOUSEKEEPING_S)
 
 
 def watch(
@@ -491,6 +552,10 @@ def watch(
     gauge("ibid_queue_length", "Waiting work", lambda: handler.admission.queued, queue="admission")
     gauge("ibid_queue_length", "Waiting work", lambda: app.store.ledger.waiting, queue="ledger")
     gauge("ibid_queue_length", "Waiting work", lambda: app.store.writer.waiting, queue="store")
+    if (batches := handler.batches) is not None:
+        gauge("ibid_batches", "Batches being worked on", lambda: batches.engine.running)
+        gauge("ibid_batch_lines", "Lines of batches that wait for an answer", lambda: batches.engine.lines_left)
+        gauge("ibid_deferred", "Deferred calls under way", lambda: batches.deferred.waiting)
     gauge("ibid_hot_bytes", "Memory of rows served without SQL", lambda: app.pipeline.hot.size_bytes)
     gauge("ibid_loop_stall_seconds_max", "Longest stall of the event loop", lambda: pulse.longest_ms / 1e3)
     if embedder is not None and index is not None:

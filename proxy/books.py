@@ -24,6 +24,7 @@ from proxy.core.model import (
     Draft,
     Entry,
     Hit,
+    Miss,
     NearMiss,
     Outcome,
     Query,
@@ -39,6 +40,7 @@ from proxy.lanes.attempt import Attempt
 from proxy.lanes.sending import Sending, plain
 from proxy.telemetry import Telemetry
 
+_REPEATED = Miss("repeated")
 MECHANISMS = {Tier.EXACT: "cache.exact", Tier.SEMANTIC: "cache.semantic", Tier.STALE: "cache.stale"}
 
 
@@ -114,9 +116,10 @@ class Books:
         self._telemetry = telemetry
         self._serial = itertools.count(1)
 
-    def price(self, query: Query, usage: Usage | None, ts_ms: int) -> int:
+    def price(self, query: Query, usage: Usage | None, ts_ms: int, tier: str | None = None) -> int:
         """List price of these tokens at the model asked for, nano-dollars; 0 when either is unknown."""
-        return 0 if usage is None else self._prices.price(query.upstream, query.model, usage, query.tier, ts_ms).nusd
+        tier = query.tier if tier is None else tier
+        return 0 if usage is None else self._prices.price(query.upstream, query.model, usage, tier, ts_ms).nusd
 
     def cost(self, call: Call) -> int:
         """What a call is billed, nano-dollars; 0 when usage or price is unknown."""
@@ -322,6 +325,37 @@ class Books:
         self._ledger.record(outcome)
         saved_nusd = self.price(query, usage, client.ts_ms)
         self._telemetry.lookup(outcome, steps_ms, scope=query.scope, saved_nusd=saved_nusd)
+
+    def repeated(
+        self, query: Query, client: Client, usage: Usage | None, model_served: str, word: str, status: int
+    ) -> None:
+        """Book a line of a batch that got the answer of another line of it, which asks the same."""
+        total_ms = (time.perf_counter() - client.started_s) * 1e3
+        outcome = _outcome(
+            query,
+            request_id=client.request_id,
+            ts_ms=client.ts_ms,
+            outcome=word,
+            status=status,
+            cache_status="MISS",
+            reason=_REPEATED.reason,
+            mechanism="batch.dedup",
+            model_served=model_served,
+            similarity=None,
+            entry_id=None,
+            usage=usage,
+            total_ms=total_ms,
+        )
+        self._ledger.record(outcome)
+        self._telemetry.lookup(outcome, scope=query.scope, saved_nusd=self.price(query, usage, client.ts_ms))
+
+    def batch_tier(self, query: Query, usage: Usage | None, ts_ms: int) -> str:
+        """The tier a call of a provider's batch is booked at: "default", which is never too little, when nobody knows
+        the price of the other."""
+        if usage is None:
+            return "batch"
+        known = self._prices.price(query.upstream, query.model, usage, "batch", ts_ms).basis != "unpriced"
+        return "batch" if known else "default"
 
     def unasked(self, fetch: Fetch) -> None:
         """Book a call made for no client (an audit, a revalidation, …): all it cost is a negative saving."""

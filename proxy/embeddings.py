@@ -109,6 +109,26 @@ class Embeddings:
         reply = await self._reply(query, client, lookup, wanted, found)
         return reply if not query.controls.explain else reply.saying(explanation(query, lookup))
 
+    async def find(self, query: Query, client: Client) -> Replay | Lookup:
+        """All of it from entries, or what was looked up in vain: for those who ask an upstream in their own way."""
+        wanted = _distinct(_batch_of(query))
+        lookup, found = await self._look_up(query, client, wanted)
+        if found is None or len(found) < len(wanted) or query.controls.shadow:
+            return lookup
+        return await self._serve(query, client, lookup, found)
+
+    async def landed(self, fetch: Fetch, body: bytes) -> None:
+        """What an upstream said to all of a request in another way: its usage and model into `fetch`, its rows kept."""
+        wanted = _distinct(_batch_of(fetch.query))
+        said = _parsed(body)
+        fetch.usage = usage_in(said.get("usage")) if isinstance(said, dict) else None
+        if len(wanted) != len(_batch_of(fetch.query).inputs):
+            return  # repeats within one request, or nothing to look up: the rows are not the inputs
+        answered = await understood(said, tuple(wanted.values()), fetch.query.model)
+        if answered is not None:
+            fetch.answer = next(answers_in(answered))
+            self._keep_if_storable(fetch, Told(), tuple(wanted), answered)
+
     async def _reply(
         self,
         query: Query,
@@ -376,7 +396,7 @@ class Embeddings:
     # -- store ------------------------------------------------------------------------------------------------------
 
     def _keep_if_storable(
-        self, fetch: Fetch, response: ports.UpstreamResponse, missing: Sequence[bytes], answered: Answered
+        self, fetch: Fetch, response: ports.UpstreamResponse | Told, missing: Sequence[bytes], answered: Answered
     ) -> None:
         reason = policy.storable_vectors(
             answered.model,
@@ -412,6 +432,15 @@ class Embeddings:
     def _draft(self, fetch: Fetch, fingerprint: bytes, answer: Answer, now_ms: int) -> Draft:
         own = replace(fetch, query=replace(fetch.query, fingerprint=fingerprint))
         return draft_of(own, answer, "", self._pipeline.rules, now_ms)
+
+
+class Told:
+    """The head of an answer that came without one."""
+
+    status = 200
+
+    def header(self, _name: str) -> str | None:
+        return None
 
 
 def _spent(fetch: Fetch) -> Lookup:

@@ -17,6 +17,7 @@ from typing import TypeVar
 from aiohttp import web
 from aiohttp.hdrs import METH_PATCH, METH_POST, METH_PUT, UPGRADE
 
+from proxy.batch_http import BatchApi
 from proxy.books import Client
 from proxy.core import identity, jsontext
 from proxy.core.dialects.dialect import JSON, Dialect
@@ -67,12 +68,13 @@ class ClientHandler:
     ) -> None:
         self.admission = Admission(limits.in_flight, limits.queued, limits.queue_timeout_s)
         self.streams: set[LiveStream] = set()
+        self.batches: BatchApi | None = None  # set by `app.assemble`, for it reads its lines through this handler
         self._pipeline = pipeline
         self._embeddings = embeddings
         self._reader = reader
         self._upstream = upstream
         self._routes = routes
-        self._passing = PassThrough(upstream, ledger, telemetry, limits, clock)
+        self.passing = PassThrough(upstream, ledger, telemetry, limits, clock)
         self._telemetry = telemetry
         self._limits = limits
         self._secret = secret
@@ -85,6 +87,7 @@ class ClientHandler:
         self._callers: dict[tuple[tuple[bytes, bytes], ...], Caller] = {}
         self._without_key: dict[tuple[tuple[bytes, bytes], ...], Caller] = {}
         self._queries: dict[tuple[Target, Caller, bytes], Query] = {}
+        self._of_lines: dict[tuple[str, tuple[tuple[bytes, bytes], ...]], Caller] = {}
         self._id_prefix = os.urandom(10).hex()
         self._id_count = int.from_bytes(os.urandom(3), "big")
 
@@ -129,13 +132,21 @@ class ClientHandler:
             )  # fmt: skip
             if caller.grant is not None:
                 asked = await self._admit_passing(request, caller.grant, asked)
-            return await self._passing.answer(request, asked)
+            if target.place is not None and self.batches is not None:
+                return await self.batches.answer(request, target.place, asked)
+            return await self.passing.answer(request, asked)
         if request.method != METH_POST:
             raise BadRequest("Use POST here.", code="method_not_allowed", status=405)
         if not caller.is_json:
             raise BadRequest("Content-Type must be application/json.", code="unsupported_media_type", status=415)
         body = await read_body(request, self._limits)
-        query = self._queries.get((target, caller, body)) or self.read_query(target, caller, body)
+        query = self._queries.get((target, caller, body))
+        if query is None:
+            query = self.read_query(target, caller, body)
+            if len(body) <= MEMO_BODY_BYTES:
+                _remember(self._queries, (target, caller, body), query)
+        if caller.is_deferring and self.batches is not None:
+            return await self.batches.defer(query, target.path_qs, caller.headers)
         client = Client(
             request_id, int(self._clock() * 1000), started_s, query.path_qs, caller.headers, caller.is_retry
         )
@@ -221,6 +232,7 @@ class ClientHandler:
             is_json=request.content_type == "application/json",
             is_retry=request.headers.get("x-stainless-retry-count", "0") not in ("", "0"),
             grant=grant,
+            is_deferring="respond-async" in request.headers.get("Prefer", ""),
         )
         _remember(known, headers, caller)
         return caller
@@ -231,6 +243,29 @@ class ClientHandler:
         if len(raw) <= MEMO_BODY_BYTES:
             _remember(self._queries, (target, caller, raw), query)
         return query
+
+    def read_line(self, path_qs: str, tenant: str, headers: tuple[tuple[bytes, bytes], ...], raw: bytes) -> Query:
+        """The question in a body that came in a batch, or came earlier. Raises BadRequest."""
+        caller = self._of_lines.get((tenant, headers))
+        if caller is None:
+            scope_headers = identity.scope_headers(headers, self._extra_headers)
+            caller = Caller(tenant, headers, scope_headers, is_json=True, is_retry=False)
+            _remember(self._of_lines, (tenant, headers), caller)
+        return self.read_query(self.target_of(path_qs), caller, raw)
+
+    def target_of(self, path_qs: str) -> Target:
+        """The target of a path that was asked for before."""
+        if (target := self._targets.get(path_qs)) is None:
+            path, mark, query = path_qs.partition("?")
+            target = self.target(path, mark + query)
+            _remember(self._targets, path_qs, target)
+        return target
+
+    def dialect_of(self, path_qs: str) -> Dialect:
+        """Which dialect speaks on a path that has one."""
+        dialect = self.target_of(path_qs).dialect
+        assert dialect is not None
+        return dialect
 
     # -- a client that can wait -----------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Final, NamedTuple
 from urllib.parse import parse_qs, unquote
 
@@ -57,7 +57,7 @@ class Passing(NamedTuple):
     started_s: float  # time.perf_counter
     key_id: str | None = None
     team: str = ""
-    body: bytes | None = None  # where it was read already
+    body: bytes | AsyncIterator[bytes] | None = None  # where it was read before it was known to pass through
 
 
 class Glance:

@@ -142,6 +142,17 @@ class Pipeline:
             reply = await self.forward(query, client, lookup, choice)
         return reply if not query.controls.explain else reply.saying(explanation(query, lookup))
 
+    async def find(self, query: Query, client: Client, *, serve: bool = True) -> Replay | Lookup:
+        """An answer from the cache, or what was looked up in vain: for those who ask an upstream in their own way."""
+        lookup = await self._look_up(query, client)
+        hit = lookup.verdict
+        if not isinstance(hit, Hit) or not serve or query.controls.shadow:
+            return lookup
+        assert lookup.row is not None
+        if hit.tier is Tier.SEMANTIC:
+            self._count_alike(query, client, lookup)
+        return self._serve(query, client, lookup.row, hit, lookup.steps_ms)
+
     def recall(self, query: Query, client: Client) -> Replay | None:
         """Answer from memory without waiting for anything, or None."""
         controls = query.controls
@@ -721,8 +732,14 @@ class Pipeline:
         )
 
     async def _keep(self, flight: Flight[Fetch], answer: Answer) -> None:
-        """Commit the entry, then let memory and index know it. The flight stays joinable until then."""
-        fetch = flight.context
+        """The flight stays joinable until its entry is committed."""
+        try:
+            await self.keep(flight.context, answer)
+        finally:
+            self._forget_flight(flight)
+
+    async def keep(self, fetch: Fetch, answer: Answer) -> None:
+        """Commit the entry, then let memory and index know it."""
         query, lookup = fetch.query, fetch.lookup
         identity = "" if self.embedder is None else self.embedder.identity
         draft = draft_of(fetch, answer, identity, self.rules, int(self._clock() * 1000))
@@ -749,8 +766,6 @@ class Pipeline:
                 _ = self._tasks.spawn(self._learn_route(fetch, entry, answer), "route")
         except ports.CACHE_FAULTS as fault:
             self._telemetry.fault(_reason_of(fault))
-        finally:
-            self._forget_flight(flight)
 
     async def _unlearn_route(self, fetch: Fetch) -> None:
         try:

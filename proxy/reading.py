@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from proxy.core import fingerprint, identity, jsontext, keys, policy
 from proxy.core.answer import to_json
+from proxy.core.batches import Place, place_of
 from proxy.core.dialects.dialect import Dialect
 from proxy.core.dialects.fields import CACHE_TWIN
 from proxy.core.dialects.routes import Routes, family_of, key_in, without_key
@@ -48,12 +49,13 @@ class Target(NamedTuple):
     key: bytes = b""  # a credential in the query, as Gemini allows
     is_keyless: bool = False  # of a dialect whose own server asks for no credential
     is_virtual: bool = False  # the credential in the query is a key of ours, and `path_qs` is without it
+    place: Place | None = None  # in the batch API
 
 
 class Caller:
     """What a header block says. Compared by identity: one object per distinct block."""
 
-    __slots__ = ("controls", "grant", "headers", "is_json", "is_retry", "scope_headers", "tenant")
+    __slots__ = ("controls", "grant", "headers", "is_deferring", "is_json", "is_retry", "scope_headers", "tenant")
 
     def __init__(
         self,
@@ -64,7 +66,9 @@ class Caller:
         is_json: bool,
         is_retry: bool,
         grant: Grant | None = None,
+        is_deferring: bool = False,
     ) -> None:
+        self.is_deferring = is_deferring  # wants its answer later
         self.controls: Controls | None = None  # read with the first body that leaves them to the headers
         self.tenant = tenant
         self.headers = headers
@@ -132,6 +136,7 @@ class Reader:
             key,
             is_keyless=family_of(path, {}) == "ollama",
             is_virtual=is_virtual,
+            place=place_of(path),
         )
 
     def read(self, target: Target, caller: Caller, raw: bytes) -> Query:

@@ -65,6 +65,7 @@ class UpstreamSettings:
     )
     key_env: str | None = option(None, "environment variable of the key it is sent; unset: the client's own")
     key: str | None = field(default=None, repr=False, metadata={"environment_only": True})
+    batch: Literal["auto", "off"] = option("auto", "auto: use its batch API if it has one; off: ordinary calls only")
     prices_as: str | None = option(None, "provider whose list prices apply; unset: the one of the upstream's name")
 
 
@@ -105,6 +106,20 @@ class Stream:
     @property
     def pace(self) -> Pace:
         return self.replay_tokens_per_s if self.replay_pace == "tokens" else self.replay_pace
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Batches and deferred calls of our own."""
+
+    serve: bool = option(
+        True, "answer /files of purpose batch, /batches and Prefer: respond-async; false: pass them on"
+    )
+    concurrency: int = option(16, "lines asked for at once where the upstream has no batch API", least=1)
+    poll_interval_s: float = option(30.0, "how often a provider is asked how far its batch is", least=0.01)
+    max_lines: int = option(100_000, "most lines of one batch; OpenAI's own bound of 50,000 stays", least=1)
+    keep_days: float = option(30.0, "how long files, batches, results and deferred answers are kept", least=0.001)
+    collect_s: float = option(60.0, "how long a deferred call waits for others to share its provider batch", least=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +261,7 @@ class Settings:
     rules: Rules
     cache: Cache
     stream: Stream
+    batch: Batch
     embedding: Embedding
     index: Index
     store: StoreSettings
@@ -300,6 +316,7 @@ SECTIONS: Mapping[str, tuple[type[Any], ...]] = {
     "forward": (Forward,),
     "cache": (Rules, Cache),
     "stream": (Stream,),
+    "batch": (Batch,),
     "embedding": (Embedding,),
     "index": (Index,),
     "store": (StoreSettings,),

@@ -34,6 +34,7 @@ _TIERS: Mapping[str | None, str] = {
     "cache.semantic": Tier.SEMANTIC.value,
     "stream.coalesce": Tier.COLLAPSED.value,
     "cache.stale": Tier.STALE.value,
+    "batch.dedup": "repeated",
     "edge.local": Tier.EDGE.value,
 }
 

@@ -151,6 +151,24 @@ def controls_of(headers: Iterable[tuple[bytes, bytes]], body_twin: object = None
     return wishes.controls()
 
 
+_DEADLINE_HEADER = "x-deadline"
+_DEADLINE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(s|m|h|d)")
+_UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def deadline_s_of(headers: Iterable[tuple[bytes, bytes]]) -> float | None:
+    """How long a client can wait, by its `x-deadline`: a number with s, m, h or d. None when it does not say; said
+    twice, the shorter. Raises BadRequest (`invalid_value`)."""
+    found: list[float] = []
+    for name, value in headers:
+        if name.lower() == _DEADLINE_HEADER.encode():
+            said = _DEADLINE.fullmatch(value.decode("latin-1").strip().lower())
+            if said is None:
+                _refuse(_DEADLINE_HEADER, "a number with s, m, h or d")
+            found.append(min(float(said[1]) * _UNIT_S[said[2]], SECONDS_MAX))
+    return min(found, default=None)
+
+
 def _refuse(param: str, wanted: str) -> NoReturn:
     raise BadRequest(f"Invalid value for '{param}': expected {wanted}.", code="invalid_value", param=param)
 

@@ -1,7 +1,7 @@
 """Tables, indexes and views. The only description of the schema: migrations are compared with it in a test.
 
 Times are epoch milliseconds (UTC), days are UTC text "2026-11-22", money is integer nano-dollars, booleans are 0/1 so
-that one SQL text means the same on SQLite and PostgreSQL. No prompt text outside `entry`.
+that one SQL text means the same on SQLite and PostgreSQL. No prompt text outside `entry` and the `batch_*` tables.
 """
 
 from __future__ import annotations
@@ -267,6 +267,116 @@ api_key = Table(
     Column("models", Text, nullable=False),  # JSON list of patterns; []: every model
     Column("plan", Text, nullable=False),
     Index(None, "digest", unique=True),
+)
+
+batch_file = Table(
+    "batch_file",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("purpose", Text, nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("created_ms", BigInteger, nullable=False),
+    Column("expires_ms", BigInteger, nullable=False),
+    Column("job_id", Text, nullable=False),  # of an output, which is a view of the job's lines; else ""
+    Column("part", Text, nullable=False),
+    Column("whole", SmallInteger, nullable=False),  # all of it has arrived
+    Index(None, "tenant", "created_ms"),
+    Index(None, "expires_ms"),
+    CheckConstraint("part IN ('input', 'output', 'error')", name="part"),
+    CheckConstraint("whole IN (0, 1)", name="whole"),
+)
+
+batch_chunk = Table(
+    "batch_chunk",
+    metadata,
+    # Bytes of an uploaded file, CHUNK_BYTES in each but the last, compressed.
+    Column("file_id", Text, ForeignKey("batch_file.id", ondelete="CASCADE"), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("data", LargeBinary, nullable=False),
+)
+
+batch_job = Table(
+    "batch_job",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("dialect", Text, nullable=False),
+    Column("path", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("input_file_id", Text, nullable=False),
+    Column("created_ms", BigInteger, nullable=False),
+    Column("deadline_ms", BigInteger, nullable=False),
+    Column("expires_ms", BigInteger, nullable=False),
+    Column("headers", Text, nullable=False),  # JSON, without credentials
+    Column("needs_owner", SmallInteger, nullable=False),
+    Column("metadata", Text),  # JSON
+    Column("errors", Text, nullable=False),  # JSON
+    Column("times", Text, nullable=False),  # JSON: status → ms
+    Column("total", Integer, nullable=False),
+    Column("succeeded", Integer, nullable=False),
+    Column("errored", Integer, nullable=False),
+    Column("expired", Integer, nullable=False),
+    Column("cancelled", Integer, nullable=False),
+    Column("output_bytes", BigInteger, nullable=False),
+    Column("error_bytes", BigInteger, nullable=False),
+    Column("output_file_id", Text, nullable=False),
+    Column("error_file_id", Text, nullable=False),
+    Column("worker", Text, nullable=False),  # the process that runs it; "" for none
+    Column("lease_ms", BigInteger, nullable=False),  # until when it is that process's
+    Index(None, "tenant", "created_ms"),
+    Index(None, "status"),
+    Index(None, "expires_ms"),
+    CheckConstraint("needs_owner IN (0, 1)", name="needs_owner"),
+)
+
+batch_line = Table(
+    "batch_line",
+    metadata,
+    Column("job_id", Text, ForeignKey("batch_job.id", ondelete="CASCADE"), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),  # of the input's line, from 0
+    Column("state", Text, nullable=False),
+    Column("part", Integer),
+    Column("result", LargeBinary),
+    CheckConstraint("state IN ('sent', 'ok', 'error', 'expired', 'cancelled')", name="state"),
+)
+
+batch_part = Table(
+    "batch_part",
+    metadata,
+    Column("job_id", Text, ForeignKey("batch_job.id", ondelete="CASCADE"), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("upstream", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("provider_id", Text, nullable=False),
+    Column("input_file_id", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("lines", Integer, nullable=False),
+    Column("created_ms", BigInteger, nullable=False),
+    Index(None, "provider_id"),
+    CheckConstraint("state IN ('creating', 'running', 'ended')", name="state"),
+)
+
+deferred = Table(
+    "deferred",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("path_qs", Text, nullable=False),
+    Column("headers", Text, nullable=False),  # JSON, without credentials
+    Column("needs_owner", SmallInteger, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column("created_ms", BigInteger, nullable=False),
+    Column("deadline_ms", BigInteger),
+    Column("expires_ms", BigInteger, nullable=False),
+    Column("job_id", Text, nullable=False),  # of the batch it went with, or ""
+    Column("number", Integer, nullable=False),
+    Column("reply", LargeBinary),
+    Column("worker", Text, nullable=False),  # as of a batch_job
+    Column("lease_ms", BigInteger, nullable=False),
+    Index(None, "expires_ms"),
+    CheckConstraint("needs_owner IN (0, 1)", name="needs_owner"),
 )
 
 _COUNT = "CAST(COUNT(*) AS BIGINT)"

@@ -17,6 +17,7 @@ from proxy.core.errors import ConfigError
 from proxy.core.rates import Rating
 from proxy.core.saving import Pricing
 from proxy.store import migrate
+from proxy.store.batches import Batches
 from proxy.store.comparisons import Comparisons
 from proxy.store.engine import DATABASE_ERRORS, Database, fault_of, open_database, transaction
 from proxy.store.entries import Entries
@@ -42,6 +43,7 @@ class Store:
     comparisons: Comparisons
     votes: RouteVotes
     keys: Keys
+    batches: Batches
 
     @property
     def state(self) -> str:
@@ -128,6 +130,7 @@ async def open_store(
         Comparisons(database, writer),
         RouteVotes(database, writer),
         Keys(database, writer, ledger),
+        Batches(database, writer),
     )
 
 

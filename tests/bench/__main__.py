@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 
-BENCHES = ("tests.bench.http", "tests.bench.streams", "tests.bench.search", "tests.bench.capacity")
+BENCHES = (
+    "tests.bench.http", "tests.bench.streams", "tests.bench.search", "tests.bench.capacity", "tests.bench.batch",
+)  # fmt: skip
 
 
 def main() -> int:

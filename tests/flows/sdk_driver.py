@@ -2,15 +2,17 @@
 
 Run by path with the interpreter that has the client's major version to test; imports nothing of this repository.
 Standard input, a line each time: {"base_url", "key", "steps": [{"prompt", "stream"?, "usage"?, "headers"?}]}, or
-{"inputs", "format"?} as a step that asks for vectors. Standard output, a line for it: {"version", "results"}, one
-result per step, {"objects": [...], "types": [...], "cache": x-cache}, {"vectors", "tokens", "cache", "partial"} or
-{"error": {...}}. Ends with its standard input.
+{"inputs", "format"?} as a step that asks for vectors, or {"lines"} as one that hands in a batch. Standard output, a
+line for it: {"version", "results"}, one result per step, {"objects", "types", "cache": x-cache}, {"vectors",
+"tokens", "cache", "partial"}, {"status", "completed", "texts", "listed", "deleted"} or {"error": {...}}. Ends with its
+standard input.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from typing import Any
 
 import openai
@@ -30,9 +32,30 @@ def embed(client: openai.OpenAI, step: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def batch(client: openai.OpenAI, step: dict[str, Any]) -> dict[str, Any]:
+    raw = "".join(json.dumps(line) + "\n" for line in step["lines"]).encode()
+    file = client.files.create(file=("lines.jsonl", raw), purpose="batch")
+    made = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h", metadata={"by": "driver"}
+    )
+    while made.status not in ("completed", "failed", "expired", "cancelled"):
+        time.sleep(0.02)
+        made = client.batches.retrieve(made.id)
+    found = [json.loads(line) for line in client.files.content(made.output_file_id or "").text.splitlines()]
+    return {
+        "status": made.status,
+        "completed": made.request_counts.completed if made.request_counts else None,
+        "texts": {one["custom_id"]: one["response"]["body"]["choices"][0]["message"]["content"] for one in found},
+        "listed": [one.id for one in client.batches.list()] == [made.id],
+        "deleted": client.files.delete(file.id).deleted,
+    }
+
+
 def run(client: openai.OpenAI, step: dict[str, Any]) -> dict[str, Any]:
     if "inputs" in step:
         return embed(client, step)
+    if "lines" in step:
+        return batch(client, step)
     ask: dict[str, Any] = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": step["prompt"]}]}
     if step.get("stream"):
         ask["stream"] = True

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.upstream import Chat, Json, Stream, event
+from tests.flows.running import chat_body
+from tests.upstream import Chat, Json, Seen, Stream, event
 
 DRIVER = Path(__file__).with_name("sdk_driver.py")
 ASKED = "How do I repair a leaking garden hose?"
@@ -191,3 +192,17 @@ async def test_the_client_reads_the_same_vectors_whatever_was_seen_of_them(exact
     assert [(hit["vectors"], hit["tokens"]) for hit in hits] == [(one["vectors"], one["tokens"]) for one in direct]
     told = [answer["vectors"] for answer in await drive(client, exact.url, tokens)]
     assert told == [answer["vectors"] for answer in await drive(client, up.url, tokens)]
+
+
+async def test_the_client_hands_in_a_batch_and_reads_its_results(exact, up, client):
+    up.default = lambda seen: steady(seen) if seen.path == "/v1/chat/completions" else Json(404, {})
+    lines = [
+        {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": chat_body(prompt)}
+        for name, prompt in (("a", ASKED), ("b", ASKED), ("c", REWORDED))
+    ]
+    (result,) = await drive(client, exact.url, [{"lines": lines}])
+    text = steady(Seen("POST", "", (), json.dumps(lines[0]["body"]).encode())).text
+    assert result == {
+        "status": "completed", "completed": 3, "texts": dict.fromkeys("abc", text), "listed": True, "deleted": True
+    }  # fmt: skip
+    assert sum(seen.path == "/v1/chat/completions" for seen in up.requests) == 2
