@@ -255,6 +255,8 @@ def storable(
         return "ttl_zero"
     if (reason := _answer_against(answer, rules)) is not None:
         return reason
+    if _fills(answer, query.output_limit):
+        return "finish_length"
     if query.wants_json and not answer.message.get("tool_calls") and not _is_json(answer.message.get("content")):
         return "invalid_json"
     if not _is_model(query.model, answer.model, (aliases or {}).get(query.model, ())):
@@ -331,6 +333,12 @@ def _answer_against(answer: Answer, rules: Rules) -> str | None:
     if _is_longer(content, rules.answer_limit_bytes):
         return "too_large"
     return None
+
+
+def _fills(answer: Answer, output_limit: int | None) -> bool:
+    """Whether an answer took all it was allowed and so may be cut: llama.cpp calls a cut Responses answer completed
+    (measured 2026-11-28)."""
+    return output_limit is not None and answer.usage is not None and answer.usage.output_tokens >= output_limit > 0
 
 
 def _calls_are_readable(calls: Any) -> bool:
