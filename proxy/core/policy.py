@@ -75,6 +75,8 @@ def _forbidding(facts: Facts, controls: Controls, rules: Rules) -> Iterator[str]
         yield "prompt_too_large"
     if facts.inputs and facts.encoding_format not in FORMATS:
         yield "encoding_format"  # vectors that cannot be read
+    if facts.encoding_format and not facts.inputs:
+        yield "no_input"  # nothing is asked
 
 
 def _limiting(facts: Facts, controls: Controls, rules: Rules, reading: Reading | None) -> Iterator[str]:
