@@ -1,6 +1,6 @@
 """A real LLM server on the loopback for `make demo` and the tests: llama.cpp with one GGUF file, OpenAI compatible.
 
-    python deploy/local_llm.py MODEL.gguf [--port 0] [--threads 1]
+    python deploy/local_llm.py MODEL.gguf [--port 0] [--threads 1] [--temperature T] [--template FILE] [--embeds]
 
 Prints one line, `listening http://127.0.0.1:PORT`, when it accepts requests, and ends when its standard input closes,
 so it cannot outlive the program that started it. Never part of the product: ibid only sees it as an upstream.
@@ -30,15 +30,27 @@ class DidNotStart(RuntimeError):
 
 
 @contextlib.contextmanager
-def running(model: Path, log: TextIO, *, threads: int = 1, temperature: float | None = None) -> Iterator[str]:
+def running(
+    model: Path,
+    log: TextIO,
+    *,
+    threads: int = 1,
+    temperature: float | None = None,
+    template: Path | None = None,
+    embeds: bool = False,
+) -> Iterator[str]:
     """Address of a server in a process of its own, `http://127.0.0.1:PORT`, stopped by its own pid on exit.
 
-    `log` takes its output and is owned by the caller; `temperature` holds where a request names none. Raises
-    DidNotStart.
+    `log` takes its output and is owned by the caller; `temperature` holds where a request names none; `template` is a
+    chat template in place of the model's own; with `embeds` it gives vectors as well as answers. Raises DidNotStart.
     """
     command = [sys.executable, str(Path(__file__).resolve()), str(model), "--threads", str(threads)]
     if temperature is not None:
         command += ["--temperature", str(temperature)]
+    if template is not None:
+        command += ["--template", str(template)]
+    if embeds:
+        command.append("--embeds")
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         yield _address(process)
@@ -62,22 +74,27 @@ def _address(process: subprocess.Popen[str]) -> str:
     raise DidNotStart(f"the local LLM server ended with status {process.wait()}")
 
 
-def _serve(model: Path, port: int, threads: int, temperature: float | None) -> None:
+def _serve(asked: argparse.Namespace) -> None:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    params.model.path = str(model)
+    params.model.path = str(asked.model)
     params.model_alias = {MODEL_NAME}
     params.hostnames = ["127.0.0.1"]
-    params.port = port
+    params.port = asked.port
     params.n_ctx = 4096
     params.n_parallel = 2
     params.n_threads_http = 4
-    params.cpuparams.n_threads = threads
-    params.cpuparams_batch.n_threads = threads
+    params.cpuparams.n_threads = asked.threads
+    params.cpuparams_batch.n_threads = asked.threads
     params.sampling.seed = 7
-    if temperature is not None:
-        params.sampling.temp = temperature
+    if asked.temperature is not None:
+        params.sampling.temp = asked.temperature
+    if asked.template is not None:
+        params.chat_template = asked.template.read_text()
+    if asked.embeds:
+        params.embedding = True
+        params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     params.offline = True
     params.ui = False
     params.verbosity = 1
@@ -106,10 +123,12 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--temperature", type=float)
+    parser.add_argument("--template", type=Path, help="a chat template, in Jinja, in place of the model's own")
+    parser.add_argument("--embeds", action="store_true", help="give vectors as well as answers")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that started this one
-    _serve(arguments.model, arguments.port, arguments.threads, arguments.temperature)
+    _serve(arguments)
     return 0
 
 

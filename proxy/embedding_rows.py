@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import orjson
 
-from proxy.core.dialects.openai_embeddings import rows_of, shares
+from proxy.core.dialects.openai_embeddings import OpenAIEmbeddings, shares
 from proxy.core.model import Answer, Batch, Input, Usage
 
 ROWS_A_TURN = 64  # read or written before the loop gets its turn: 1 to 2 ms at 1536 dimensions
@@ -78,12 +78,12 @@ async def spelled(
     ]
 
 
-async def understood(said: object, asked: Sequence[Input], model: str) -> Answered | None:
+async def understood(said: object, asked: Sequence[Input], model: str, dialect: OpenAIEmbeddings) -> Answered | None:
     """An answer whose rows are one vector for each input, all of one length; None for any other.
 
     `model` is the one asked, for upstreams that do not name what answered.
     """
-    rows = rows_of(said, len(asked))
+    rows = dialect.rows_of(said, asked)
     if rows is None or not isinstance(said, dict):
         return None
     vectors: list[str] = []

@@ -25,7 +25,7 @@ from proxy import ports
 from proxy.books import Books, Client, Fetch, Lookup, added, draft_of
 from proxy.core import freshness, policy
 from proxy.core.dialects.dialect import JSON, UsageMode
-from proxy.core.dialects.openai_embeddings import has_base64, part_body, usage_in, usage_object
+from proxy.core.dialects.openai_embeddings import OpenAIEmbeddings, has_base64
 from proxy.core.directives import partial_header, usd, verdict_headers
 from proxy.core.errors import BadRequest, CacheFault
 from proxy.core.model import (
@@ -210,7 +210,7 @@ class Embeddings:
         tokens = 0 if usage is None or self._usage_on_hit == "zero" else usage.input_tokens
         vectors = {fingerprint: vector_in(row.answer) for fingerprint, row in found.items()}
         data = await spelled(_batch_of(query), vectors, {})
-        body = orjson.dumps({"object": "list", "data": data, "model": model, "usage": usage_object(tokens)})
+        body = orjson.dumps(_speech(query).whole(data, model, tokens if usage is not None else None, None))
         for entry in entries:
             self._store.mark_used(entry.id, client.ts_ms)
         assert isinstance(lookup.verdict, Hit)
@@ -244,11 +244,11 @@ class Embeddings:
         fetch = Fetch(replace(query, forward_body=sent.body), client, lookup, time.perf_counter())
         response, raw = await self._call(fetch, sent)
         said = None if raw is None or response.status != 200 else _parsed(raw)
-        fetch.usage = usage_in(said.get("usage")) if isinstance(said, dict) else None
+        fetch.usage = _speech(query).usage_of(said)
         size_bytes = BODY_LIMIT_BYTES if raw is None else len(raw)
         fetch.call = self._books.call_of(fetch, response.status, size_bytes, is_stream=False, won=True)
         with self._booked(fetch):
-            answered = await understood(said, tuple(missing.values()), query.model)
+            answered = await understood(said, tuple(missing.values()), query.model, _speech(query))
         if raw is None or (answered is None and not _may_pass_on(sent, response.status, said)):
             reply = await self._forward_whole(query, client, _spent(fetch))
             if sent.is_recoded and response.status in REFUSALS and isinstance(reply, Relay) and reply.status == 200:
@@ -280,9 +280,13 @@ class Embeddings:
         batch = _batch_of(query)
         is_part = len(asked) < len(batch.inputs)
         is_recoded = (
-            batch.is_open and batch.encoding_format != "base64" and (query.upstream, query.model) not in self._plain
+            batch.is_open
+            and batch.encoding_format != "base64"
+            and _speech(query).recodes
+            and (query.upstream, query.model) not in self._plain
         )
-        body = part_body(query.forward_body, asked if is_part else None, "base64" if is_recoded else None)
+        wanted = asked if is_part else None
+        body = _speech(query).part_body(query.forward_body, query.model, wanted, "base64" if is_recoded else None)
         return Sent(body, is_part, is_recoded)
 
     async def _call(self, fetch: Fetch, sent: Sent) -> tuple[ports.UpstreamResponse, bytes | None]:
@@ -348,14 +352,12 @@ class Embeddings:
         vectors = {fingerprint: vector_in(row.answer) for fingerprint, row in found.items()}
         vectors.update(zip(missing, answered.vectors, strict=True))
         rows = dict(zip(missing, answered.rows, strict=True))
-        whole = {**answered.said, "data": await spelled(_batch_of(query), vectors, rows)}
+        data = await spelled(_batch_of(query), vectors, rows)
+        tokens = None
         if found:
-            told = answered.said.get("usage")
             usage = added(answered.usage, None if self._usage_on_hit == "zero" else fetch.served)
-            whole["usage"] = usage_object(
-                0 if usage is None else usage.input_tokens, told if isinstance(told, dict) else None
-            )
-        return orjson.dumps(whole)
+            tokens = 0 if usage is None else usage.input_tokens
+        return orjson.dumps(_speech(query).whole(data, answered.model, tokens, answered.said))
 
     def _relay(
         self, fetch: Fetch, response: ports.UpstreamResponse, headers: Iterable[tuple[str, str]], body: bytes
@@ -493,6 +495,11 @@ def _parsed(raw: bytes) -> object:
 def _batch_of(query: Query) -> Batch:
     assert query.batch is not None
     return query.batch
+
+
+def _speech(query: Query) -> OpenAIEmbeddings:
+    assert isinstance(query.dialect, OpenAIEmbeddings)
+    return query.dialect
 
 
 def _distinct(batch: Batch) -> dict[bytes, Input]:

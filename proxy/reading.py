@@ -234,7 +234,7 @@ class Reader:
             )
             digest = b"" if facts.inputs else fingerprint.fingerprint_of(scope, facts.prompt)
         batch = None
-        if facts.inputs:
+        if facts.encoding_format:
             prints = tuple([fingerprint.fingerprint_of(scope, asked) for asked in facts.inputs]) if scope else ()
             batch = Batch(facts.inputs, prints, facts.encoding_format, is_open=not facts.unknown)
         tier = facts.settings.get("service_tier")

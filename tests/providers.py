@@ -3,7 +3,8 @@
 The text is the same for the same question every time, so that an answer through ibid can be compared with one had
 directly; `pieces` of it are streamed. How a question begins says what comes of it: "call" a tool call, "think" a signed
 thought where the provider has those, "json" an object, "long" 3,000 words, "fail" a 429, "break" a stream without its
-second half.
+second half, or half a body where nothing is streamed. After "json" the rest says what is in the object, or what becomes
+of it: "json long", "json fail". Inputs that are to be embedded are answered with `Vectors`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tests.upstream import Body, Chat, Json, Reply, Seen, Stream, chat_chunks
+from tests.upstream import EMBEDDING_PATHS, Body, Chat, Json, Raw, Reply, Seen, Stream, Vectors, chat_chunks
 
 PIECES = 4
 MODEL = "m-1"
@@ -22,38 +23,56 @@ ARGUMENTS = {"city": "Paris"}
 def provider(seen: Seen) -> Reply:
     """The answer of the provider whose path this is."""
     path = seen.path.partition("?")[0]
-    prompt = prompt_of(seen.json)
-    if prompt.startswith("fail"):
+    wish = wish_of(seen.json)
+    if wish.startswith("fail"):
         return Json(429, _slow_down(path), headers={"Retry-After": "1"})
     reply = _native(seen, path)
-    if prompt.startswith("break") and isinstance(reply, Stream):
+    if wish.startswith("break") and isinstance(reply, Stream):
         return Stream(reply.chunks[: len(reply.chunks) // 2], content_type=reply.content_type)
+    if wish.startswith("break") and isinstance(reply, Vectors):
+        return Raw(
+            b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n{"object": "list", '
+        )
     return reply
 
 
 def _native(seen: Seen, path: str) -> Reply:
+    if path.endswith(EMBEDDING_PATHS):
+        return Vectors()
     if path.endswith("/messages"):
         return _anthropic(seen.json)
     if "enerateContent" in path:
         return _gemini(seen.json, path)
     if path in ("/api/chat", "/api/generate"):
         return _ollama(seen.json, is_chat=path == "/api/chat")
-    return _openai(seen.json)
+    if path.endswith("/responses"):
+        return _responses(seen.json)
+    return _openai(seen.json) if "messages" in seen.json else _completion(seen.json)
 
 
 def prompt_of(body: Mapping[str, Any]) -> str:
     """The last thing said in a body of any dialect."""
-    if "contents" in body:
+    if "requests" in body or "content" in body:
+        content = body.get("requests", [body])[-1]["content"]["parts"]
+    elif "contents" in body:
         content = body["contents"][-1]["parts"]
+    elif "input" in body:
+        last = body["input"] if isinstance(body["input"], str) else body["input"][-1]
+        content = last["content"] if isinstance(last, Mapping) else last
     else:
         content = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
+def wish_of(body: Mapping[str, Any]) -> str:
+    """The last thing said, without that it is to be said as JSON."""
+    return prompt_of(body).removeprefix("json ")
+
+
 def _slow_down(path: str) -> dict[str, Any]:
     if path.endswith("/messages"):
         return {"type": "error", "error": {"type": "rate_limit_error", "message": "Slow down."}}
-    if "enerateContent" in path:
+    if "Content" in path:
         return {"error": {"code": 429, "message": "Slow down.", "status": "RESOURCE_EXHAUSTED"}}
     if path.startswith("/api/"):
         return {"error": "Slow down."}
@@ -62,7 +81,7 @@ def _slow_down(path: str) -> dict[str, Any]:
 
 def text_for(prompt: str) -> str:
     if prompt.startswith("json"):
-        return '{"city": "Paris", "days": 3}'
+        return json.dumps({"city": text_for(prompt.removeprefix("json").lstrip()), "days": 3})
     if prompt.startswith("long"):
         return "".join(f"word {i} of a long answer. " for i in range(600))
     return f"This is what is known about it: {prompt} And that is all there is to say, \u00e9t\u00e9 \U0001f5fc."
@@ -86,9 +105,8 @@ def _json(body: Mapping[str, Any]) -> Body:
 
 
 def _openai(body: Mapping[str, Any]) -> Reply:
-    prompt = prompt_of(body)
-    if not prompt.startswith("call"):
-        return _openai_text(body, text_for(prompt))
+    if not wish_of(body).startswith("call"):
+        return _openai_text(body, text_for(prompt_of(body)))
     function = {"name": "weather", "arguments": json.dumps(ARGUMENTS)}
     call = {"id": "call_abc", "type": "function", "function": function}
     head = {"id": "chatcmpl-1", "created": 1_700_000_000, "model": body["model"]}
@@ -119,6 +137,68 @@ def _openai_text(body: Mapping[str, Any], text: str) -> Reply:
         return _json({**head, "object": "chat.completion", "choices": [choice], "usage": usage})
     wanted = (body.get("stream_options") or {}).get("include_usage")
     return Stream(chat_chunks(head, text, Chat(pieces=PIECES), usage if wanted else None))
+
+
+def _completion(body: Mapping[str, Any]) -> Reply:
+    text = text_for(prompt_of(body))
+    head = {"id": "cmpl-1", "object": "text_completion", "created": 1_700_000_000, "model": body["model"]}
+    usage = {"prompt_tokens": 10, "completion_tokens": 25, "total_tokens": 35}
+
+    def choice(text: str, finish: str | None = None) -> list[dict[str, Any]]:
+        return [{"text": text, "index": 0, "logprobs": None, "finish_reason": finish}]
+
+    if not body.get("stream"):
+        return _json({**head, "choices": choice(text, "stop"), "usage": usage})
+    chunks = [_event({**head, "choices": choice(piece)}) for piece in pieces_of(text)]
+    chunks.append(_event({**head, "choices": choice("", "stop")}))
+    if (body.get("stream_options") or {}).get("include_usage"):
+        chunks.append(_event({**head, "choices": [], "usage": usage}))
+    return Stream([*chunks, b"data: [DONE]\n\n"])
+
+
+# -- OpenAI Responses -------------------------------------------------------------------------------------------------
+
+
+def _responses(body: Mapping[str, Any]) -> Reply:
+    if wish_of(body).startswith("call"):
+        item = {"id": "fc_1", "type": "function_call", "status": "completed", "name": "weather", "call_id": "call_abc",
+                "arguments": json.dumps(ARGUMENTS)}  # fmt: skip
+    else:
+        part = {"type": "output_text", "annotations": [], "logprobs": [], "text": text_for(prompt_of(body))}
+        item = {"id": "msg_1", "type": "message", "status": "completed", "role": "assistant", "content": [part]}
+    usage = {"input_tokens": 10, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+             "output_tokens": 25, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 35}  # fmt: skip
+    whole = {
+        "id": "resp_1", "object": "response", "created_at": 1_700_000_000, "status": "completed", "error": None,
+        "incomplete_details": None, "instructions": body.get("instructions"), "model": body["model"], "output": [item],
+        "parallel_tool_calls": True, "temperature": 1.0, "tool_choice": "auto", "tools": body.get("tools", []),
+        "top_p": 1.0, "store": body.get("store", True), "metadata": {}, "previous_response_id": None, "usage": usage,
+        "text": body.get("text", {"format": {"type": "text"}}),
+    }  # fmt: skip
+    if not body.get("stream"):
+        return _json(whole)
+    begun = {"response": {**whole, "status": "in_progress", "output": [], "usage": None}}
+    said = [("created", begun), ("in_progress", begun), *_item_events(item), ("completed", {"response": whole})]
+    numbered = [{"type": f"response.{kind}", **rest, "sequence_number": n} for n, (kind, rest) in enumerate(said)]
+    return Stream([_event(event, name=True) for event in numbered])
+
+
+def _item_events(item: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    at: dict[str, Any] = {"item_id": item["id"], "output_index": 0}
+    empty = {"content": []} if item["type"] == "message" else {"arguments": ""}
+    yield "output_item.added", {"output_index": 0, "item": {**item, "status": "in_progress", **empty}}
+    if item["type"] == "message":
+        (part,) = item["content"]
+        at["content_index"] = 0
+        yield "content_part.added", {**at, "part": {**part, "text": ""}}
+        for piece in pieces_of(part["text"]):
+            yield "output_text.delta", {**at, "delta": piece, "logprobs": []}
+        yield "output_text.done", {**at, "text": part["text"], "logprobs": []}
+        yield "content_part.done", {**at, "part": part}
+    else:
+        yield "function_call_arguments.delta", {**at, "delta": item["arguments"]}
+        yield "function_call_arguments.done", {**at, "name": item["name"], "arguments": item["arguments"]}
+    yield "output_item.done", {"output_index": 0, "item": item}
 
 
 # -- Anthropic --------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ import numpy as np
 from aiohttp import web
 
 MODELS = ("gpt-4o-mini", "gpt-4o")
+EMBEDDING_PATHS = ("/embeddings", "/embed", ":embedContent", ":batchEmbedContents")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Chat:
 
 @dataclass
 class Vectors:
-    """An answer to `/embeddings`: a vector for each input that anyone can recompute, see `vector_for`."""
+    """A vector for each input that anyone can recompute, see `vector_for`; in the words of the path's dialect."""
 
     dimension: int = 8
     model: str | None = None
@@ -132,7 +133,7 @@ class ScriptedUpstream:
 
     def __init__(self, default: Script | None = None, host: str = "127.0.0.1", port: int = 0) -> None:
         self.default = default or Chat()
-        self.vectors: Reply = Vectors()  # answers `/embeddings` when nothing is scripted
+        self.vectors: Script = Vectors()  # answers `/embeddings` when nothing is scripted
         self.requests: list[Seen] = []
         self.meter = Meter()
         self.nonce = 0
@@ -197,7 +198,7 @@ class ScriptedUpstream:
         if not self._scripts and request.path.endswith("/models"):
             models = [{"id": m, "object": "model", "created": 1, "owned_by": "tests"} for m in MODELS]
             return web.json_response({"object": "list", "data": models})
-        default = self.vectors if request.path.endswith("/embeddings") else self.default
+        default = self.vectors if request.path.endswith(EMBEDDING_PATHS) else self.default
         reply = self._scripts.popleft() if self._scripts else default
         if callable(reply):
             made = reply(seen)
@@ -254,13 +255,14 @@ class ScriptedUpstream:
 
     def _embed(self, seen: Seen, vectors: Vectors) -> web.Response:
         body = seen.json
-        asked = body["input"]
-        inputs = [asked] if isinstance(asked, str) or isinstance(asked[0], int) else asked
+        inputs = inputs_in(body)
         self.nonce += 1
         self.meter.calls += 1
         tokens = sum(tokens_in(one) for one in inputs)
         self.meter.input_tokens += tokens
         self.meter.completed += 1
+        if not seen.path.partition("?")[0].endswith("/embeddings"):
+            return web.json_response(vectors.bend(_vectors_in(seen.path, body, inputs, vectors, tokens)))
         rows = []
         for index, one in enumerate(inputs):
             packed = vector_for(one, body.get("dimensions") or vectors.dimension)
@@ -302,6 +304,26 @@ class ScriptedUpstream:
                     wait.cancel()
         _end(request, "rst" if raw.then == "rst" else "fin")
         return _Sent()
+
+
+def inputs_in(body: Mapping[str, Any]) -> list[Any]:
+    """What an embedding request of any dialect asks for."""
+    if "input" in body:
+        asked = body["input"]
+        return [asked] if isinstance(asked, str) or (asked and isinstance(asked[0], int)) else list(asked)
+    return [one["content"]["parts"][0]["text"] for one in body.get("requests", [body])]
+
+
+def _vectors_in(path: str, body: Mapping[str, Any], inputs: list[Any], vectors: Vectors, tokens: int) -> dict[str, Any]:
+    """The body of Ollama's or Gemini's answer."""
+    sizes = [one.get("outputDimensionality") for one in body.get("requests", [body])]
+    size = body.get("dimensions") or sizes[0] or vectors.dimension
+    lists = [[float(str(x)) for x in np.frombuffer(vector_for(one, size), "<f4")] for one in inputs]
+    if "/api/" in path:
+        head = {"model": vectors.model or body["model"], "total_duration": 5_000, "load_duration": 1_000}
+        return {**head, "embeddings": lists, **({"prompt_eval_count": tokens} if vectors.usage else {})}
+    told = [{"values": one} for one in lists]
+    return {"embeddings": told} if "requests" in body else {"embedding": told[0]}
 
 
 class _Sent(web.Response):

@@ -75,6 +75,8 @@ def _forbidding(facts: Facts, controls: Controls, rules: Rules) -> Iterator[str]
         yield "prompt_too_large"
     if facts.inputs and facts.encoding_format not in FORMATS:
         yield "encoding_format"  # vectors that cannot be read
+    if facts.encoding_format and not facts.inputs:
+        yield "no_input"  # nothing is asked
 
 
 def _limiting(facts: Facts, controls: Controls, rules: Rules, reading: Reading | None) -> Iterator[str]:
@@ -255,6 +257,8 @@ def storable(
         return "ttl_zero"
     if (reason := _answer_against(answer, rules)) is not None:
         return reason
+    if _fills(answer, query.output_limit):
+        return "finish_length"
     if query.wants_json and not answer.message.get("tool_calls") and not _is_json(answer.message.get("content")):
         return "invalid_json"
     if not _is_model(query.model, answer.model, (aliases or {}).get(query.model, ())):
@@ -331,6 +335,12 @@ def _answer_against(answer: Answer, rules: Rules) -> str | None:
     if _is_longer(content, rules.answer_limit_bytes):
         return "too_large"
     return None
+
+
+def _fills(answer: Answer, output_limit: int | None) -> bool:
+    """Whether an answer took all it was allowed and so may be cut: llama.cpp calls a cut Responses answer completed
+    (measured 2026-11-28)."""
+    return output_limit is not None and answer.usage is not None and answer.usage.output_tokens >= output_limit > 0
 
 
 def _calls_are_readable(calls: Any) -> bool:

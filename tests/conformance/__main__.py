@@ -6,7 +6,8 @@
 
 A scripted server speaks as each provider; each client asks it directly and through ibid, and what the client makes of
 the two is compared field by field, ids and times apart. Whether ibid asked the provider is read from the provider's own
-count. Each client has a credential of its own, so it starts with nothing cached. Ends with 1 when a cell fails.
+count. Each client has a credential of its own, so it starts with nothing cached. A cell that does not apply is n/a, and
+the reason stands below the matrix. Ends with 1 when a cell fails.
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from deploy.local_llm import MODEL_NAME
 from deploy.local_llm import running as llm_running
-from tests.flows.running import Ibid, running
+from tests.faultproxy import Fault, FaultProxy
+from tests.flows.running import EXACT_ONLY, Ibid, running
 from tests.llm import WEIGHTS
+from tests.models import converted_data_dir
 from tests.providers import MODEL, provider
 from tests.upstream import ScriptedUpstream
 
@@ -37,33 +42,53 @@ SCHEMA: Final = {
     "additionalProperties": False,
 }
 VOLATILE: Final = frozenset(
-    {"created", "service_tier", "system_fingerprint", "id", "_request_id", "request_id",
-     # of the real server: times, and what its own prefix cache spared it
-     "timings", "prompt_tokens_details", "cache_read_input_tokens", "input_token_details", "input_tokens",
-     "prompt_progress"}
+    {"created", "created_at", "completed_at", "service_tier", "system_fingerprint", "id", "item_id", "call_id",
+     "_request_id", "request_id"}
 )  # fmt: skip
+REAL_VOLATILE: Final = frozenset(
+    {"timings", "prompt_progress",
+     # what its own prefix cache spared it
+     "prompt_tokens_details", "cache_read_input_tokens", "input_token_details", "input_tokens", "input_tokens_details",
+     # where it does not keep to the API, and a replay does: events without a number, rows that name their format
+     "sequence_number", "encoding_format"}
+)  # fmt: skip
+DIFFERENCES: Final = 3  # told of a pair of answers
 FOLLOWERS: Final = 20
+CUT_BYTES: Final = 1500  # of what the real server sends: behind its head, before the end of any answer
+
+
+Lacks = Mapping[str, str]
+"""Scenario → why it does not apply."""
 
 
 class Talk(NamedTuple):
-    """What is asked of a server, and what of it it can do."""
+    """What is asked of a server. `phrasings`: how whoever speaks so puts it; {} is the question."""
 
     model: str
     asked: str
     reworded: str
     streamed: str
     together: str
+    long: str
+    long_chars: int  # the answer to `long` has at least as many
     refused: str
-    scenarios: Sequence[str]
+    phrasings: Mapping[str, str]
 
 
 @dataclass
 class Server:
-    """The provider: where it is, how it is talked to, and what counts the requests it gets."""
+    """The provider: where it is, how it is talked to, what counts the requests an ibid sends it, and what it lacks.
+
+    `cut` is an ibid for which every answer that is longer than CUT_BYTES breaks off; `volatile` names what differs
+    between two answers of the server itself.
+    """
 
     url: str
     talk: Talk
-    count: Callable[[], Awaitable[int]]
+    count: Callable[[Ibid], Awaitable[int]]
+    lacks: Callable[[Client], Lacks]
+    cut: Ibid
+    volatile: frozenset[str] = VOLATILE
 
 
 @dataclass
@@ -72,8 +97,8 @@ class Client:
 
     name: str
     command: Sequence[str]
-    lacks: frozenset[str] = frozenset()  # what it cannot be asked
     speaks: str = "openai"
+    lacks: Lacks = field(default_factory=dict)  # what it cannot be asked
     child: asyncio.subprocess.Process | None = None
 
     async def ask(self, url: str, key: str, model: str, prompt: str, **task: Any) -> list[dict[str, Any]]:
@@ -87,8 +112,14 @@ class Client:
         whole = {"url": url, "key": key, "model": model, "prompt": prompt, "stream": False, "tools": False,
                  "schema": None, "times": 1, **task}  # fmt: skip
         self.child.stdin.write(json.dumps(whole).encode() + b"\n")
-        async with asyncio.timeout(60):
-            line = await self.child.stdout.readline()
+        try:
+            async with asyncio.timeout(60):
+                line = await self.child.stdout.readline()
+        except TimeoutError:
+            self.child.kill()  # or its late answer would stand for the next one
+            await self.child.wait()
+            self.child = None
+            raise
         if not line:
             raise RuntimeError(f"{self.name}: its process has ended")
         said: list[dict[str, Any]] = json.loads(line)["said"]
@@ -115,33 +146,50 @@ class Bench:
     def talk(self) -> Talk:
         return self.server.talk
 
-    async def direct(self, prompt: str, **task: Any) -> dict[str, Any]:
-        return (await self.client.ask(self.server.url, self.key, self.talk.model, prompt, **task))[0]
+    def put(self, prompt: str) -> str:
+        """A question as this client puts it."""
+        return self.talk.phrasings.get(self.client.speaks, "{}").format(prompt)
 
-    async def through(self, prompt: str, *, calls: int, **task: Any) -> list[dict[str, Any]]:
+    async def direct(self, prompt: str, **task: Any) -> dict[str, Any]:
+        asked = self.put(prompt)
+        return (await self.client.ask(self.server.url, self.key, self.talk.model, asked, **task))[0]
+
+    async def through(self, prompt: str, *, calls: int, ibid: Ibid | None = None, **task: Any) -> list[dict[str, Any]]:
         """Ask through ibid; `calls` is how many requests must reach the provider for it."""
-        before = await self.server.count()
-        said = await self.client.ask(self.ibid.url, self.key, self.talk.model, prompt, **task)
-        await self.ibid.settled()
-        if (made := await self.server.count() - before) != calls:
+        ibid = ibid or self.ibid
+        before = await self.server.count(ibid)
+        said = await self.client.ask(ibid.url, self.key, self.talk.model, self.put(prompt), **task)
+        await ibid.settled()
+        if (made := await self.server.count(ibid) - before) != calls:
             self.notes.append(f"{made} calls instead of {calls}: {prompt[:30]!r}")
         return said
 
     def same(self, one: Any, other: Any, what: str) -> None:
-        left, right = steady(one), steady(other)
-        if left != right:
-            self.notes.append(f"{what}: {json.dumps(left)[:400]} is not {json.dumps(right)[:400]}")
+        steady_ones = [steady(value, self.server.volatile) for value in (one, other)]
+        self.notes += [f"{what}{where}" for where in islice(differences(*steady_ones), DIFFERENCES)]
 
     def claim(self, is_true: bool, what: str) -> None:
         if not is_true:
             self.notes.append(what)
 
 
-def steady(value: Any) -> Any:
+def steady(value: Any, volatile: frozenset[str]) -> Any:
     """All that two answers to one question have in common."""
     if isinstance(value, dict):
-        return {name: steady(inner) for name, inner in value.items() if name not in VOLATILE}
-    return [steady(inner) for inner in value] if isinstance(value, list) else value
+        return {name: steady(inner, volatile) for name, inner in value.items() if name not in volatile}
+    return [steady(inner, volatile) for inner in value] if isinstance(value, list) else value
+
+
+def differences(one: Any, other: Any, at: str = "") -> Iterator[str]:
+    """Where two values differ, and in what."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name in one.keys() | other.keys():
+            yield from differences(one.get(name, "(absent)"), other.get(name, "(absent)"), f"{at}.{name}")
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            yield from differences(*pair, f"{at}[{index}]")
+    elif one != other:
+        yield f"{at}: {json.dumps(one)[:400]} is not {json.dumps(other)[:400]}"
 
 
 # -- scenarios --------------------------------------------------------------------------------------------------------
@@ -205,27 +253,43 @@ async def structured(bench: Bench) -> None:
 
 
 async def long(bench: Bench) -> None:
-    asked = "long story about the garden hose"
+    if bench.client.speaks.endswith("embeddings"):
+        return await many_inputs(bench)
+    direct = await bench.direct(bench.talk.long, stream=True)
+    text = direct.get("text", "")
+    bench.claim(len(text) >= bench.talk.long_chars, f"the provider itself says {len(text)} characters only")
     for calls in (1, 0):
-        (said,) = await bench.through(asked, calls=calls, stream=True)
-        bench.claim(said.get("text", "").endswith("word 599 of a long answer. "), f"cut: {str(said)[:200]}")
+        (said,) = await bench.through(bench.talk.long, calls=calls, stream=True)
+        bench.same(said.get("text"), text, "long")
+        if calls:  # of a hit: `streamed_hit`
+            bench.same(said.get("objects", [])[-1:], direct.get("objects", [])[-1:], "last event of a long stream")
+
+
+async def many_inputs(bench: Bench) -> None:
+    """Of a hundred inputs 90 were seen before: one call for ten, and all in their order."""
+    inputs = [f"passage {number} of a corpus" for number in range(100)]
+    await bench.through("", calls=1, inputs=[text for n, text in enumerate(inputs) if n % 10])
+    direct = await bench.direct("", inputs=inputs)
+    for calls in (1, 0):
+        (said,) = await bench.through("", calls=calls, inputs=inputs)
+        bench.same(said, direct, "a hundred inputs")
 
 
 async def error(bench: Bench) -> None:
     for stream in (False, True):
-        before = await bench.server.count()
+        before = await bench.server.count(bench.ibid)
         direct = await bench.direct(bench.talk.refused, stream=stream)
-        tries = await bench.server.count() - before  # some clients try again; of the real server only ibid's are seen
+        tries = await bench.server.count(bench.ibid) - before  # some clients try again; of the real server ibid's alone
         (said,) = await bench.through(bench.talk.refused, calls=tries or 1, stream=stream)
         bench.claim("error" in direct, "the provider's error is none")
         bench.same(said, direct, "error")
 
 
 async def truncated(bench: Bench) -> None:
-    (said,) = await bench.through("break off this stream", calls=1, stream=True)
-    bench.claim("error" in said, f"a broken stream looks whole: {str(said)[:200]}")
-    (again,) = await bench.through("break off this stream", calls=1, stream=True)
-    bench.claim("error" in again, "a broken stream was stored")
+    asked = "break off this stream, which is a long story about the garden hose"
+    for what in ("a broken stream looks whole", "a broken stream was stored"):
+        (said,) = await bench.through(asked, calls=1, ibid=bench.server.cut, stream=True)
+        bench.claim("error" in said, f"{what}: {str(said)[:200]}")
 
 
 Scenario = Callable[[Bench], Awaitable[None]]
@@ -247,41 +311,68 @@ SCENARIOS: Mapping[str, Scenario] = {
 
 # -- clients ----------------------------------------------------------------------------------------------------------
 
-STREAMS: Final = frozenset({"stream miss", "stream hit", "long", "truncated"})
-TOOLS: Final = frozenset({"tools", "stream tools"})
+TOOLS: Final = ("tools", "stream tools")
+EMBEDDINGS_LACK: Final[Lacks] = {
+    **dict.fromkeys(("stream miss", "stream hit"), "vectors are not streamed"),
+    "semantic": "vectors are found by identity alone",
+    "collapse": "identical inputs in flight are asked for each time",
+    **dict.fromkeys((*TOOLS, "structured"), "vectors have none"),
+}
+COMPLETIONS_LACK: Final[Lacks] = dict.fromkeys((*TOOLS, "structured"), "legacy completions have none")
+OPENAI: Final[Mapping[str, Lacks]] = {
+    "openai": {}, "responses": {}, "completions": COMPLETIONS_LACK, "embeddings": EMBEDDINGS_LACK,
+}  # fmt: skip
+"""The operations of OpenAI's own clients, each with a row of its own."""
 
 
 def clients() -> list[Client]:
     own, frameworks, older = sys.executable, _python("IBID_FRAMEWORKS_PYTHON"), _python("IBID_OPENAI2_PYTHON")
     python, js = str(HERE / "driver.py"), ["node", str(HERE / "driver.mjs")]
-    found = [
-        Client("openai 3 (py)", [own, python, "openai"]),
-        Client("anthropic (py)", [own, python, "anthropic"], speaks="anthropic"),
-        Client("google-genai (py)", [own, python, "gemini"], speaks="gemini"),
-        Client("ollama (py)", [own, python, "ollama"], speaks="ollama"),
-    ]
+    found = _openai("openai 3 (py)", [own, python])
     if older:
-        found.insert(1, Client("openai 2 (py)", [older, python, "openai"]))
+        found += _openai("openai 2 (py)", [older, python])
+    found += [
+        Client("anthropic (py)", [own, python, "anthropic"], "anthropic"),
+        *_with_embeddings("google-genai (py)", [own, python], "gemini"),
+        *_with_embeddings("ollama (py)", [own, python], "ollama"),
+    ]
     if (HERE / "node_modules").exists():
-        named = {"openai": "openai", "@anthropic-ai/sdk": "anthropic", "@google/genai": "gemini", "ollama": "ollama"}
-        found += [Client(f"js {package}", [*js, client], speaks=client) for package, client in named.items()]
+        found += _openai("js openai", js)
+        found.append(Client("js @anthropic-ai/sdk", [*js, "anthropic"], "anthropic"))
+        found += _with_embeddings("js @google/genai", js, "gemini")
+        found += _with_embeddings("js ollama", js, "ollama")
     if frameworks:
         found += [
             Client("langchain-openai", [frameworks, python, "langchain-openai"]),
-            Client("langchain-anthropic", [frameworks, python, "langchain-anthropic"], speaks="anthropic"),
-            Client("llama-index", [frameworks, python, "llama-index"], speaks="gpt-4o-mini alone"),
-            Client("pydantic-ai", [frameworks, python, "pydantic-ai"], TOOLS),
-            Client("instructor", [frameworks, python, "instructor"], frozenset(SCENARIOS) - {"structured"}),
+            Client("langchain-anthropic", [frameworks, python, "langchain-anthropic"], "anthropic"),
+            Client("llama-index", [frameworks, python, "llama-index"]),
+            Client("pydantic-ai", [frameworks, python, "pydantic-ai"]),
+            Client("instructor", [frameworks, python, "instructor"], "instructor"),
         ]
     return found
+
+
+def _openai(name: str, command: Sequence[str]) -> list[Client]:
+    return [
+        Client(name if operation == "openai" else f"{name} {operation}", [*command, operation], operation, lacks)
+        for operation, lacks in OPENAI.items()
+    ]
+
+
+def _with_embeddings(name: str, command: Sequence[str], speaks: str) -> list[Client]:
+    vectors = f"{speaks}-embeddings"
+    return [
+        Client(name, [*command, speaks], speaks),
+        Client(f"{name} embeddings", [*command, vectors], vectors, EMBEDDINGS_LACK),
+    ]
 
 
 def _python(variable: str) -> str:
     return os.environ.get(variable, "")
 
 
-Found = dict[str, dict[str, list[str] | None]]
-"""Client → scenario → what was wrong; None where it does not apply."""
+Found = dict[str, dict[str, list[str] | str]]
+"""Client → scenario → what was wrong, or why it does not apply."""
 
 SCRIPTED: Final = Talk(
     model=MODEL,
@@ -289,58 +380,105 @@ SCRIPTED: Final = Talk(
     reworded="How can I repair a leaking garden hose?",
     streamed="How do I fold a paper crane?",
     together="How do I tell a wasp from a bee at first sight?",
+    long="long story about the garden hose",
+    long_chars=15_000,
     refused="fail please",
-    scenarios=tuple(SCENARIOS),
+    phrasings={"instructor": "json {}"},
 )
+ALIASES: Final = [f"gpt-4o-mini={MODEL_NAME}"]  # llama-index asks for no model that it does not know
+TURN, TURN_END = "<|im_start|>{}\n", "<|im_end|>\n"
 REAL: Final = Talk(  # questions that a model of this size answers and ends
     model=MODEL_NAME,
     asked="What is the capital of France? Answer in one word.",
-    reworded="",
+    reworded="Tell me, what is the capital of France? Answer in one word.",
     streamed="How many days are in a week?",
     together="What is the capital of Italy? Answer in one word.",
+    long="Why is the sky blue? Explain in three paragraphs.",
+    long_chars=1000,
     refused="word " * 6000,
-    scenarios=("miss", "hit", "stream miss", "stream hit", "collapse", "structured", "error"),
+    phrasings={
+        "completions": f"{TURN.format('system')}You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+        f"{TURN_END}{TURN.format('user')}{{}}{TURN_END}{TURN.format('assistant')}",
+        "instructor": "A trip to Paris for three days. {}",
+    },
 )
-"""Left out: what a real server does not do on demand (tool calls, long answers, breaking off), and semantic hits, whose
-text would not be that of the other wording."""
+
+
+def real_lacks(client: Client) -> Lacks:
+    """What llama.cpp or the model cannot do."""
+    match client.speaks:
+        case "gemini" | "ollama" | "gemini-embeddings" | "ollama-embeddings":
+            return dict.fromkeys(SCENARIOS, "llama.cpp does not speak this dialect")
+        case "anthropic":
+            return {"structured": "llama.cpp takes a schema from OpenAI's clients alone"}
+        case "responses":
+            return {"structured": "llama.cpp leaves the schema of Responses unread"}
+        case "completions":
+            return {
+                "stream hit": "llama.cpp ends a completion with an empty piece and counters nobody asked for",
+                "semantic": "the marks of a chat template, which the model needs to end, make a prompt exact only",
+            }
+        case "embeddings":
+            return {"long": "llama.cpp gives an input another vector in another batch"}
+        case "instructor":
+            return {"long": "the model fills no object with a long text"}
+    return {}
 
 
 async def run(chosen: Sequence[Client]) -> Found:
     """Against the scripted providers."""
     with tempfile.TemporaryDirectory(prefix="ibid-conformance-") as folder:
-        async with ScriptedUpstream(provider) as up, running(Path(folder) / "data", up.url) as ibid:
+        async with ScriptedUpstream(provider) as up, running(_data(folder), up.url) as ibid:
+            up.vectors = provider
 
-            async def count() -> int:
+            async def count(_: Ibid) -> int:
                 return len(up.requests)
 
-            return await compare(chosen, Server(up.url, SCRIPTED, count), ibid)
+            return await compare(chosen, Server(up.url, SCRIPTED, count, lambda client: {}, ibid), ibid)
 
 
 async def run_real(chosen: Sequence[Client]) -> Found:
-    """Against llama.cpp, which speaks OpenAI and Anthropic."""
-    with tempfile.TemporaryDirectory(prefix="ibid-conformance-") as folder, (Path(folder) / "llm.log").open("w") as log:
-        with llm_running(WEIGHTS, log, temperature=0.0) as address:
-            async with running(Path(folder) / "data", address, {"cache": {"semantic": False}}) as ibid:
+    """Against llama.cpp, which speaks OpenAI and Anthropic. Its answers break off on the way to another ibid."""
 
-                async def count() -> int:
-                    (row,) = await ibid.sql("SELECT COUNT(*) AS made FROM upstream_call")
-                    return int(row["made"])
+    async def count(ibid: Ibid) -> int:
+        (row,) = await ibid.sql("SELECT COUNT(*) AS made FROM upstream_call")
+        return int(row["made"])
 
-                return await compare(chosen, Server(address, REAL, count), ibid)
+    with (
+        tempfile.TemporaryDirectory(prefix="ibid-conformance-") as folder,
+        (Path(folder) / "llm.log").open("w") as log,
+        llm_running(WEIGHTS, log, temperature=0.0, template=HERE / "tools.jinja", embeds=True) as address,
+    ):
+        async with (
+            FaultProxy("127.0.0.1", int(address.rpartition(":")[2])) as faulty,
+            running(_data(folder), address, {"forward": {"model_aliases": ALIASES}}) as ibid,
+            running(Path(folder) / "cut", faulty.url, EXACT_ONLY) as cut,
+        ):
+            faulty.downstream = Fault(cut_at=CUT_BYTES)
+            return await compare(chosen, Server(address, REAL, count, real_lacks, cut, VOLATILE | REAL_VOLATILE), ibid)
+
+
+def _data(folder: str) -> Path:
+    """An empty data directory that finds the converted model."""
+    data = Path(folder) / "data"
+    data.mkdir(mode=0o700)
+    (data / "models").symlink_to(converted_data_dir() / "models", target_is_directory=True)
+    return data
 
 
 async def compare(chosen: Sequence[Client], server: Server, ibid: Ibid) -> Found:
     found: Found = {}
     for number, client in enumerate(chosen):
         row = found[client.name] = {}
+        lacks = {**client.lacks, **server.lacks(client)}
         try:
-            for name in server.talk.scenarios:
-                bench = Bench(client, server, ibid, f"sk-conformance-{number}")
-                if name in client.lacks:
-                    row[name] = None
+            for name, scenario in SCENARIOS.items():
+                if name in lacks:
+                    row[name] = lacks[name]
                     continue
+                bench = Bench(client, server, ibid, f"sk-conformance-{number}")
                 try:
-                    await SCENARIOS[name](bench)
+                    await scenario(bench)
                 except (TimeoutError, RuntimeError, LookupError, ValueError) as fault:
                     bench.notes.append(f"{type(fault).__name__}: {fault}")
                 row[name] = bench.notes
@@ -349,11 +487,25 @@ async def compare(chosen: Sequence[Client], server: Server, ibid: Ibid) -> Found
     return found
 
 
-def table(found: Mapping[str, Mapping[str, list[str] | None]], names: Sequence[str]) -> str:
-    lines = ["| client | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
+def table(found: Found) -> str:
+    """The matrix, and below it how many cells there are of each kind, and why some do not apply."""
+    lines = ["| client | " + " | ".join(SCENARIOS) + " |", "| --- |" + " --- |" * len(SCENARIOS)]
+    said: dict[str, int] = {"ok": 0, "n/a": 0, "FAILS": 0}
+    reasons: dict[str, dict[str, list[str]]] = {}
     for client, row in found.items():
-        cells = ["-" if row[name] is None else "FAILS" if row[name] else "ok" for name in names]
+        cells = ["n/a" if isinstance(cell, str) else "FAILS" if cell else "ok" for cell in row.values()]
         lines.append(f"| {client} | " + " | ".join(cells) + " |")
+        for name, cell, kind in zip(row, row.values(), cells, strict=True):
+            said[kind] += 1
+            if isinstance(cell, str):
+                reasons.setdefault(cell, {}).setdefault(client, []).append(name)
+    lines += ["", ", ".join(f"{count} {kind}" for kind, count in said.items())]
+    for reason, where in reasons.items():
+        cells = [
+            f"{client} ({'all' if len(names) == len(SCENARIOS) else ', '.join(names)})"
+            for client, names in where.items()
+        ]
+        lines.append(f"n/a: {reason}: {'; '.join(cells)}")
     return "\n".join(lines)
 
 
@@ -363,15 +515,11 @@ def main() -> int:
     parser.add_argument("--llm", action="store_true", help="against a real model server instead")
     chosen = parser.parse_args()
     named = [client for client in clients() if client.name.startswith(chosen.only)]
-    if chosen.llm:
-        named = [client for client in named if client.speaks in ("openai", "anthropic")]
-        for client in named:
-            if client.speaks == "anthropic":  # llama.cpp takes a schema from OpenAI's clients alone
-                client.lacks |= {"structured"}
-    names = (REAL if chosen.llm else SCRIPTED).scenarios
+    started = time.monotonic()
     found = asyncio.run((run_real if chosen.llm else run)(named))
-    sys.stdout.write(table(found, names) + "\n")
-    wrong = [(c, name, note) for c, row in found.items() for name in names for note in row[name] or ()]
+    sys.stdout.write(f"{table(found)}\n{time.monotonic() - started:.0f} s\n")
+    wrong = [(c, name, note) for c, row in found.items() for name, cell in row.items()
+             for note in (cell if isinstance(cell, list) else ())]  # fmt: skip
     for client, name, note in wrong:
         sys.stdout.write(f"\n{client}, {name}: {note}\n")
     return 1 if wrong else 0

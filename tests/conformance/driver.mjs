@@ -1,4 +1,4 @@
-// Drives one of the providers' JavaScript clients. Argument: openai, anthropic, gemini or ollama.
+// Drives one of the providers' JavaScript clients. Argument: a name of `clients`, below.
 // A line of standard input is a task {url, key, model, prompt, stream, times, tools, schema}, a line of standard output
 // what came of it, {said: [...]}: one {objects, text} or {error: {status, message}} for each of `times` requests at once.
 
@@ -20,6 +20,38 @@ const clients = {
       const parts = objects.flatMap((o) => o.choices ?? []).map((c) => (task.stream ? c.delta : c.message));
       return { objects, text: parts.map((p) => p?.content ?? "").join("") };
     };
+  },
+
+  async responses(task) {
+    const { default: OpenAI } = await import("openai");
+    const sdk = new OpenAI({ baseURL: `${task.url}/v1`, apiKey: task.key, maxRetries: 0 });
+    const ask = { model: task.model, input: task.prompt, stream: task.stream };
+    if (task.tools)
+      ask.tools = [{ type: "function", name: "weather", description: "Weather", strict: false, parameters: TOOL }];
+    if (task.schema) ask.text = { format: { type: "json_schema", name: "trip", schema: task.schema, strict: true } };
+    return async () => {
+      const objects = await all(await sdk.responses.create(ask), task.stream);
+      if (!task.stream) return { objects, text: objects[0].output_text };
+      const deltas = objects.filter((o) => o.type === "response.output_text.delta");
+      return { objects, text: deltas.map((o) => o.delta).join("") };
+    };
+  },
+
+  async completions(task) {
+    const { default: OpenAI } = await import("openai");
+    const sdk = new OpenAI({ baseURL: `${task.url}/v1`, apiKey: task.key, maxRetries: 0 });
+    return async () => {
+      const answer = await sdk.completions.create({ model: task.model, prompt: task.prompt, stream: task.stream });
+      const objects = await all(answer, task.stream);
+      return { objects, text: objects.flatMap((o) => o.choices).map((c) => c.text ?? "").join("") };
+    };
+  },
+
+  async embeddings(task) {
+    const { default: OpenAI } = await import("openai");
+    const sdk = new OpenAI({ baseURL: `${task.url}/v1`, apiKey: task.key, maxRetries: 0 });
+    const ask = { model: task.model, input: task.inputs ?? task.prompt };
+    return async () => ({ objects: [await sdk.embeddings.create(ask)], text: "" });
   },
 
   async anthropic(task) {
@@ -54,6 +86,25 @@ const clients = {
       const parts = objects.flatMap((o) => o.candidates?.[0]?.content?.parts ?? []);
       const plain = objects.map(({ sdkHttpResponse, responseId, ...rest }) => rest);
       return { objects: plain, text: parts.map((p) => p.text ?? "").join("") };
+    };
+  },
+
+  async "gemini-embeddings"(task) {
+    const { GoogleGenAI } = await import("@google/genai");
+    const sdk = new GoogleGenAI({ apiKey: task.key, httpOptions: { baseUrl: task.url, retryOptions: { attempts: 1 } } });
+    return async () => {
+      const said = await sdk.models.embedContent({ model: task.model, contents: task.inputs ?? task.prompt });
+      const { sdkHttpResponse, ...rest } = said;
+      return { objects: [rest], text: "" };
+    };
+  },
+
+  async "ollama-embeddings"(task) {
+    const { Ollama } = await import("ollama");
+    const sdk = new Ollama({ host: task.url, headers: { Authorization: `Bearer ${task.key}` } });
+    return async () => {
+      const { total_duration, load_duration, ...rest } = await sdk.embed({ model: task.model, input: task.inputs ?? task.prompt });
+      return { objects: [rest], text: "" };
     };
   },
 

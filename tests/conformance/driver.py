@@ -1,7 +1,6 @@
 """Drives one Python client; the twin of driver.mjs. Run by path with the interpreter that has the client.
 
-Argument: openai, anthropic, gemini, ollama, langchain-openai, langchain-anthropic, llama-index, pydantic-ai or
-instructor. Imports nothing of this repository.
+Argument: a name of CLIENTS, below. Imports nothing of this repository.
 """
 
 from __future__ import annotations
@@ -35,6 +34,56 @@ def openai(task: dict[str, Any]) -> Ask:
             objects = [chunk async for chunk in answer] if task["stream"] else [answer]
         parts = [c.delta if task["stream"] else c.message for o in objects for c in o.choices]
         return [o.model_dump(mode="json") for o in objects], "".join(part.content or "" for part in parts)
+
+    return run
+
+
+def openai_responses(task: dict[str, Any]) -> Ask:
+    from openai import AsyncOpenAI
+
+    sdk = AsyncOpenAI(base_url=f"{task['url']}/v1", api_key=task["key"], max_retries=0)
+    ask: dict[str, Any] = {"model": task["model"], "input": task["prompt"]}
+    if task["tools"]:
+        ask["tools"] = [{"type": "function", "strict": False, **FUNCTION}]
+    if task["schema"]:
+        ask["text"] = {"format": {"type": "json_schema", "name": "trip", "schema": task["schema"], "strict": True}}
+
+    async def run() -> Said:
+        async with sdk:
+            answer = await sdk.responses.create(**ask, stream=task["stream"])
+            objects = [event async for event in answer] if task["stream"] else [answer]
+        dumped = [o.model_dump(mode="json", warnings=False) for o in objects]
+        if task["stream"]:
+            return dumped, "".join(o.delta for o in objects if o.type == "response.output_text.delta")
+        return dumped, answer.output_text
+
+    return run
+
+
+def openai_completions(task: dict[str, Any]) -> Ask:
+    from openai import AsyncOpenAI
+
+    sdk = AsyncOpenAI(base_url=f"{task['url']}/v1", api_key=task["key"], max_retries=0)
+
+    async def run() -> Said:
+        async with sdk:
+            answer = await sdk.completions.create(model=task["model"], prompt=task["prompt"], stream=task["stream"])
+            objects = [chunk async for chunk in answer] if task["stream"] else [answer]
+        text = "".join(choice.text or "" for o in objects for choice in o.choices)
+        return [o.model_dump(mode="json") for o in objects], text
+
+    return run
+
+
+def openai_embeddings(task: dict[str, Any]) -> Ask:
+    from openai import AsyncOpenAI
+
+    sdk = AsyncOpenAI(base_url=f"{task['url']}/v1", api_key=task["key"], max_retries=0)
+
+    async def run() -> Said:
+        async with sdk:
+            answer = await sdk.embeddings.create(model=task["model"], input=task.get("inputs") or task["prompt"])
+        return [answer.model_dump(mode="json")], ""
 
     return run
 
@@ -103,6 +152,31 @@ def ollama(task: dict[str, Any]) -> Ask:
         objects = [line async for line in answer] if task["stream"] else [answer]
         dumped = [o.model_dump(mode="json", exclude={"created_at"}) for o in objects]
         return dumped, "".join(o.message.content or "" for o in objects)
+
+    return run
+
+
+def gemini_embeddings(task: dict[str, Any]) -> Ask:
+    from google import genai
+
+    retry = genai.types.HttpRetryOptions(attempts=1)
+    options = genai.types.HttpOptions(base_url=task["url"], retry_options=retry)
+
+    def ask_synchronously() -> Said:
+        with genai.Client(api_key=task["key"], http_options=options) as sdk:
+            said = sdk.models.embed_content(model=task["model"], contents=task.get("inputs") or task["prompt"])
+        return [said.model_dump(mode="json", exclude={"sdk_http_response"})], ""
+
+    return lambda: asyncio.to_thread(ask_synchronously)
+
+
+def ollama_embeddings(task: dict[str, Any]) -> Ask:
+    from ollama import AsyncClient
+
+    async def run() -> Said:
+        sdk = AsyncClient(host=task["url"], headers={"Authorization": f"Bearer {task['key']}"})
+        said = await sdk.embed(task["model"], task.get("inputs") or task["prompt"])
+        return [said.model_dump(mode="json", exclude={"total_duration", "load_duration"})], ""
 
     return run
 
@@ -190,6 +264,8 @@ def pydantic_ai(task: dict[str, Any]) -> Ask:
 
             found = await Agent(model, output_type=NativeOutput(Trip), retries=0).run(task["prompt"])
             return [found.output.model_dump()], json.dumps(found.output.model_dump(), sort_keys=True)
+        if task["tools"]:  # an agent would go on with what the tool says
+            return await _bare_call(model, task)
         agent = Agent(model, retries=0)
         if task["stream"]:
             async with agent.run_stream(task["prompt"]) as streamed:
@@ -203,6 +279,26 @@ def pydantic_ai(task: dict[str, Any]) -> Ask:
     return run
 
 
+async def _bare_call(model: Any, task: dict[str, Any]) -> Said:
+    from pydantic_ai import ModelRequest, direct
+    from pydantic_ai.models import ModelRequestParameters
+    from pydantic_ai.tools import ToolDefinition
+
+    weather = ToolDefinition(name="weather", description="Weather", parameters_json_schema=TOOL)
+    asked = [ModelRequest.user_text_prompt(task["prompt"])]
+    wanted = ModelRequestParameters(function_tools=[weather])
+    if task["stream"]:
+        async with direct.model_request_stream(model, asked, model_request_parameters=wanted) as stream:
+            events = [event async for event in stream]
+            answer = stream.get()
+        kinds = [type(event).__name__ for event in events]
+    else:
+        answer, kinds = await direct.model_request(model, asked, model_request_parameters=wanted), []
+    calls = [{"name": call.tool_name, "args": call.args_as_dict()} for call in answer.tool_calls]
+    usage = {"in": answer.usage.input_tokens, "out": answer.usage.output_tokens}
+    return [{"calls": calls, "usage": usage, "events": kinds}], answer.text or ""
+
+
 def instructor(task: dict[str, Any]) -> Ask:
     import instructor as library
     from openai import AsyncOpenAI
@@ -212,20 +308,32 @@ def instructor(task: dict[str, Any]) -> Ask:
         city: str
         days: int
 
+    class weather(BaseModel):  # a model's name is its tool's
+        city: str
+
+    mode = library.Mode.TOOLS if task["tools"] else library.Mode.JSON_SCHEMA
+    ask = {"model": task["model"], "messages": [{"role": "user", "content": task["prompt"]}],
+           "response_model": weather if task["tools"] else Trip, "max_retries": 0}  # fmt: skip
+
     async def run() -> Said:
         async with AsyncOpenAI(base_url=f"{task['url']}/v1", api_key=task["key"], max_retries=0) as sdk:
-            client = library.from_openai(sdk, mode=library.Mode.JSON_SCHEMA)
-            ask = {"model": task["model"], "messages": [{"role": "user", "content": task["prompt"]}]}
-            found = await client.chat.completions.create(**ask, response_model=Trip, max_retries=0)
-        return [found.model_dump()], json.dumps(found.model_dump(), sort_keys=True)
+            client = library.from_openai(sdk, mode=mode)
+            if task["stream"]:
+                partial = client.chat.completions.create_partial(**ask)
+                objects = [found.model_dump() async for found in partial]
+            else:
+                objects = [(await client.chat.completions.create(**ask)).model_dump()]
+        return objects, str(objects[-1]["city"])
 
     return run
 
 
 CLIENTS: dict[str, Callable[[dict[str, Any]], Ask]] = {
-    "openai": openai, "anthropic": anthropic, "gemini": gemini, "ollama": ollama, "langchain-openai": langchain_openai,
-    "langchain-anthropic": langchain_anthropic, "llama-index": llama_index, "pydantic-ai": pydantic_ai,
-    "instructor": instructor,
+    "openai": openai, "responses": openai_responses, "completions": openai_completions,
+    "embeddings": openai_embeddings, "anthropic": anthropic, "gemini": gemini, "ollama": ollama,
+    "gemini-embeddings": gemini_embeddings, "ollama-embeddings": ollama_embeddings,
+    "langchain-openai": langchain_openai, "langchain-anthropic": langchain_anthropic, "llama-index": llama_index,
+    "pydantic-ai": pydantic_ai, "instructor": instructor,
 }  # fmt: skip
 
 

@@ -383,6 +383,17 @@ def test_only_a_finished_text_of_the_model_asked_is_kept(change: dict[str, Any],
     assert kept(replace(ANSWER, **change)) == reason
 
 
+@pytest.mark.parametrize(
+    ("tokens", "limit", "reason"),
+    [(99, 100, None), (100, 100, "finish_length"), (101, 100, "finish_length"), (100, None, None), (None, 100, None)],
+)
+def test_an_answer_that_fills_its_limit_is_taken_for_a_cut_one(
+    tokens: int | None, limit: int | None, reason: str | None
+) -> None:
+    answer = replace(ANSWER, usage=None if tokens is None else Usage(10, tokens))
+    assert kept(answer, replace(QUERY, output_limit=limit)) == reason
+
+
 def test_the_recorders_reason_stands() -> None:
     assert kept("error_object") == "error_object"
     assert kept(None) == "truncated"

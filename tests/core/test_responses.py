@@ -126,6 +126,21 @@ def test_each_kind_of_content_is_seen(part: dict[str, Any], facts: set[str]) -> 
     assert {name for name in kinds if getattr(facts_read, name)} == facts
 
 
+@pytest.mark.parametrize("told", [("error", "incomplete_details"), ("error",), ()])
+def test_a_replay_says_no_null_that_the_upstream_left_out(told: tuple[str, ...]) -> None:
+    """llama.cpp leaves out both; JavaScript's clients show the difference."""
+    part = {"type": "output_text", "annotations": [], "text": "Because."}
+    item = {"id": "msg_1", "type": "message", "status": "completed", "role": "assistant", "content": [part]}
+    usage = {"input_tokens": 1, "output_tokens": 2, "total_tokens": 3}
+    whole = {"id": "resp_1", "object": "response", "created_at": 1, "status": "completed", "model": "m"}
+    raw = orjson.dumps({**whole, "output": [item], "usage": usage, **dict.fromkeys(told)})
+    answer = DIALECT.record(raw, is_stream=False, n=1, keeps_id=True).answer
+    assert answer is not None
+    assert json.loads(replayed(answer, stream=False)).keys() == orjson.loads(raw).keys()
+    ends = [event["response"] for event in events(replayed(answer, stream=True)) if "response" in event]
+    assert {name for end in ends for name in end if name in ("error", "incomplete_details")} == set(told)
+
+
 URL = "data:image/png;base64,AA"
 SAME = [
     (

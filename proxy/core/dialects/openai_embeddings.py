@@ -175,6 +175,8 @@ def shares(total: int, inputs: Sequence[Input]) -> list[int]:
     What does not divide goes to the largest remainders, the earlier input first.
     """
     weights = [len(asked.encode()) if isinstance(asked, str) else len(asked) for asked in inputs]
+    if not any(weights):  # empty texts, which other dialects take
+        weights = [1] * len(inputs)
     whole = sum(weights)
     parts = [total * weight // whole for weight in weights]
     order = sorted(range(len(weights)), key=lambda i: (-(total * weights[i] % whole), i))
@@ -183,11 +185,27 @@ def shares(total: int, inputs: Sequence[Input]) -> list[int]:
     return parts
 
 
+def counted(said: object, name: str) -> int | None:
+    """A counter of an object; None where it has none."""
+    value = said.get(name) if isinstance(said, dict) else None
+    return value if _is_count(value) else None
+
+
+def placed_lists(vectors: object, count: int) -> list[Mapping[str, Any]] | None:
+    """Rows of an answer that names no places; None unless there is exactly one list for each of `count` inputs."""
+    if not isinstance(vectors, list) or len(vectors) != count or not all([isinstance(one, list) for one in vectors]):
+        return None
+    return [{"embedding": one} for one in vectors]
+
+
 class OpenAIEmbeddings(OpenAIChat):
     """`Dialect` of OpenAI embeddings: chat's errors, and reading of its own. `proxy.embeddings` answers what it reads;
-    recording, filtering and rendering of whole answers are never asked of it."""
+    recording, filtering and rendering of whole answers are never asked of it. Other dialects' embeddings are made of
+    it: they override what a body says."""
 
+    name = "openai"
     operation = "embedding"
+    recodes = True  # the upstream may be asked in another format than the client's
 
     def read(self, body: Mapping[str, Any], *, model: str = "", stream: bool = False) -> Facts:
         """See `read`; a model in the path (Azure's deployments) stands for the body's."""
@@ -201,4 +219,26 @@ class OpenAIEmbeddings(OpenAIChat):
             said = self._loads(body)
         except (ValueError, RecursionError):
             return None
+        return self.usage_of(said)
+
+    def part_body(self, raw: bytes, model: str, asked: Sequence[Input] | None, encoding_format: str | None) -> bytes:
+        """See `part_body`."""
+        return part_body(raw, asked, encoding_format)
+
+    def rows_of(self, said: object, asked: Sequence[Input]) -> Rows | None:
+        """See `rows_of`."""
+        return rows_of(said, len(asked))
+
+    def usage_of(self, said: object) -> Usage | None:
+        """What a parsed body counted."""
         return usage_in(said.get("usage")) if isinstance(said, dict) else None
+
+    def whole(
+        self, rows: Sequence[Mapping[str, Any]], model: str, tokens: int | None, told: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """The body with these rows. `told`: what an upstream said of its part; `tokens` None leaves its counters."""
+        if told is None:
+            return {"object": "list", "data": rows, "model": model, "usage": usage_object(tokens or 0)}
+        usage = told.get("usage")
+        counters = {} if tokens is None else {"usage": usage_object(tokens, usage if isinstance(usage, dict) else None)}
+        return {**told, "data": rows, **counters}

@@ -25,6 +25,7 @@ from proxy.core.errors import UpstreamError
 from proxy.core.eventstream import DONE, LINE_LIMIT_BYTES, EventDecoder
 from proxy.core.model import Answer, Usage
 
+NULL_FIELDS = ("error", "incomplete_details")  # of a complete response
 _TOP_FIELDS = frozenset(
     {"id", "object", "created_at", "completed_at", "model", "status", "output", "usage", "error", "incomplete_details",
      "output_text"}
@@ -168,6 +169,7 @@ def _storable(response: Mapping[str, Any], pieces: tuple[int, ...], keeps_id: bo
         return message
     is_kept = keeps_id and response.get("store") is not False and isinstance(response.get("id"), str)
     extra = {name: _OF_ONE_REQUEST.get(name, value) for name, value in response.items() if name not in _TOP_FIELDS}
+    extra |= {name: None for name in NULL_FIELDS if name in response}  # some servers leave them out
     if is_kept:
         extra |= {name: response[name] for name in _KEPT_FIELDS if name in response}
     items = output if is_kept else [_nameless(item) for item in output]

@@ -12,7 +12,7 @@ from typing import Any
 
 from proxy.core.dialects.dialect import Template, UsageMode, call_mark, templated
 from proxy.core.dialects.openai_replay import counted, split, to_text
-from proxy.core.dialects.responses_record import made
+from proxy.core.dialects.responses_record import NULL_FIELDS, made
 from proxy.core.model import Answer
 
 SEAM = '"id":"resp_{id}","created_at":{created}'
@@ -78,6 +78,8 @@ def _response(answer: Answer, usage_mode: UsageMode, *, begun: bool = False) -> 
         **echoed,
         "usage": None if begun or usage is None else counted(usage, usage_mode),
     }
+    if native:
+        body = {name: value for name, value in body.items() if name not in NULL_FIELDS or name in echoed}
     if begun and "completed_at" in body:
         body["completed_at"] = None
     return b"," + to_text(body)[1:].encode()

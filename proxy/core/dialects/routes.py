@@ -12,7 +12,9 @@ from proxy.core.dialects.anthropic import Messages
 from proxy.core.dialects.completions import Completions
 from proxy.core.dialects.dialect import Dialect, Loads
 from proxy.core.dialects.gemini import DELIVERY_QUERY, Gemini
+from proxy.core.dialects.gemini_embeddings import GeminiEmbeddings
 from proxy.core.dialects.ollama import Ollama
+from proxy.core.dialects.ollama_embeddings import OllamaEmbeddings
 from proxy.core.dialects.openai_chat import OpenAIChat
 from proxy.core.dialects.openai_embeddings import OpenAIEmbeddings
 from proxy.core.dialects.responses import Responses
@@ -21,7 +23,8 @@ CHAT_PATH: Final = "/v1/chat/completions"
 MESSAGES_PATH: Final = "/v1/messages"
 EMBEDDINGS_PATH: Final = "/v1/embeddings"
 
-_GEMINI = re.compile(r"(?:/v1|/v1beta|/v1alpha)?/models/([^/:]+):(generateContent|streamGenerateContent)")
+_GEMINI_OPERATION = re.compile(r":(generateContent|streamGenerateContent|embedContent|batchEmbedContents)")
+_GEMINI = re.compile(r"(?:/v1|/v1beta|/v1alpha)?/models/([^/:]+)" + _GEMINI_OPERATION.pattern)
 _AZURE = re.compile(r"/openai/deployments/([^/]+)(/(?:chat/completions|completions|embeddings))")
 _OLLAMA = re.compile(r"/api/(chat|generate|embed|embeddings|tags|show|ps|version|pull|push|create|copy|delete|blobs)\b")
 
@@ -60,7 +63,12 @@ class Routes:
         ollama = Ollama("chat", loads)
         self._table["/api/chat"] = Route(ollama, "/api/chat")
         self._table["/api/generate"] = Route(Ollama("generate", loads), "/api/generate")
+        self._table["/api/embed"] = Route(OllamaEmbeddings(loads), "/api/embed")
         self._gemini = Gemini(loads)
+        self._spoken_by_gemini: dict[str, Dialect] = {
+            "embedContent": GeminiEmbeddings(loads, batch=False),
+            "batchEmbedContents": GeminiEmbeddings(loads, batch=True),
+        }
         chats: tuple[Dialect, ...] = (chat, messages, self._gemini, ollama)
         self._errors = {dialect.name: dialect for dialect in chats}
 
@@ -79,7 +87,8 @@ class Routes:
             pairs = query[1:].split("&") if len(query) > 1 else []
             if not is_stream or "alt=sse" in pairs or "$alt=sse" in pairs:
                 kept = "&".join(pair for pair in pairs if pair.partition("=")[0] not in DELIVERY_QUERY)
-                return Route(self._gemini, path, gemini[1], is_stream, "?" + kept if kept else "")
+                dialect = self._spoken_by_gemini.get(gemini[2], self._gemini)
+                return Route(dialect, path, gemini[1], is_stream, "?" + kept if kept else "")
         return Route(None, path)
 
     def of_errors(self, path: str, headers: Mapping[str, str]) -> Dialect:
@@ -106,7 +115,7 @@ def family_of(path: str, headers: Mapping[str, str]) -> str:
     """Whose path it is; `anthropic-version` decides where paths coincide."""
     if "anthropic-version" in headers or path.startswith(("/v1/messages", "/messages")):
         return "anthropic"
-    if path.startswith("/v1beta/") or ":generateContent" in path or ":streamGenerateContent" in path:
+    if path.startswith("/v1beta/") or _GEMINI_OPERATION.search(path) is not None:
         return "gemini"
     if "x-goog-api-key" in headers:
         return "gemini"
