@@ -121,10 +121,10 @@ class Embeddings:
         """What an upstream said to all of a request in another way: its usage and model into `fetch`, its rows kept."""
         wanted = _distinct(_batch_of(fetch.query))
         said = _parsed(body)
-        fetch.usage = usage_in(said.get("usage")) if isinstance(said, dict) else None
+        fetch.usage = fetch.query.dialect.find_usage(body)
         if len(wanted) != len(_batch_of(fetch.query).inputs):
             return  # repeats within one request, or nothing to look up: the rows are not the inputs
-        answered = await understood(said, tuple(wanted.values()), fetch.query.model)
+        answered = await understood(said, tuple(wanted.values()), fetch.query.model, _speech(fetch.query))
         if answered is not None:
             fetch.answer = next(answers_in(answered))
             self._keep_if_storable(fetch, Told(), tuple(wanted), answered)
