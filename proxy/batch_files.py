@@ -10,7 +10,7 @@ from proxy.batch_ports import BatchStore
 from proxy.core.batches import CHUNK_BYTES, BatchFile
 
 CHUNKS_KEPT = 4
-SLICE = 64  # lines after which the loop gets its turn
+SLICE = 8  # lines after which the loop gets its turn
 
 
 class FileWriter:
