@@ -53,7 +53,7 @@ LEASE_S = 30.0
 QUERIES_BYTES = 32 * 1024 * 1024  # of bodies whose reading is remembered between the two passes
 LOOKUPS = 4096  # kept from looking a line up to storing its answer
 WAITING_ROWS = 2000
-LANDED_AT_ONCE = 128
+LANDED_AT_ONCE = 32
 SLICE = 16  # answers made before the loop gets its turn
 SUBMISSIONS = 6
 GRACE_S = 7200  # after the window: a provider's own began a little later
@@ -91,6 +91,7 @@ class Run:
         self._room.set()
         self._waiters: list[asyncio.Future[None]] = []
         self._saving = asyncio.Lock()
+        self._repeating = asyncio.Lock()
 
     # -- the story ----------------------------------------------------------------------------------------------
 
@@ -488,11 +489,12 @@ class Run:
         left = [follower for follower in self._followers.get(number, ()) if not self._ended[follower]]
         made = [(number, answered)]
         if left:
-            repeat = self._engine.lines.repeater(query, answered)
-            for follower in left:
-                made.append((follower, repeat(self._client())))
-                if len(made) % SLICE == 0:
-                    await asyncio.sleep(0)
+            async with self._repeating:
+                repeat = self._engine.lines.repeater(query, answered)
+                for follower in left:
+                    made.append((follower, repeat(self._client())))
+                    if len(made) % SLICE == 0:
+                        await asyncio.sleep(0)
         for one in made:  # in one step, so that they are committed together
             self._finish(*one)
 

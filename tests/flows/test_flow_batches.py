@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import shutil
 import time
 from typing import Any
 
@@ -15,7 +16,7 @@ from proxy.core.model import Usage
 from proxy.prices import Prices
 from tests.batch_upstream import BatchUpstream
 from tests.flows.batching import QUICK, balanced, ended, hand_in, jsonl, line, rows, sdk, text
-from tests.flows.running import EMBEDDER, MODEL, running, until
+from tests.flows.running import EMBEDDER, MODEL, chat_body, running, until
 from tests.upstream import Chat, Json
 
 
@@ -432,3 +433,39 @@ async def test_responses_and_legacy_completions_are_lines_too(exact, up):
             assert len(ids) == (1 if path == "/v1/responses" else 2)  # what the provider keeps is asked for by its id
             assert sum(seen.path == path for seen in up.requests) == 1
         assert await balanced(exact)
+
+
+async def test_lines_go_to_the_provider_by_model_and_in_batches_it_can_take(data_dir, up, monkeypatch):
+    monkeypatch.setattr("proxy.batch_runs.PART_LIMIT_BYTES", 1200)
+    theirs = BatchUpstream(up)
+    models = ("gpt-4o-mini", "gpt-4o")
+    async with running(data_dir, up.url, QUICK) as ibid, sdk(ibid) as client:
+        lines = [
+            {**line(f"{n}", ""), "body": {**chat_body(f"What is {n}?"), "model": models[n % 2]}} for n in range(20)
+        ]
+        batch = await ended(client, await hand_in(client, lines))
+        assert batch.request_counts.completed == 20
+        found = await rows(client, batch.output_file_id)
+        assert {name: row["response"]["body"]["model"] for name, row in found.items()} == {
+            f"{n}": models[n % 2] for n in range(20)
+        }
+        assert len(theirs.batches) > 2
+        assert all(sum(len(json.dumps(body)) for _, body in one.requests) <= 1200 for one in theirs.batches.values())
+        assert theirs.files == {}  # nothing of ours is left there
+
+
+async def test_replicas_share_batches_and_one_of_them_works_on_each(data_dir, tmp_path, up, pg_url):
+    theirs = BatchUpstream(up, polls=0)
+    second = tmp_path / "second"
+    async with running(data_dir, up.url, QUICK, database=pg_url) as one, sdk(one) as client:
+        second.mkdir(mode=0o700)
+        shutil.copy2(data_dir / "installation-secret", second)  # what makes them one installation
+        async with running(second, up.url, QUICK, database=pg_url) as two, sdk(two) as other:
+            batch = await hand_in(client, [line(n, f"What is {n}?") for n in "abc"])
+            await until(lambda: theirs.batches)
+            assert (await other.batches.retrieve(batch.id)).status == "in_progress"
+            assert (await other.batches.cancel(batch.id)).status == "cancelling"
+            batch = await ended(other, batch, 20)
+            assert (batch.status, batch.request_counts.completed) == ("cancelled", 1)
+            assert len(await rows(other, batch.error_file_id)) == 2
+            assert len(theirs.batches) == 1
