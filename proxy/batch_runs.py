@@ -154,7 +154,7 @@ class Run:
             if isinstance(line, Line) and line.custom_id in known:
                 line = duplicate_of(line.custom_id)
             if isinstance(line, LineFault):
-                faults.append(line.shown(number + 1))
+                faults.append(line.shown(self._file.line))
                 if len(faults) == ERRORS_SHOWN:
                     return faults
                 name = b""

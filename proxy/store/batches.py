@@ -55,7 +55,7 @@ class Batches:
 
     async def end_file(self, file: BatchFile) -> None:
         """It is whole, of the size it now has."""
-        values = {"whole": 1, "size_bytes": file.size_bytes, "filename": file.filename}
+        values = {name: getattr(file, name) for name in ("size_bytes", "filename", "expires_ms")} | {"whole": 1}
         await self._run(update(batch_file).where(batch_file.c.id == file.id).values(values))
 
     async def file(self, file_id: str, tenant: str) -> BatchFile | None:

@@ -121,7 +121,7 @@ async def test_a_line_that_cannot_be_read_fails_the_batch_and_says_where(exact, 
         assert (batch.status, batch.output_file_id, batch.request_counts.total) == ("failed", None, 0)
         assert batch.failed_at is not None
         said = [(error.line, error.code, error.param) for error in batch.errors.data]
-        assert said == [(n, code, param) for n, (_, code, param) in enumerate(BAD, start=2)]
+        assert said == [(n, code, param) for n, (_, code, param) in enumerate(BAD, start=3)]
         assert not up.requests
 
 
@@ -178,6 +178,15 @@ async def test_what_cannot_be_handed_in_is_refused_as_the_provider_refuses_it(da
             with pytest.raises(openai.BadRequestError) as refused:
                 await client.batches.create(**{**asked, **change})
             assert refused.value.param == param
+        with pytest.raises(openai.BadRequestError, match="expires_after"):
+            await client.files.create(
+                file=("f.jsonl", b"{}"), purpose="batch", expires_after={"anchor": "created_at", "seconds": 9}
+            )
+        short = await client.files.create(
+            file=("f.jsonl", b"{}"), purpose="batch", expires_after={"anchor": "created_at", "seconds": 3600}
+        )
+        assert short.expires_at - short.created_at == 3600
+        assert file.expires_at - file.created_at == 30 * 86_400
         unknown = "file-ibid" + "0" * 24
         batch = await client.batches.create(**{**asked, "input_file_id": unknown})
         assert (batch.status, batch.errors.data[0].code) == ("failed", "invalid_request")
@@ -469,3 +478,15 @@ async def test_replicas_share_batches_and_one_of_them_works_on_each(data_dir, tm
             assert (batch.status, batch.request_counts.completed) == ("cancelled", 1)
             assert len(await rows(other, batch.error_file_id)) == 2
             assert len(theirs.batches) == 1
+
+
+@pytest.mark.parametrize("status", [401, 503])
+async def test_an_upstream_that_cannot_say_whether_it_has_a_batch_api_is_not_asked_for_every_line(data_dir, up, status):
+    theirs = BatchUpstream(up)
+    denied = Json(status, {"error": {"message": "not now"}})
+    up.default = lambda seen: denied if seen.path == "/v1/batches?limit=1" else theirs.answer(seen)
+    async with running(data_dir, up.url, QUICK) as ibid, sdk(ibid) as client:
+        batch = await ended(client, await hand_in(client, [line(str(n), f"What is {n}?") for n in range(40)]))
+        assert batch.request_counts.completed == 40
+        assert sum(seen.path == "/v1/batches?limit=1" for seen in up.requests) == 1
+        assert (up.meter.calls, theirs.lines) == ((40, 0) if status == 401 else (0, 40))
