@@ -3,9 +3,9 @@
 Run by path with the interpreter that has the client's major version to test; imports nothing of this repository.
 Standard input, a line each time: {"base_url", "key", "steps": [{"prompt", "stream"?, "usage"?, "headers"?}]}, or
 {"inputs", "format"?} as a step that asks for vectors, or {"lines"} as one that hands in a batch. Standard output, a
-line for it: {"version", "results"}, one result per step, {"objects": [...], "types": [...], "cache": x-cache},
-{"vectors", "tokens", "cache", "partial"}, {"status", "completed", "texts", "listed", "deleted"} or {"error": {...}}.
-Ends with its standard input.
+line for it: {"version", "results"}, one result per step, {"objects", "types", "cache": x-cache}, {"vectors",
+"tokens", "cache", "partial"}, {"status", "completed", "texts", "listed", "deleted"} or {"error": {...}}. Ends with its
+standard input.
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import shutil
+import sqlite3
 import time
 from typing import Any
 
@@ -490,3 +492,26 @@ async def test_an_upstream_that_cannot_say_whether_it_has_a_batch_api_is_not_ask
         assert batch.request_counts.completed == 40
         assert sum(seen.path == "/v1/batches?limit=1" for seen in up.requests) == 1
         assert (up.meter.calls, theirs.lines) == ((40, 0) if status == 401 else (0, 40))
+
+
+async def test_a_database_that_does_not_write_for_a_while_delays_a_batch_and_loses_nothing(data_dir, up):
+    gate = asyncio.Event()
+
+    async def held(_seen):
+        await gate.wait()
+        return Chat()
+
+    up.script(Json(404, {}))
+    up.default = held
+    async with running(data_dir, up.url, QUICK) as ibid, sdk(ibid) as client:
+        batch = await hand_in(client, [line(str(n), f"What is {n}?") for n in range(40)])
+        await until(lambda: len(up.requests) > 10)
+        with contextlib.closing(sqlite3.connect(data_dir / "ibid.db", isolation_level=None)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            gate.set()
+            await until(lambda: ibid.app.store.state != "ok")
+            assert (await client.batches.retrieve(batch.id)).status == "in_progress"
+        batch = await ended(client, batch, 30)
+        assert (batch.status, batch.request_counts.completed, up.meter.calls) == ("completed", 40, 40)
+        assert len(await rows(client, batch.output_file_id)) == 40
+        assert await balanced(ibid)
