@@ -199,10 +199,20 @@ class Run:
     async def _query(self, number: int) -> Query:
         query = self._queries.get(number)
         if query is None:
-            line = self._read_line(await self._file.read(number))
+            line = self._read_line(await self._read_surely(number))
             assert isinstance(line, Line)
             query = self._engine.read(self.job.path, self.job.tenant, self._headers, line.body)
         return query
+
+    async def _read_surely(self, number: int) -> bytes:
+        """A line again, when the database can give it: what is under way is not thrown away for a moment's fault."""
+        while True:
+            try:
+                return await self._file.read(number)
+            except CacheFault:
+                if self.stopping:
+                    raise
+                await asyncio.sleep(1.0)
 
     async def _take_up(self) -> None:
         """What rows say of an earlier run."""
