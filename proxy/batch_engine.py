@@ -31,6 +31,10 @@ from proxy.tasks import Tasks
 log = logging.getLogger(__name__)
 
 RETRY_S = 5.0
+BELIEF_S = (
+    60.0  # how long an answer that says nothing of the API, only of this moment or client, is not asked for again
+)
+BELIEFS = 1024
 KEPT_HEADERS: Final = frozenset(
     {b"accept", b"anthropic-beta", b"anthropic-version", b"cache-control", b"openai-organization", b"openai-project"}
 )
@@ -81,6 +85,7 @@ class Engine:
         self._tasks = tasks
         self._keyed = keyed  # families of which every upstream has a key of its own
         self._batches: dict[str, bool] = dict.fromkeys(without_batches, False)  # by upstream, as far as known
+        self._believed: dict[tuple[str, RawHeaders], tuple[bool, float]] = {}  # and until when
         self._probing: dict[str, asyncio.Lock] = {}
         self._runs: dict[str, Run] = {}
         self._working: set[asyncio.Task[None]] = set()
@@ -214,17 +219,26 @@ class Engine:
             known = self._batches.get(upstream)
             if known is not None:
                 return known
+            believed, until_s = self._believed.get((upstream, headers), (False, 0.0))
+            if self.clock() < until_s:
+                return believed
             try:
                 found = await self.provider(path).is_there(upstream, headers)
             except Refused as refused:
-                return refused.status not in (400, 401, 403)
+                return self._believe(upstream, headers, found=refused.status not in (400, 401, 403))
             except UpstreamError:
-                return True
+                return self._believe(upstream, headers, found=True)
             except NoBatchApi:
                 found = False
             self._batches[upstream] = found
             log.info("asked for a batch API", extra={"upstream": upstream, "found": found})
             return found
+
+    def _believe(self, upstream: str, headers: RawHeaders, *, found: bool) -> bool:
+        if len(self._believed) >= BELIEFS:
+            self._believed.clear()
+        self._believed[upstream, headers] = found, self.clock() + BELIEF_S
+        return found
 
     @staticmethod
     def new_name(prefix: str) -> str:

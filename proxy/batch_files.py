@@ -10,7 +10,7 @@ from proxy.batch_ports import BatchStore
 from proxy.core.batches import CHUNK_BYTES, BatchFile
 
 CHUNKS_KEPT = 4
-SLICE = 64  # lines after which the loop gets its turn
+SLICE = 8  # lines after which the loop gets its turn
 
 
 class FileWriter:
@@ -33,12 +33,15 @@ class FileWriter:
             await self._put(bytes(self._held[:CHUNK_BYTES]))
             del self._held[:CHUNK_BYTES]
 
-    async def end(self, filename: str = "") -> BatchFile:
+    async def end(self, filename: str = "", expires_ms: int | None = None) -> BatchFile:
         """The file, for everybody to see."""
         if self._held:
             await self._put(bytes(self._held))
             self._held.clear()
-        self.file = replace(self.file, size_bytes=self.size_bytes, filename=filename or self.file.filename)
+        expires_ms = min(expires_ms or self.file.expires_ms, self.file.expires_ms)
+        self.file = replace(
+            self.file, size_bytes=self.size_bytes, filename=filename or self.file.filename, expires_ms=expires_ms
+        )
         await self._store.end_file(self.file)
         return self.file
 
@@ -57,6 +60,7 @@ class LineFile:
         self._store = store
         self._file_id = file_id
         self._limit = line_limit_bytes
+        self.line = 0  # of the text, blank ones counted, from 1: of what `scan` gave last
         self._places: list[tuple[int, int]] = []  # offset, length
         self._chunks: dict[int, bytes] = {}
 
@@ -66,10 +70,12 @@ class LineFile:
     async def scan(self) -> AsyncIterator[bytes | None]:
         """Every line; None for one that is longer than may be read. The loop gets its turn between slices."""
         self._places.clear()
+        self.line = 0
         rest, at, skipped = b"", 0, 0
         async for chunk in self._store.chunks(self._file_id):
             *whole, last = chunk.split(b"\n")
             for piece in whole:
+                self.line += 1
                 line = rest + piece
                 length = skipped + len(line)
                 if skipped or line.strip():
@@ -82,6 +88,7 @@ class LineFile:
             if len(rest) > self._limit:
                 rest, skipped = b"", skipped + len(rest)
         if skipped or rest.strip():
+            self.line += 1
             self._places.append((at, skipped + len(rest)))
             yield rest if skipped + len(rest) <= self._limit else None
 

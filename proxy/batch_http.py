@@ -50,6 +50,7 @@ from proxy.wire import SERVER
 SPOOL_MEMORY_BYTES: Final = 1024 * 1024
 FORM_LIMIT_BYTES: Final = 64 * 1024  # of a form, around its file
 PIECE_BYTES: Final = 256 * 1024
+MONTH_S: Final = 2_592_000
 REPLY_LIMIT_BYTES: Final = 8 * 1024 * 1024
 _HEAD_BYTES: Final = 64 * 1024
 
@@ -99,7 +100,8 @@ class BatchApi:
         """Raises IbidError while nothing has been said to the client."""
         handle = self._table.get((place.area, request.method, bool(place.id), place.verb))
         is_theirs = place.area in ("files", "batches") and asked.family != "openai"
-        if handle is None or is_theirs or (place.id and not is_own(place.id)):
+        is_far = place.id != "" and not is_own(place.id) and place.area != "deferred"
+        if handle is None or is_theirs or is_far:
             return await self._passing.answer(request, asked)
         return await handle(request, asked, place.id)
 
@@ -146,7 +148,8 @@ class BatchApi:
             if form.filename is None:
                 raise BadRequest("Missing required parameter: 'file'.", code="missing_required_parameter", param="file")
             _check_head(head)
-            return await writer.end(form.filename[:512])
+            keep_s = _keep_s(form)
+            return await writer.end(form.filename[:512], None if keep_s is None else now_ms + keep_s * 1000)
         except BaseException:
             await writer.drop()
             raise
@@ -438,6 +441,17 @@ async def _chain(spool: Any, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]
 async def _once(body: bytes) -> AsyncIterator[bytes]:
     for start in range(0, len(body), PIECE_BYTES):
         yield body[start : start + PIECE_BYTES]
+
+
+def _keep_s(form: Form) -> int | None:
+    """How long a file is wanted at most, if that was said."""
+    anchor, said = form.fields.get("expires_after[anchor]"), form.fields.get("expires_after[seconds]")
+    if anchor is None and said is None:
+        return None
+    if anchor != b"created_at" or said is None or not said.isdigit() or not 3600 <= int(said) <= MONTH_S:
+        message = f"Invalid 'expires_after': expected anchor 'created_at' and 3600 to {MONTH_S} seconds."
+        raise BadRequest(message, code="invalid_value", param="expires_after")
+    return int(said)
 
 
 def _check_head(head: bytes) -> None:

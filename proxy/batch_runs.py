@@ -53,7 +53,8 @@ LEASE_S = 30.0
 QUERIES_BYTES = 32 * 1024 * 1024  # of bodies whose reading is remembered between the two passes
 LOOKUPS = 4096  # kept from looking a line up to storing its answer
 WAITING_ROWS = 2000
-LANDED_AT_ONCE = 128
+LANDED_AT_ONCE = 32
+SLICE = 16  # answers made before the loop gets its turn
 SUBMISSIONS = 6
 GRACE_S = 7200  # after the window: a provider's own began a little later
 
@@ -90,6 +91,7 @@ class Run:
         self._room.set()
         self._waiters: list[asyncio.Future[None]] = []
         self._saving = asyncio.Lock()
+        self._repeating = asyncio.Lock()
 
     # -- the story ----------------------------------------------------------------------------------------------
 
@@ -152,7 +154,7 @@ class Run:
             if isinstance(line, Line) and line.custom_id in known:
                 line = duplicate_of(line.custom_id)
             if isinstance(line, LineFault):
-                faults.append(line.shown(number + 1))
+                faults.append(line.shown(self._file.line))
                 if len(faults) == ERRORS_SHOWN:
                     return faults
                 name = b""
@@ -197,10 +199,20 @@ class Run:
     async def _query(self, number: int) -> Query:
         query = self._queries.get(number)
         if query is None:
-            line = self._read_line(await self._file.read(number))
+            line = self._read_line(await self._read_surely(number))
             assert isinstance(line, Line)
             query = self._engine.read(self.job.path, self.job.tenant, self._headers, line.body)
         return query
+
+    async def _read_surely(self, number: int) -> bytes:
+        """A line again, when the database can give it: what is under way is not thrown away for a moment's fault."""
+        while True:
+            try:
+                return await self._file.read(number)
+            except CacheFault:
+                if self.stopping:
+                    raise
+                await asyncio.sleep(1.0)
 
     async def _take_up(self) -> None:
         """What rows say of an earlier run."""
@@ -272,7 +284,7 @@ class Run:
             if not self.is_open:
                 return
             answered = await self._engine.lines.ask(query, self._client(), self.job.deadline_ms / 1000)
-        self._finish_all(number, query, answered)
+        await self._finish_all(number, query, answered)
         committed = asyncio.get_running_loop().create_future()
         self._waiters.append(committed)
         await committed  # so that a crash costs no more calls than there are workers
@@ -459,7 +471,7 @@ class Run:
         if lookup is None:
             lookup = await self._engine.lines.look_up(query, client)
         answered = await self._engine.lines.landed(query, client, lookup, result.status, result.body)
-        self._finish_all(number, query, answered)
+        await self._finish_all(number, query, answered)
 
     async def _end_part(self, part: Part, progress: Progress) -> None:
         """Lines of which nothing came are reported as the provider ended them."""
@@ -482,14 +494,19 @@ class Run:
 
     # -- results ------------------------------------------------------------------------------------------------
 
-    def _finish_all(self, number: int, query: Query, answered: Answered) -> None:
+    async def _finish_all(self, number: int, query: Query, answered: Answered) -> None:
         """A leader's answer, for itself and for those that repeat it."""
-        self._finish(number, answered)
         left = [follower for follower in self._followers.get(number, ()) if not self._ended[follower]]
+        made = [(number, answered)]
         if left:
-            repeat = self._engine.lines.repeater(query, answered)
-            for follower in left:
-                self._finish(follower, repeat(self._client()))
+            async with self._repeating:
+                repeat = self._engine.lines.repeater(query, answered)
+                for follower in left:
+                    made.append((follower, repeat(self._client())))
+                    if len(made) % SLICE == 0:
+                        await asyncio.sleep(0)
+        for one in made:  # in one step, so that they are committed together
+            self._finish(*one)
 
     def _finish(self, number: int, answered: Answered) -> None:
         name, status, body = self._names[number], answered.status, answered.body
@@ -629,7 +646,7 @@ class Run:
         query = await self._query(number)
         async with self._engine.slots:
             answered = await self._engine.lines.ask(query, self._client())
-        self._finish_all(number, query, answered)
+        await self._finish_all(number, query, answered)
 
     async def _show_outputs(self, now_ms: int) -> None:
         job, store = self.job, self._engine.store

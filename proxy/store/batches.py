@@ -22,7 +22,7 @@ from proxy.store.engine import Database
 from proxy.store.schema import batch_chunk, batch_file, batch_job, batch_line, batch_part, deferred
 from proxy.store.writer import Writer
 
-PIECE_ROWS = 500
+PIECE_ROWS = 250
 UPLOAD_S = 3600  # an upload that took longer was given up
 _FILE = tuple(spec.name for spec in fields(BatchFile))
 _JOB = tuple(spec.name for spec in fields(Job))
@@ -55,7 +55,7 @@ class Batches:
 
     async def end_file(self, file: BatchFile) -> None:
         """It is whole, of the size it now has."""
-        values = {"whole": 1, "size_bytes": file.size_bytes, "filename": file.filename}
+        values = {name: getattr(file, name) for name in ("size_bytes", "filename", "expires_ms")} | {"whole": 1}
         await self._run(update(batch_file).where(batch_file.c.id == file.id).values(values))
 
     async def file(self, file_id: str, tenant: str) -> BatchFile | None:
@@ -152,9 +152,10 @@ class Batches:
             if found[0] == "cancelling" and not job.is_ended:
                 kept |= {"status": found[0], "times": found[1]}
             await connection.execute(update(batch_job).where(mine).values(lease_ms=lease_ms, **kept))
-            if lines:
-                rows = [{"job_id": job.id, **line._asdict()} for line in lines]
-                await connection.execute(self._upsert(batch_line, ("state", "part", "result")), rows)
+            upsert = self._upsert(batch_line, ("state", "part", "result"))
+            for start in range(0, len(lines), PIECE_ROWS):
+                rows = [{"job_id": job.id, **line._asdict()} for line in lines[start : start + PIECE_ROWS]]
+                await connection.execute(upsert, rows)
             if parts:
                 made = [{"job_id": job.id, **{name: getattr(part, name) for name in _PART}} for part in parts]
                 await connection.execute(self._upsert(batch_part, _PART[1:]), made)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
+import shutil
+import sqlite3
 import time
 from typing import Any
 
@@ -15,7 +18,7 @@ from proxy.core.model import Usage
 from proxy.prices import Prices
 from tests.batch_upstream import BatchUpstream
 from tests.flows.batching import QUICK, balanced, ended, hand_in, jsonl, line, rows, sdk, text
-from tests.flows.running import EMBEDDER, MODEL, running, until
+from tests.flows.running import EMBEDDER, MODEL, chat_body, running, until
 from tests.upstream import Chat, Json
 
 
@@ -120,7 +123,7 @@ async def test_a_line_that_cannot_be_read_fails_the_batch_and_says_where(exact, 
         assert (batch.status, batch.output_file_id, batch.request_counts.total) == ("failed", None, 0)
         assert batch.failed_at is not None
         said = [(error.line, error.code, error.param) for error in batch.errors.data]
-        assert said == [(n, code, param) for n, (_, code, param) in enumerate(BAD, start=2)]
+        assert said == [(n, code, param) for n, (_, code, param) in enumerate(BAD, start=3)]
         assert not up.requests
 
 
@@ -177,6 +180,15 @@ async def test_what_cannot_be_handed_in_is_refused_as_the_provider_refuses_it(da
             with pytest.raises(openai.BadRequestError) as refused:
                 await client.batches.create(**{**asked, **change})
             assert refused.value.param == param
+        with pytest.raises(openai.BadRequestError, match="expires_after"):
+            await client.files.create(
+                file=("f.jsonl", b"{}"), purpose="batch", expires_after={"anchor": "created_at", "seconds": 9}
+            )
+        short = await client.files.create(
+            file=("f.jsonl", b"{}"), purpose="batch", expires_after={"anchor": "created_at", "seconds": 3600}
+        )
+        assert short.expires_at - short.created_at == 3600
+        assert file.expires_at - file.created_at == 30 * 86_400
         unknown = "file-ibid" + "0" * 24
         batch = await client.batches.create(**{**asked, "input_file_id": unknown})
         assert (batch.status, batch.errors.data[0].code) == ("failed", "invalid_request")
@@ -432,3 +444,74 @@ async def test_responses_and_legacy_completions_are_lines_too(exact, up):
             assert len(ids) == (1 if path == "/v1/responses" else 2)  # what the provider keeps is asked for by its id
             assert sum(seen.path == path for seen in up.requests) == 1
         assert await balanced(exact)
+
+
+async def test_lines_go_to_the_provider_by_model_and_in_batches_it_can_take(data_dir, up, monkeypatch):
+    monkeypatch.setattr("proxy.batch_runs.PART_LIMIT_BYTES", 1200)
+    theirs = BatchUpstream(up)
+    models = ("gpt-4o-mini", "gpt-4o")
+    async with running(data_dir, up.url, QUICK) as ibid, sdk(ibid) as client:
+        lines = [
+            {**line(f"{n}", ""), "body": {**chat_body(f"What is {n}?"), "model": models[n % 2]}} for n in range(20)
+        ]
+        batch = await ended(client, await hand_in(client, lines))
+        assert batch.request_counts.completed == 20
+        found = await rows(client, batch.output_file_id)
+        assert {name: row["response"]["body"]["model"] for name, row in found.items()} == {
+            f"{n}": models[n % 2] for n in range(20)
+        }
+        assert len(theirs.batches) > 2
+        assert all(sum(len(json.dumps(body)) for _, body in one.requests) <= 1200 for one in theirs.batches.values())
+        assert theirs.files == {}  # nothing of ours is left there
+
+
+async def test_replicas_share_batches_and_one_of_them_works_on_each(data_dir, tmp_path, up, pg_url):
+    theirs = BatchUpstream(up, polls=0)
+    second = tmp_path / "second"
+    async with running(data_dir, up.url, QUICK, database=pg_url) as one, sdk(one) as client:
+        second.mkdir(mode=0o700)
+        shutil.copy2(data_dir / "installation-secret", second)  # what makes them one installation
+        async with running(second, up.url, QUICK, database=pg_url) as two, sdk(two) as other:
+            batch = await hand_in(client, [line(n, f"What is {n}?") for n in "abc"])
+            await until(lambda: theirs.batches)
+            assert (await other.batches.retrieve(batch.id)).status == "in_progress"
+            assert (await other.batches.cancel(batch.id)).status == "cancelling"
+            batch = await ended(other, batch, 20)
+            assert (batch.status, batch.request_counts.completed) == ("cancelled", 1)
+            assert len(await rows(other, batch.error_file_id)) == 2
+            assert len(theirs.batches) == 1
+
+
+@pytest.mark.parametrize("status", [401, 503])
+async def test_an_upstream_that_cannot_say_whether_it_has_a_batch_api_is_not_asked_for_every_line(data_dir, up, status):
+    theirs = BatchUpstream(up)
+    denied = Json(status, {"error": {"message": "not now"}})
+    up.default = lambda seen: denied if seen.path == "/v1/batches?limit=1" else theirs.answer(seen)
+    async with running(data_dir, up.url, QUICK) as ibid, sdk(ibid) as client:
+        batch = await ended(client, await hand_in(client, [line(str(n), f"What is {n}?") for n in range(40)]))
+        assert batch.request_counts.completed == 40
+        assert sum(seen.path == "/v1/batches?limit=1" for seen in up.requests) == 1
+        assert (up.meter.calls, theirs.lines) == ((40, 0) if status == 401 else (0, 40))
+
+
+async def test_a_database_that_does_not_write_for_a_while_delays_a_batch_and_loses_nothing(data_dir, up):
+    gate = asyncio.Event()
+
+    async def held(_seen):
+        await gate.wait()
+        return Chat()
+
+    up.script(Json(404, {}))
+    up.default = held
+    async with running(data_dir, up.url, QUICK) as ibid, sdk(ibid) as client:
+        batch = await hand_in(client, [line(str(n), f"What is {n}?") for n in range(40)])
+        await until(lambda: len(up.requests) > 10)
+        with contextlib.closing(sqlite3.connect(data_dir / "ibid.db", isolation_level=None)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            gate.set()
+            await until(lambda: ibid.app.store.state != "ok")
+            assert (await client.batches.retrieve(batch.id)).status == "in_progress"
+        batch = await ended(client, batch, 30)
+        assert (batch.status, batch.request_counts.completed, up.meter.calls) == ("completed", 40, 40)
+        assert len(await rows(client, batch.output_file_id)) == 40
+        assert await balanced(ibid)

@@ -54,7 +54,8 @@ async def test_the_answer_comes_later_with_its_own_status_and_headers(data_dir, 
         reply = await get(ibid, place)
         assert (reply.status, reply.headers["Location"]) == (202, place)
         assert (await get(ibid, place, "sk-b")).status == 404
-        assert (await get(ibid, "/v1/deferred/def_ibid" + "0" * 24)).json["error"]["code"] == "not_found"
+        for name in ("def_ibid" + "0" * 24, "other"):
+            assert (await get(ibid, f"/v1/deferred/{name}")).json["error"]["code"] == "not_found"
         gate.set()
         reply = await fetched(ibid, place)
         assert (reply.status, reply.cache, reply.headers["Content-Type"]) == (
