@@ -67,6 +67,7 @@ class Chat:
     pieces: int = 4
     gates: Mapping[int, asyncio.Event] = field(default_factory=dict)
     delay_s: float = 0.0  # before the head
+    bills_at_once: bool = False  # the input, before the delay, so that a call left meanwhile is billed for it
     message: Mapping[str, Any] = field(default_factory=dict)
     finish_reason: str = "stop"
     model: str | None = None
@@ -231,11 +232,14 @@ class ScriptedUpstream:
         self.nonce += 1
         self.meter.calls += 1
         nonce = self.nonce
-        if chat.delay_s:
-            await asyncio.sleep(chat.delay_s)
         text = f"answer #{nonce} to: {prompt}" if chat.text is None else chat.text
         usage = usage_of(body["messages"], text)
-        self.meter.input_tokens += usage["prompt_tokens"]
+        if chat.bills_at_once:
+            self.meter.input_tokens += usage["prompt_tokens"]
+        if chat.delay_s:
+            await asyncio.sleep(chat.delay_s)
+        if not chat.bills_at_once:
+            self.meter.input_tokens += usage["prompt_tokens"]
         self.meter.output_tokens += usage["completion_tokens"]
         head = {"id": f"chatcmpl-m{nonce}", "created": 1_700_000_000 + nonce, "model": chat.model or body.get("model")}
         if body.get("stream"):

@@ -33,7 +33,7 @@ def lanes(edge: ScriptedUpstream, **sections: Any) -> dict[str, Any]:
         "upstream.edge": {"base_url": edge.url},
         "lane.edge": {"upstream": "edge", "model": EDGE_MODEL, "timeout_s": 5.0},
         'prices.override."edge/*"': {"input_usd_per_mtok": 0.01, "output_usd_per_mtok": 0.02},
-        f'prices.override."openai/{MODEL}"': {"input_usd_per_mtok": 1, "output_usd_per_mtok": 4},
+        f'prices.override."openai/{MODEL}"': {"input_usd_per_mtok": 1, "output_usd_per_mtok": 4, "flex_factor": 0.5},
         **EXACT_ONLY,
         **sections,
     }
