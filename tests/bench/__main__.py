@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 BENCHES = (
-    "tests.bench.http", "tests.bench.streams", "tests.bench.search", "tests.bench.capacity", "tests.bench.batch",
+    "tests.bench.http", "tests.bench.streams", "tests.bench.search", "tests.bench.route", "tests.bench.capacity",
+    "tests.bench.batch",
 )  # fmt: skip
 
 
