@@ -222,7 +222,7 @@ async def learn(pipeline: Pipeline) -> None:
     """What judge and router knew when they stopped. Without it they start strict, which is safe."""
     try:
         await pipeline.auditor.load()
-        await pipeline.router.load()
+        await pipeline.errands.router.load()
     except CacheFault as fault:
         log.error("the judge starts without what it had learned", extra={"cause": fault.message})
 

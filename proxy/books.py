@@ -255,10 +255,10 @@ class Books:
         call = None if collapsed else fetch.call
         calls = (*fetch.lookup.spent, *(() if call is None else (call,)), *(() if collapsed else fetch.extra))
         usage, basis, mechanism = fetch.usage if word == "ok" else None, "measured", None
-        if collapsed:
-            mechanism = "stream.coalesce"
-        elif fetch.stand_in and word == "ok":
+        if fetch.stand_in and word == "ok":
             mechanism = fetch.stand_in
+        elif collapsed:
+            mechanism = "stream.coalesce"
         elif word == "ok" and fetch.served is not None and call is not None and call.usage is not None:
             mechanism = MECHANISMS[Tier.EXACT]
             usage, basis = added(fetch.served, call.usage), call.usage_basis

@@ -143,7 +143,7 @@ class Operator:
             return None
         changed = False
         await self._pipeline.auditor.feedback(request_id, found, verdict)
-        await self._pipeline.router.feedback(request_id, found, verdict, now_ms)
+        await self._pipeline.errands.router.feedback(request_id, found, verdict, now_ms)
         if found:
             changed = await self._store.entries.quarantine(found, on=verdict == "wrong")
             if verdict == "wrong":

@@ -16,14 +16,14 @@ import numpy as np
 import orjson
 
 from proxy import ports
-from proxy.audits import Again, Auditor
+from proxy.audits import Auditor
 from proxy.books import Books, Client, Fetch, Lookup, draft_of
 from proxy.collapse import Flight, Seat
 from proxy.core import freshness, policy
 from proxy.core.answer import decode_answer
 from proxy.core.dialects.dialect import JSON, Recording, Template, UsageMode
 from proxy.core.directives import stale_headers, usd, verdict_headers
-from proxy.core.errors import BadRequest, CacheFault, UpstreamError
+from proxy.core.errors import BadRequest
 from proxy.core.model import (
     Answer,
     Bypass,
@@ -39,14 +39,15 @@ from proxy.core.model import (
     Verdict,
 )
 from proxy.core.pace import Pace, Schedule, ends_of, progress, runs_of, schedule, texts_of
-from proxy.core.plan import DEFAULT_PLAN, Lane
+from proxy.core.plan import Lane
+from proxy.errands import Errands, reason_of
 from proxy.explanation import explanation
 from proxy.hot import Alias, Form, HotRow, HotRows
 from proxy.judge import Judged, Opinion, Place, objection, verdict_of
 from proxy.lanes.forwarding import ACTING, STALE_IF_ERROR, Forwarder
 from proxy.lanes.prefetch import Prefetcher
-from proxy.lanes.route import BAD_ANSWERS, Choice, Router
 from proxy.lanes.route import MECHANISM as ROUTED
+from proxy.lanes.route import Choice, Router
 from proxy.lanesettings import StaleLane
 from proxy.leaving import Finisher
 from proxy.relay import Head, Paced, Relay, Replay
@@ -56,7 +57,6 @@ from proxy.telemetry import Telemetry
 log = logging.getLogger(__name__)
 
 CANDIDATES = 16
-PLAIN = DEFAULT_PLAN.lanes  # of a call that no lane shapes
 ROUNDING = 1e-3  # between a similarity of the index, in fixed point, and one of the row
 
 
@@ -96,9 +96,7 @@ class Pipeline:
         self.flights: dict[bytes, Flight[Fetch]] = {}
         self._store = store
         self._books = books
-        self.router = router
         self._forwarder = forwarder
-        self._prefetcher = prefetcher
         self._stale = stale
         self._telemetry = telemetry
         self._tasks = tasks
@@ -107,6 +105,19 @@ class Pipeline:
         self._finisher = finisher
         self._model_aliases = model_aliases or {}
         self._clock = clock
+        self.errands = Errands(
+            router=router,
+            prefetcher=prefetcher,
+            auditor=auditor,
+            store=store,
+            hot=hot,
+            tasks=tasks,
+            telemetry=telemetry,
+            flights=self.flights,
+            take_off=self._take_off,
+            embedder=lambda: self.embedder,
+            clock=clock,
+        )
         self.purges = 0  # rows read or written before the last of them may be gone
 
     # -- the story ----------------------------------------------------------------------------------------------
@@ -114,7 +125,7 @@ class Pipeline:
     async def answer(self, query: Query, client: Client) -> Replay | Relay:
         """Serve or forward. Raises BadRequest (only-if-cached) and UpstreamError; cache faults never leave here."""
         if Lane.PREFETCH in query.plan.lanes and not query.controls.only_if_cached:
-            self._prefetch(query, client)
+            self.errands.foresee(query, client)
         if (flight := self._joinable(query)) is not None:
             return await self._join(flight, query, client)
         lookup = await self._look_up(query, client)
@@ -126,7 +137,7 @@ class Pipeline:
                 elif (
                     hit.tier is Tier.STALE and Lane.REVALIDATE in query.plan.lanes and not query.controls.only_if_cached
                 ):
-                    self._revalidate(query, client, hit.entry)
+                    self.errands.revalidate(query, client, hit.entry)
                 replay = self._serve(query, client, lookup.row, hit, lookup.steps_ms)
                 return replay if not query.controls.explain else replay.saying(explanation(query, lookup))
             case Hit() | NearMiss() | Miss() | Bypass():
@@ -136,7 +147,7 @@ class Pipeline:
         if (flight := self._joinable(query)) is not None:  # it may have started while this one was looking
             return await self._join(flight, query, client)
         routes = _may_route(query) and not query.controls.only_if_cached
-        choice = await self.router.choose(query, client, lookup) if routes else None
+        choice = await self.errands.router.choose(query, client, lookup) if routes else None
         reply = None if choice is None else await self._serve_routed(choice, query, client, lookup)
         if reply is None:
             reply = await self.forward(query, client, lookup, choice)
@@ -194,7 +205,7 @@ class Pipeline:
                 if isinstance(lookup.verdict, Miss) and unfit in policy.UNFIT:
                     lookup.verdict = Miss(unfit)
         except ports.CACHE_FAULTS as fault:
-            reason = _reason_of(fault)
+            reason = reason_of(fault)
             if reason == "too_long":  # a property of the text, not a fault
                 lookup.verdict = Miss(reason)
             else:
@@ -341,7 +352,7 @@ class Pipeline:
         self.hot.add_alias(query.fingerprint, alias)
         again = self.auditor.served(opinion, chosen, client.request_id)
         if again is not None and not query.controls.only_if_cached:
-            _ = self._tasks.spawn(self._ask_again(query, client, lookup, again), "audit")
+            self.errands.audit(query, client, lookup, again)
 
     def warm(self, entry: Entry, purges: int) -> HotRow:
         """A row to serve, kept in memory unless a purge came while it was read."""
@@ -428,7 +439,7 @@ class Pipeline:
             if not await self._find_exact(choice.query, client, found) or found.row is None:
                 return None
         except ports.CACHE_FAULTS as fault:
-            self._telemetry.fault(_reason_of(fault))
+            self._telemetry.fault(reason_of(fault))
             return None
         if not isinstance(found.verdict, Hit) or found.verdict.tier is not Tier.EXACT:
             return None
@@ -459,82 +470,6 @@ class Pipeline:
         """A forward that opens with its first seat."""
         on_left = None if self._finisher is None else self._finisher.left
         return Flight(fetch, lambda: self._forwarder.open(fetch), self._landed, shared=shared, on_left=on_left)
-
-    def _revalidate(self, query: Query, client: Client, entry: Entry) -> None:
-        """A stale entry is being served: fetch its successor, once at a time."""
-        current = self.flights.get(query.fingerprint)
-        if (current is None or not current.joinable) and not self._tasks.closed:
-            lookup = Lookup(Miss("expired"))
-            draft = entry.draft
-            if self.embedder is not None and draft.embedder == self.embedder.identity and draft.embedding is not None:
-                lookup.vector = np.frombuffer(draft.embedding, np.float32)
-                lookup.signature = None if draft.signature is None else np.frombuffer(draft.signature, np.uint64)
-            _ = self._tasks.spawn(self._refetch(query, client, lookup, "revalidate"), "revalidate")
-
-    async def _refetch(self, query: Query, client: Client, lookup: Lookup, purpose: str) -> None:
-        """Forward a question for the cache alone; clients who ask it meanwhile may join."""
-        fetch = self._own_fetch(query, client, lookup, purpose)
-        flight = self._take_off(fetch, shared=True)
-        self.flights[query.fingerprint] = flight
-        await _read_whole(flight.join())
-
-    def _prefetch(self, query: Query, client: Client) -> None:
-        """Count a question, and fetch the one that usually follows when no fresh answer to it is known."""
-        likely = self._prefetcher.see(query, client)
-        if likely is None or self._tasks.closed or self._joinable(likely) is not None:
-            return
-        known = self.hot.find(likely.fingerprint)
-        if known is None or not _is_fresh(known.entry, likely, client):
-            _ = self._tasks.spawn(self._fetch_likely(likely, client), "prefetch")
-
-    async def _fetch_likely(self, likely: Query, client: Client) -> None:
-        try:
-            entry = await self._store.find(likely.fingerprint)
-        except CacheFault:
-            return
-        if (entry is None or not _is_fresh(entry, likely, client)) and likely.fingerprint not in self.flights:
-            self._prefetcher.fetching(likely)
-            await self._refetch(likely, client, Lookup(Miss("prefetch")), "prefetch")
-
-    async def _learn_route(self, fetch: Fetch, entry: Entry, answer: Answer) -> None:
-        """What a stored answer says of who gave it, and, for a share of questions, of who did not."""
-        try:
-            self.router.stored(fetch, entry)
-            await self.router.judge(entry, answer, fetch)
-            if not self.router.wants_shadow() or (choice := self.router.shadow_of(fetch)) is None:
-                return
-            asked = replace(choice.query, plan=replace(choice.query.plan, lanes=PLAIN))
-            shadow = self._own_fetch(asked, fetch.client, Lookup(Miss("shadow")), "shadow")
-            shadow.first = choice.sending
-            await _read_whole(self._take_off(shadow, shared=False).join())
-            if shadow.answer is not None:
-                await self.router.compare(entry, choice.candidate, answer, shadow.answer, fetch)
-            elif not fetch.routed_to and shadow.unstored in BAD_ANSWERS:
-                await self.router.vote(entry.id, choice.candidate, False, shadow.unstored, fetch)
-        except ports.CACHE_FAULTS as fault:
-            self._telemetry.fault(_reason_of(fault))
-
-    def _own_fetch(self, query: Query, client: Client, lookup: Lookup, purpose: str) -> Fetch:
-        """A fetch made for no client, with the credential of the one on whose occasion it is made."""
-        headers = [line for line in client.headers if line[0].lower() != b"idempotency-key"]  # it named the other
-        started_s = time.perf_counter()
-        own = client._replace(
-            request_id=f"{client.request_id}-{purpose}",
-            ts_ms=int(self._clock() * 1000),
-            started_s=started_s,
-            headers=headers,
-        )
-        return Fetch(query, own, lookup, started_s, purpose=purpose)
-
-    async def _ask_again(self, query: Query, client: Client, lookup: Lookup, again: Again) -> None:
-        """Forward a question that was served, for the judge alone."""
-        async with self.auditor.slot():
-            if self._tasks.closed:
-                return
-            plain = replace(query, plan=replace(query.plan, lanes=query.plan.lanes - ACTING))
-            fetch = self._own_fetch(plain, client, lookup, "audit")
-            fetch.again = again
-            await _read_whole(self._take_off(fetch, shared=False).join())
 
     async def _join(self, flight: Flight[Fetch], query: Query, client: Client) -> Replay | Relay:
         """Share a forward in flight: its bytes when both stream alike, its answer once it is whole when not."""
@@ -694,8 +629,8 @@ class Pipeline:
         else:
             self._telemetry.unstored(fetch.unstored or "no_answer")
             self._forget_flight(flight)
-            if fetch.routed_to and not self._tasks.closed:
-                _ = self._tasks.spawn(self._unlearn_route(fetch), "route")
+            if fetch.routed_to:
+                self.errands.unstored(fetch)
 
     def _count_calls(self, flight: Flight[Fetch], status: int, *, is_stream: bool) -> None:
         """The calls that were made, now that their end is known."""
@@ -762,16 +697,10 @@ class Pipeline:
                 self.index.add(entry.id, query.scope, lookup.vector, lookup.signature, draft.expires_ms)
             opinion = None if fetch.routed_to else lookup.opinion  # of answers of the model asked for
             self.auditor.stored(opinion, fetch.again, query, fetch.client.headers, entry, answer)
-            if fetch.purpose == "answer" and _may_route(fetch.asked) and not self._tasks.closed:
-                _ = self._tasks.spawn(self._learn_route(fetch, entry, answer), "route")
+            if fetch.purpose == "answer" and _may_route(fetch.asked):
+                self.errands.stored(fetch, entry, answer)
         except ports.CACHE_FAULTS as fault:
-            self._telemetry.fault(_reason_of(fault))
-
-    async def _unlearn_route(self, fetch: Fetch) -> None:
-        try:
-            await self.router.unstored(fetch)
-        except ports.CACHE_FAULTS as fault:
-            self._telemetry.fault(_reason_of(fault))
+            self._telemetry.fault(reason_of(fault))
 
     def _forget_flight(self, flight: Flight[Fetch]) -> None:
         fingerprint = flight.context.asked.fingerprint
@@ -811,17 +740,6 @@ def _may_share(query: Query) -> bool:
     return query.controls.read and query.eligibility.level is not Level.NONE and Lane.COLLAPSE in query.plan.lanes
 
 
-async def _read_whole(seat: Seat[Fetch]) -> None:
-    """Take a seat's bytes for nobody: what they say is read where the flight lands."""
-    try:
-        while await seat.next():
-            pass
-    except UpstreamError as error:
-        log.debug("a call for no client failed: %s", error.code)
-    finally:
-        seat.leave()
-
-
 def _schedule(query: Query, answer: Answer, body: bytes, pace: Pace) -> Schedule:
     ends = ends_of(body, query.dialect.stream_type)
     done = progress(body, ends, texts_of(answer.message.get("content"), answer.pieces)) if pace == "recorded" else ends
@@ -840,9 +758,3 @@ def _same_bytes(one: Query, other: Query) -> bool:
 
 def _is_fresh(entry: Entry, query: Query, client: Client) -> bool:
     return freshness.is_fresh(entry.draft.created_ms, entry.draft.expires_ms, client.ts_ms, query.controls.max_age_s)
-
-
-def _reason_of(fault: BaseException) -> str:
-    if isinstance(fault, CacheFault):
-        return fault.code
-    return getattr(fault, "reason", "timeout")

@@ -36,7 +36,7 @@ def knows(seen: Seen) -> Chat:
 
 
 def explore_no_more(ibid: Ibid) -> None:
-    router = ibid.app.pipeline.router
+    router = ibid.app.pipeline.errands.router
     router.lane = replace(router.lane, explore_share=0.0)
 
 

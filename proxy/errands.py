@@ -1,0 +1,196 @@
+"""Calls that no client waits for: refetching what was served stale, the likely next question, audits, and the router's
+shadows. Each is booked on its own, as money spent; none delays the request on whose occasion it is made.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, MutableMapping
+from dataclasses import replace
+from typing import Final, Protocol
+
+import numpy as np
+
+from proxy import ports
+from proxy.audits import Again, Auditor
+from proxy.books import Client, Fetch, Lookup
+from proxy.collapse import Flight, Seat
+from proxy.core import freshness
+from proxy.core.errors import CacheFault, UpstreamError
+from proxy.core.model import Answer, Entry, Miss, Query
+from proxy.core.plan import DEFAULT_PLAN
+from proxy.hot import HotRows
+from proxy.lanes.forwarding import ACTING
+from proxy.lanes.prefetch import Prefetcher
+from proxy.lanes.route import BAD_ANSWERS, Router
+from proxy.tasks import Tasks
+from proxy.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+PLAIN: Final = DEFAULT_PLAN.lanes
+"""Of a call that no lane shapes."""
+
+
+class TakeOff(Protocol):
+    def __call__(self, fetch: Fetch, *, shared: bool) -> Flight[Fetch]: ...
+
+
+class Errands:
+    """Owns nothing; the pipeline lends it the parts. Lives on the event loop."""
+
+    def __init__(
+        self,
+        *,
+        router: Router,
+        prefetcher: Prefetcher,
+        auditor: Auditor,
+        store: ports.EntryStore,
+        hot: HotRows,
+        tasks: Tasks,
+        telemetry: Telemetry,
+        flights: MutableMapping[bytes, Flight[Fetch]],
+        take_off: TakeOff,
+        embedder: Callable[[], ports.Embedder | None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.router = router
+        self._prefetcher = prefetcher
+        self._auditor = auditor
+        self._store = store
+        self._hot = hot
+        self._tasks = tasks
+        self._telemetry = telemetry
+        self._flights = flights
+        self._take_off = take_off
+        self._embedder = embedder
+        self._clock = clock
+
+    # -- for the cache ------------------------------------------------------------------------------------------------
+
+    def revalidate(self, query: Query, client: Client, entry: Entry) -> None:
+        """A stale entry is being served: fetch its successor, once at a time."""
+        if self._is_under_way(query) or self._tasks.closed:
+            return
+        lookup, draft, embedder = Lookup(Miss("expired")), entry.draft, self._embedder()
+        if embedder is not None and draft.embedder == embedder.identity and draft.embedding is not None:
+            lookup.vector = np.frombuffer(draft.embedding, np.float32)
+            lookup.signature = None if draft.signature is None else np.frombuffer(draft.signature, np.uint64)
+        _ = self._tasks.spawn(self._refetch(query, client, lookup, "revalidate"), "revalidate")
+
+    def foresee(self, query: Query, client: Client) -> None:
+        """Count a question, and fetch the one that usually follows when no fresh answer to it is known."""
+        likely = self._prefetcher.see(query, client)
+        if likely is None or self._tasks.closed or self._is_under_way(likely):
+            return
+        known = self._hot.find(likely.fingerprint)
+        if known is None or not _is_fresh(known.entry, client):
+            _ = self._tasks.spawn(self._fetch_likely(likely, client), "prefetch")
+
+    async def _fetch_likely(self, likely: Query, client: Client) -> None:
+        try:
+            entry = await self._store.find(likely.fingerprint)
+        except CacheFault:
+            return
+        if (entry is None or not _is_fresh(entry, client)) and not self._is_under_way(likely):
+            self._prefetcher.fetching(likely)
+            await self._refetch(likely, client, Lookup(Miss("prefetch")), "prefetch")
+
+    async def _refetch(self, query: Query, client: Client, lookup: Lookup, purpose: str) -> None:
+        """Forward a question for the cache alone; clients who ask it meanwhile may join."""
+        flight = self._take_off(self._fetch(query, client, lookup, purpose), shared=True)
+        self._flights[query.fingerprint] = flight
+        await _read_whole(flight.join())
+
+    def _is_under_way(self, query: Query) -> bool:
+        flight = self._flights.get(query.fingerprint)
+        return flight is not None and flight.joinable
+
+    # -- for the judge ------------------------------------------------------------------------------------------------
+
+    def audit(self, query: Query, client: Client, lookup: Lookup, again: Again) -> None:
+        """Ask a question once more that was served."""
+        _ = self._tasks.spawn(self._ask_again(query, client, lookup, again), "audit")
+
+    async def _ask_again(self, query: Query, client: Client, lookup: Lookup, again: Again) -> None:
+        async with self._auditor.slot():
+            if self._tasks.closed:
+                return
+            plain = replace(query, plan=replace(query.plan, lanes=query.plan.lanes - ACTING))
+            fetch = self._fetch(plain, client, lookup, "audit")
+            fetch.again = again
+            await _read_whole(self._take_off(fetch, shared=False).join())
+
+    # -- for the router -----------------------------------------------------------------------------------------------
+
+    def stored(self, fetch: Fetch, entry: Entry, answer: Answer) -> None:
+        """A question that may be routed was answered, and the answer stored."""
+        if not self._tasks.closed:
+            _ = self._tasks.spawn(self._learn(fetch, entry, answer), "route")
+
+    def unstored(self, fetch: Fetch) -> None:
+        """A candidate's answer cannot be stored."""
+        if not self._tasks.closed:
+            _ = self._tasks.spawn(self._unlearn(fetch), "route")
+
+    async def _learn(self, fetch: Fetch, entry: Entry, answer: Answer) -> None:
+        """What a stored answer says of who gave it, and, for a share of questions, of who did not."""
+        router = self.router
+        try:
+            router.stored(fetch, entry)
+            await router.judge(entry, answer, fetch)
+            if not router.wants_shadow() or (choice := router.shadow_of(fetch)) is None:
+                return
+            asked = replace(choice.query, plan=replace(choice.query.plan, lanes=PLAIN))
+            shadow = self._fetch(asked, fetch.client, Lookup(Miss("shadow")), "shadow")
+            shadow.first = choice.sending
+            await _read_whole(self._take_off(shadow, shared=False).join())
+            if shadow.answer is not None:
+                await router.compare(entry, choice.candidate, answer, shadow.answer, fetch)
+            elif not fetch.routed_to and shadow.unstored in BAD_ANSWERS:
+                await router.vote(entry.id, choice.candidate, False, shadow.unstored, fetch)
+        except ports.CACHE_FAULTS as fault:
+            self._telemetry.fault(reason_of(fault))
+
+    async def _unlearn(self, fetch: Fetch) -> None:
+        try:
+            await self.router.unstored(fetch)
+        except ports.CACHE_FAULTS as fault:
+            self._telemetry.fault(reason_of(fault))
+
+    # -- a call for no client -----------------------------------------------------------------------------------------
+
+    def _fetch(self, query: Query, client: Client, lookup: Lookup, purpose: str) -> Fetch:
+        """With the credential of the client on whose occasion it is made."""
+        headers = [line for line in client.headers if line[0].lower() != b"idempotency-key"]  # it named the other
+        started_s = time.perf_counter()
+        own = client._replace(
+            request_id=f"{client.request_id}-{purpose}",
+            ts_ms=int(self._clock() * 1000),
+            started_s=started_s,
+            headers=headers,
+        )
+        return Fetch(query, own, lookup, started_s, purpose=purpose)
+
+
+async def _read_whole(seat: Seat[Fetch]) -> None:
+    """Take a seat's bytes for nobody: what they say is read where the flight lands."""
+    try:
+        while await seat.next():
+            pass
+    except UpstreamError as error:
+        log.debug("a call for no client failed: %s", error.code)
+    finally:
+        seat.leave()
+
+
+def _is_fresh(entry: Entry, client: Client) -> bool:
+    return freshness.is_fresh(entry.draft.created_ms, entry.draft.expires_ms, client.ts_ms)
+
+
+def reason_of(fault: BaseException) -> str:
+    """The word for a fault of ours."""
+    if isinstance(fault, CacheFault):
+        return fault.code
+    return getattr(fault, "reason", "timeout")
