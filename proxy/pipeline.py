@@ -363,9 +363,7 @@ class Pipeline:
 
     def _serve(self, query: Query, client: Client, row: HotRow, hit: Hit, steps_ms: dict[str, float] | None) -> Replay:
         """Replay an entry. What two hits of one entry share is made once: template, headers of a second, ledger row."""
-        lanes = query.plan.lanes
-        asked = (query.stream, query.wants_usage, query.endpoint, query.upstream, query.model, query.controls.tags)
-        kind = (*asked, hit.tier, hit.similarity, lanes, query.key_id)
+        kind = (query.form, hit.tier, hit.similarity)
         form = row.forms.get(kind)
         if form is None:
             form = row.forms[kind] = self._form(query, client, row, hit)

@@ -5,6 +5,7 @@ Everything here is a pure function of what the client sent and of the configurat
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from proxy.core.plan import (
 from proxy.keys import Grant
 from proxy.ports import Upstream
 
+FORMS = 16_384
 _TIERS: Mapping[object, str] = {None: "default", "auto": "default", "standard": "default", "standard_only": "default"}
 """Names of the tier that everyone gets."""
 
@@ -118,6 +120,8 @@ class Reader:
         self._limits = limits
         self._steering = steering or Steering()
         self._extra_headers = extra_headers
+        self._forms: dict[tuple[object, ...], int] = {}
+        self._numbers = itertools.count(1)
 
     def target(self, path: str, query: str = "") -> Target:
         """Where a path leads, and the query behind it, its question mark included."""
@@ -238,9 +242,11 @@ class Reader:
             prints = tuple([fingerprint.fingerprint_of(scope, asked) for asked in facts.inputs]) if scope else ()
             batch = Batch(facts.inputs, prints, facts.encoding_format, is_open=not facts.unknown)
         tier = facts.settings.get("service_tier")
+        endpoint = target.path_qs.partition("?")[0]
+        asked = (dialect, endpoint, facts.stream, facts.wants_usage, upstream, facts.model, controls.tags)
         return Query(
             dialect=dialect,
-            endpoint=target.path_qs.partition("?")[0],
+            endpoint=endpoint,
             upstream=upstream,
             tenant=caller.tenant,
             model=facts.model,
@@ -263,9 +269,19 @@ class Reader:
             tier=_TIERS.get(tier, tier) if isinstance(tier, str) else "default",
             has_tools=facts.has_tools,
             path_qs=target.path_qs,
+            form=self._form_of((*asked, plan.lanes, caller.key_id)),
             key_id=caller.key_id,
             team=caller.team,
         )
+
+    def _form_of(self, asked: tuple[object, ...]) -> int:
+        """A number for what decides how a hit is told and booked; never one for two."""
+        form = self._forms.get(asked)
+        if form is None:
+            if len(self._forms) >= FORMS:
+                self._forms.clear()
+            form = self._forms[asked] = next(self._numbers)
+        return form
 
 
 def _facts(target: Target, body: Mapping[str, Any]) -> Facts:
