@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import replace
 from typing import Final, Protocol
 
@@ -66,6 +66,11 @@ class Errands:
         self._take_off = take_off
         self._embedder = embedder
         self._clock = clock
+
+    def status(self) -> Mapping[str, object]:
+        """For people: what was decided, guessed and learned."""
+        guesses = {"made": self._prefetcher.made, "used": self._prefetcher.used}
+        return {"route": self.router.status(), "prefetch": guesses}
 
     # -- for the cache ------------------------------------------------------------------------------------------------
 

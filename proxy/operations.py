@@ -76,13 +76,14 @@ class Operator:
 
     async def stats(self) -> Mapping[str, Any]:
         entries = await self._store.entries.stats()
-        requests = {word.lower(): self._telemetry.count(word) for word in ("HIT", "MISS", "BYPASS", "REFRESH")}
+        requests = {word.lower(): self._telemetry.count(word) for word in ("HIT", "MISS", "BYPASS", "STALE", "REFRESH")}
         return {
             "entries": entries._asdict(),
             "requests": {"all": self._telemetry.count(), **requests},
             "hot": {"rows": len(self._pipeline.hot), "bytes": self._pipeline.hot.size_bytes},
             "flights": len(self._pipeline.flights),
             "judge": self._pipeline.auditor.status(),
+            "lanes": {**self._pipeline.forwarder.status(), **self._pipeline.errands.status()},
             "reindex": None if self._reindex is None else self._reindex.progress(),
             "ledger": {"waiting": self._store.ledger.waiting, "written": self._store.ledger.written},
             **self._gauges(),

@@ -96,7 +96,7 @@ class Pipeline:
         self.flights: dict[bytes, Flight[Fetch]] = {}
         self._store = store
         self._books = books
-        self._forwarder = forwarder
+        self.forwarder = forwarder
         self._stale = stale
         self._telemetry = telemetry
         self._tasks = tasks
@@ -467,7 +467,7 @@ class Pipeline:
     def _take_off(self, fetch: Fetch, *, shared: bool) -> Flight[Fetch]:
         """A forward that opens with its first seat."""
         on_left = None if self._finisher is None else self._finisher.left
-        return Flight(fetch, lambda: self._forwarder.open(fetch), self._landed, shared=shared, on_left=on_left)
+        return Flight(fetch, lambda: self.forwarder.open(fetch), self._landed, shared=shared, on_left=on_left)
 
     async def _join(self, flight: Flight[Fetch], query: Query, client: Client) -> Replay | Relay:
         """Share a forward in flight: its bytes when both stream alike, its answer once it is whole when not."""
@@ -638,7 +638,7 @@ class Pipeline:
         if fetch.stand_in != STALE_IF_ERROR:
             won = flight.is_delivered
             fetch.call = self._books.call_of(fetch, status, flight.size_bytes, is_stream=is_stream, won=won)
-            self._forwarder.learn(fetch)
+            self.forwarder.learn(fetch)
         if len(fetch.attempts) > 1 or fetch.attempt is None:
             fetch.extra = self._books.lost_calls(fetch, fetch.usage)
 

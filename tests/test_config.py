@@ -260,3 +260,59 @@ def test_the_readme_table_names_every_setting() -> None:
             assert rows[name] == str(default).lower(), name
         elif isinstance(default, int | float) and not name.startswith(("upstream.", "prices.")):
             assert float(rows[name]) == default, name
+
+
+EDGE = "[upstream.lab]\nbase_url = 'http://h'\n[lane.edge]\nupstream = 'lab'\nmodel = 'm'\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("[[policy]]\nplan = ['exact']\n\n[[policy]]\nplan = ['warp']\n", 5, "'warp' is no lane"),
+        ("[[policy]]\nplan = ['exact', 'edge']\n", 2, "has the lane 'edge', which [lane.*] does not make ready"),
+        ("[[policy]]\non_error = ['cloud']\n", 2, "policy.0.on_error knows stale, edge"),
+        ("[[policy]]\non_error = ['stale']\n", 1, "has the lane 'stale-if-error'"),
+        ("[[policy]]\nmatch = { modle = 'x' }\n", 2, "policy.0.match knows model"),
+        ("[[policy]]\nmatch = { stream = 'yes' }\n", 2, "stream must be true or false"),
+        ("[[policy]]\nmatch = { model = 3 }\n", 2, "model must be a string"),
+        ("[[policy]]\nmatch = 'x'\n", 2, "policy.0.match must be a table"),
+        ("[[policy]]\nttl = 3\n", 2, "policy.0.ttl is unknown"),
+        ("[policy]\nplan = ['exact']\n", 1, "policy must be tables of the form [[policy]]"),
+        ("[alias.Fast]\nplan = 'exact'\n", 1, "alias.Fast must be 1-32"),
+        ("[alias.fast]\nplan = '+warp'\n", 2, "alias.fast.plan is not a plan: 'warp' is no lane"),
+        ("[lane.warp]\n", 1, "lane.warp is unknown"),
+        ("[lane.hedge]\nquantile = 1.5\n", 2, "lane.hedge.quantile must be at most 1"),
+        ("[lane.edge]\nmodel = 'm'\n", 2, "lane.edge.model needs the other"),
+        ("[lane.edge]\nupstream = 'lab'\nmodel = 'm'\n", 2, "lane.edge.upstream is not an upstream: openai"),
+        ("[lane.edge]\nupstream = 'ollama'\nmodel = 'm'\n", 2, "lane.edge.upstream must be of the OpenAI dialect"),
+        ("[lane.route]\ncandidates = ['m']\n", 2, "'m' is not \"upstream/model\""),
+        ("[lane.cascade]\npattern = '('\n", 2, "lane.cascade.pattern is not a regular expression"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused_with_its_line(tmp_path: Path, text: str, line: int, words: str) -> None:
+    message = refusal(tmp_path, text)
+    assert f"line {line}: " in message
+    assert words in message
+
+
+def test_policies_keep_their_order_and_what_they_say(tmp_path: Path) -> None:
+    text = EDGE + (
+        "[lane.stale]\nif_error_s = 60\n"
+        "[[policy]]\nname = 'evaluations'\nmatch = { tag = 'eval', stream = false }\nplan = ['exact']\nttl_s = 5\n"
+        "[[policy]]\non_error = ['stale', 'edge']\n[alias.local]\nplan = '+edge'\n"
+    )
+    settings = load(written(tmp_path, text), HOME)
+    first, second = settings.policies
+    assert (first.name, first.match.tag, first.match.stream) == ("evaluations", "eval", False)
+    assert (first.plan.text, first.plan.ttl_s) == ("exact", 5.0)
+    assert second.name == "policy 2"
+    assert second.plan.text == "exact,semantic,collapse,stale-if-error,edge-if-error"
+    assert settings.aliases["local"] == "+edge"
+    assert settings.aliases["exact"] == "-semantic"
+
+
+def test_upstream_on_the_command_line_leaves_the_local_model_where_it_is(tmp_path: Path) -> None:
+    flags = dataclasses.replace(written(tmp_path, EDGE), upstream="http://127.0.0.1:9")
+    upstreams = load(flags, HOME).upstreams
+    assert upstreams["lab"].base_url == "http://h"
+    assert upstreams["openai"].base_url == "http://127.0.0.1:9"

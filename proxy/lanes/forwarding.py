@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -106,6 +106,10 @@ class Forwarder:
             if proof and (proven := await self._proven(fetch, proof, "hybrid.cascade", "cascade")) is not None:
                 return proven
         return await cloud()
+
+    def status(self) -> Mapping[str, object]:
+        """For people: calls that could be hedged, and how often one was."""
+        return {"hedge": {"made": self.budget.made, "extra": self.budget.spent}}
 
     def learn(self, fetch: Fetch) -> None:
         """A fetch has ended: what it showed of the lanes that shaped it."""

@@ -305,6 +305,7 @@ async def test_a_tail_of_slow_answers_costs_no_more_than_the_budget(data_dir, up
             await ibid.ask(f"Question number {number}", headers={"x-plan": "exact,hedge"})
         extra = len(up.requests) - 200
         assert 1 <= extra <= 200 * 0.05
+        assert (await ibid.admin("GET", "/cache/stats"))["lanes"]["hedge"] == {"made": 200, "extra": extra}
         await ibid.settled()
         assert await balanced(ibid)
 
@@ -551,3 +552,47 @@ async def test_openai_is_given_one_key_for_one_beginning_and_the_client_keeps_it
         assert keys[0] == keys[1]
         assert keys[2] == "mine"
         assert keys[3] not in keys[:3]
+
+
+@pytest.mark.parametrize(
+    ("match", "headers"),
+    [
+        ({"namespace": "news"}, {"x-cache-namespace": "news"}),
+        ({"tag": "doc:*"}, {"x-cache-tags": "team:a,doc:42"}),
+        ({"model": "gpt-*"}, {}),
+    ],
+    ids=["namespace", "tag", "pattern"],
+)
+async def test_a_policy_says_how_long_answers_live(data_dir, up, edge, match, headers):
+    sections = lanes(edge, policy=[{"match": match, "ttl_s": 90}])
+    async with running(data_dir, up.url, sections) as ibid:
+        await ibid.ask("Who wrote Faust?", headers=headers)
+        await ibid.settled()
+        hit = await ibid.ask("Who wrote Faust?", headers=headers)
+        assert (hit.tier, "ttl=8" in hit.headers["Cache-Status"]) == ("exact", True)
+        await ibid.ask("Who wrote Emma?", headers={**headers, "x-cache-ttl": "7"})
+        await ibid.settled()
+        (row,) = await ibid.sql("SELECT (expires_ms - created_ms) AS life_ms FROM entry ORDER BY id DESC LIMIT 1")
+        assert row["life_ms"] == 7_000  # the client's own wish comes first
+
+
+async def test_a_local_model_can_be_priced_by_the_time_it_takes(data_dir, up, edge):
+    edge.default = Chat(delay_s=0.25)
+    sections = lanes(edge, **{'prices.override."edge/*"': {"per_second_usd": 0.0001}})
+    async with running(data_dir, up.url, sections) as ibid:
+        reply = await ibid.ask("Who wrote Faust?", headers={"x-plan": "+edge"})
+        await ibid.settled()
+        (call,) = await ibid.sql("SELECT cost_nusd, total_ms FROM upstream_call")
+        assert call["cost_nusd"] == pytest.approx(call["total_ms"] * 100, abs=60)  # exact to the millisecond
+        assert call["cost_nusd"] > 25_000
+        assert await balanced(ibid)
+        assert reply.headers["x-cost-usd"] == f"0.{call['cost_nusd']:09d}"
+
+
+async def test_the_most_a_client_may_do_is_what_the_operator_made_ready(data_dir, up):
+    async with running(data_dir, up.url, {**EXACT_ONLY}) as ibid:
+        for lane in ("edge", "route", "tier", "predict", "stale", "cascade", "race"):
+            reply = await ibid.ask("Who wrote Faust?", headers={"x-plan": f"+{lane}"})
+            assert (reply.status, reply.json["error"]["code"]) == (400, "invalid_value"), lane
+        cheap = await ibid.ask("Who wrote Faust?", model=f"{MODEL}@cheap")  # an alias takes nothing that is not there
+        assert (cheap.status, cheap.headers["x-plan"]) == (200, "exact,semantic,collapse")
