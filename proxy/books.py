@@ -215,7 +215,8 @@ class Books:
 
     def _lost_call(self, fetch: Fetch, attempt: Attempt, own: Usage | None) -> Call:
         sending, usage, basis = attempt.sending, attempt.usage, "measured"
-        if usage is None and attempt.status < 400 and (attempt.was_left or attempt.ended_s is None):
+        is_open = attempt.was_left or attempt.ended_s is None
+        if usage is None and attempt.was_sent and attempt.status < 400 and is_open:
             usage, basis = policy.estimate_usage(sending.body, attempt.size_bytes, False), "estimated"
             won = fetch.attempt
             if own is not None and won is not None and _is_same_model(won.sending, sending):

@@ -382,8 +382,10 @@ class Upstream(Protocol):
         path_qs: str,
         headers: Sequence[tuple[bytes, bytes]],
         body: bytes | AsyncIterable[bytes] | None,
+        on_sent: Callable[[], None] | None = None,
     ) -> UpstreamResponse:
         """Send and wait for the response head. `headers` are the client's raw headers; only the allow-list leaves.
+        `on_sent` is called when the request is on its way: until then, giving it up costs nothing.
 
         Raises UpstreamError (upstream_unreachable, upstream_timeout, upstream_reset, upstream_redirect, circuit_open).
         """

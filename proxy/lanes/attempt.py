@@ -17,7 +17,7 @@ WHOLE_LIMIT_BYTES = 4 * 1024 * 1024
 class Attempt:
     """`purpose` is "answer" for the call meant to answer, else why one more was made: a key of `EXTRA_CALLS`.
 
-    `was_left`: given up before its end, so that what it cost can only be estimated.
+    `was_left`: given up before its end, so that what it cost can only be estimated, if it was on its way at all.
     """
 
     sending: Sending
@@ -28,8 +28,13 @@ class Attempt:
     status: int = 0  # 0 when no response came
     usage: Usage | None = None
     size_bytes: int = 0
+    was_sent: bool = False
     was_left: bool = False
     response: UpstreamResponse | None = None
+
+    def sent(self) -> None:
+        """It is on its way."""
+        self.was_sent = True
 
     def leave(self) -> None:
         """Give it up: cut what is open."""

@@ -132,7 +132,9 @@ class Forwarder:
         fetch.attempts.append(attempt)
         sending = attempt.sending
         headers = headers_for(sending, fetch.client.headers)
-        response = await self._upstream.open(sending.upstream, "POST", sending.path_qs, headers, sending.body)
+        response = await self._upstream.open(
+            sending.upstream, "POST", sending.path_qs, headers, sending.body, attempt.sent
+        )
         attempt.first_byte_s = time.perf_counter()
         attempt.status = response.status
         attempt.response = response
