@@ -17,19 +17,21 @@ import orjson
 from proxy.batch_engine import Engine, RawHeaders, has_credentials, is_batchable, joined, kept, of_lines
 from proxy.batch_files import FileWriter
 from proxy.batch_lines import Answered
+from proxy.books import Client
 from proxy.core.batches import BatchFile, Deferred, Job, read_reply, spell_reply
-from proxy.core.directives import deadline_s_of
-from proxy.core.errors import BadRequest, CacheFault, IbidError
+from proxy.core.errors import BadRequest, CacheFault, IbidError, UpstreamError
 from proxy.core.model import Query
+from proxy.core.plan import DEFER_FROM_S
+from proxy.relay import Head, Replay
 from proxy.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
-BATCH_DEADLINE_S = 3600.0
 COLLECT_LINES = 1000
 MARGIN_S = 600.0  # before a deadline: time to ask for what a batch did not bring
 LEASE_MS = 1_200_000  # a call is another process's after that: longer than any answer may take
 RETRY_AFTER_S = 2
+LOOK_S = 0.5  # between two looks for an answer that a client waits for
 
 Reply = tuple[int, list[tuple[str, str]], bytes]
 
@@ -63,8 +65,8 @@ class DeferredCalls:
                 await self._take_up(call, joined(call.headers, ()))
 
     async def accept(self, query: Query, path_qs: str, headers: Sequence[tuple[bytes, bytes]]) -> Deferred:
-        """Write a call down and begin it. Raises BadRequest for a deadline that cannot be read, CacheFault."""
-        deadline_s = deadline_s_of(headers)
+        """Write a call down and begin it. Raises CacheFault."""
+        deadline_s = query.controls.deadline_s
         now_ms = int(self._engine.clock() * 1000)
         shown, needs_owner = kept(headers)
         call = Deferred(
@@ -81,6 +83,20 @@ class DeferredCalls:
         await self._engine.store.put_deferred(call, self._engine.worker, now_ms + LEASE_MS)
         self._begin(call, query, of_lines(headers))
         return call
+
+    async def wait(self, query: Query, client: Client) -> Replay:
+        """As `accept`, for a client that stays. Raises UpstreamError for an answer that is a refusal, CacheFault."""
+        call = await self.accept(query, client.path_qs, client.headers)
+        while True:
+            reply = await self.reply(call.id, query.tenant, client.headers)
+            if isinstance(reply, tuple):
+                break
+            await asyncio.sleep(LOOK_S)
+        status, headers, body = reply
+        if status != 200:
+            raise UpstreamError("The call was refused when it was made.", code="upstream_error", status=status)
+        kept = [line for line in headers if line[0].lower() not in ("x-request-id", "content-length")]
+        return Replay(Head(kept, query.dialect.id_header), client.request_id, body)
 
     async def reply(self, call_id: str, tenant: str, headers: Sequence[tuple[bytes, bytes]]) -> Reply | Deferred | None:
         """The answer, the call while it is under way, or None for one that this tenant does not have."""
@@ -166,7 +182,7 @@ class DeferredCalls:
         if call.deadline_ms is None or query.stream or query.controls.only_if_cached or not is_batchable(path):
             return False
         left_s = call.deadline_ms / 1000 - self._engine.clock()
-        if left_s < BATCH_DEADLINE_S - MARGIN_S or self._engine.has_batches(query.upstream) is False:
+        if left_s < DEFER_FROM_S - MARGIN_S or self._engine.has_batches(query.upstream) is False:
             return False
         found = await self._engine.lines.find(query, self._engine.lines.client(call.path_qs, headers))
         if isinstance(found, Answered):
@@ -188,7 +204,7 @@ class DeferredCalls:
             group = self._groups[key] = _Group(own, path)
         group.calls.append(call)
         loop = asyncio.get_running_loop()
-        wait_s = min(self._collect_s, max(left_s - BATCH_DEADLINE_S, 0.0))
+        wait_s = min(self._collect_s, max(left_s - DEFER_FROM_S, 0.0))
         if len(group.calls) >= COLLECT_LINES:
             wait_s = 0.0
         if group.timer is None or loop.time() + wait_s < group.timer.when():

@@ -23,8 +23,9 @@ from proxy.core import identity, jsontext
 from proxy.core.dialects.dialect import JSON, Dialect
 from proxy.core.dialects.routes import Routes
 from proxy.core.directives import held_headers
-from proxy.core.errors import BadRequest, IbidError, UpstreamError
+from proxy.core.errors import BadRequest, CacheFault, IbidError, UpstreamError
 from proxy.core.model import Limits, Query
+from proxy.core.plan import Lane
 from proxy.embeddings import Embeddings
 from proxy.incoming import error_response, query_of, read_body, target_of
 from proxy.keys import Grant, KeyRing
@@ -272,7 +273,7 @@ class ClientHandler:
     async def _answer_patiently(self, request: web.BaseRequest, query: Query, client: Client) -> web.StreamResponse:
         """Answer one who named a deadline. When the answer is long in coming, the response is begun without it and
         kept alive by what the dialect allows; its headers then cannot tell what the cache did."""
-        asked = asyncio.ensure_future(self._pipeline.answer(query, client))
+        asked = asyncio.ensure_future(self._ask(query, client))
         try:
             beat = query.dialect.heartbeat if query.stream else query.dialect.patience
             await asyncio.wait([asked], timeout=HEARTBEAT_S if beat is not None else None)
@@ -285,6 +286,15 @@ class ClientHandler:
         if isinstance(reply, Replay):
             return answer_at_once(request, reply)
         return await self._relay(request, reply)
+
+    async def _ask(self, query: Query, client: Client) -> Replay | Relay:
+        """The answer of a provider's batch where client and plan allow that it takes so long, else the usual one."""
+        if Lane.DEFER in query.plan.lanes and self.batches is not None and not query.stream:
+            try:
+                return await self.batches.deferred.wait(query, client)
+            except CacheFault as fault:
+                self._telemetry.fault(fault.code)
+        return await self._pipeline.answer(query, client)
 
     async def _hold(
         self,

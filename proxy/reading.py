@@ -22,6 +22,7 @@ from proxy.core.model import Batch, Controls, Level, Limits, Query, Rules
 from proxy.core.plan import (
     ALIASES,
     DEFAULT_PLAN,
+    DEFER_FROM_S,
     Asked,
     Lane,
     Plan,
@@ -207,8 +208,9 @@ class Reader:
         if controls.plan:
             plan = edited(plan, controls.plan)
             refuse_unready(plan, steering.ready, "x-plan")
-        if controls.deadline_s is not None and Lane.TIER in steering.ready:
-            plan = replace(plan, lanes=plan.lanes | {Lane.TIER})
+        if controls.deadline_s is not None:
+            patient = {Lane.TIER, Lane.DEFER} if controls.deadline_s >= DEFER_FROM_S else {Lane.TIER}
+            plan = replace(plan, lanes=plan.lanes | (patient & steering.ready))
         return plan
 
     def _query(

@@ -282,6 +282,7 @@ class Settings:
             Lane.ROUTE: bool(lanes.route.candidates),
             Lane.PREDICT: bool(lanes.predict.models),
             Lane.TIER: bool(lanes.tier.models),
+            Lane.DEFER: self.batch.serve,
             **dict.fromkeys((Lane.EDGE, Lane.EDGE_IF_ERROR, Lane.CASCADE, Lane.RACE), lanes.edge.upstream is not None),
         }
         return frozenset(lane for lane in Lane if needs.get(lane, True))

@@ -29,7 +29,7 @@ MODES: Mapping[str, Mapping[str, bool]] = {
     "refresh": {"read": False, "refresh": True},
 }
 
-SECONDS_MAX = 2**31  # RFC 9111 §1.2.2: larger counts as this
+SECONDS_MAX = 2.0**31  # RFC 9111 §1.2.2: larger counts as this
 TAGS_MAX = 16
 
 _NAMES = frozenset(
@@ -72,7 +72,7 @@ ibid takes none.
 """
 
 _DURATION = re.compile(r"([0-9]{1,9})(s|m|h|d)?")
-_SECONDS_OF = {"m": 60, "h": 3600, "d": 86_400}
+_SECONDS_OF = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _DIRECTIVE = re.compile(r'\s*([!#$%&\'*+\-.^_`|~0-9A-Za-z]+)(?:\s*=\s*("(?:[^"\\]|\\.)*"|[^\s,"]*))?\s*(?:,|$)|\s*,')
 _SECONDS = re.compile(r"[0-9]{1,18}")
 _FRACTION = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,18})?(?:[eE]-?[0-9]{1,2})?|\.[0-9]{1,18}")
@@ -153,7 +153,6 @@ def controls_of(headers: Iterable[tuple[bytes, bytes]], body_twin: object = None
 
 _DEADLINE_HEADER = "x-deadline"
 _DEADLINE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(s|m|h|d)")
-_UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def deadline_s_of(headers: Iterable[tuple[bytes, bytes]]) -> float | None:
@@ -162,11 +161,15 @@ def deadline_s_of(headers: Iterable[tuple[bytes, bytes]]) -> float | None:
     found: list[float] = []
     for name, value in headers:
         if name.lower() == _DEADLINE_HEADER.encode():
-            said = _DEADLINE.fullmatch(value.decode("latin-1").strip().lower())
-            if said is None:
-                _refuse(_DEADLINE_HEADER, "a number with s, m, h or d")
-            found.append(min(float(said[1]) * _UNIT_S[said[2]], SECONDS_MAX))
+            found.append(_deadline_s(value.decode("latin-1").strip()))
     return min(found, default=None)
+
+
+def _deadline_s(text: str) -> float:
+    said = _DEADLINE.fullmatch(text.lower())
+    if said is None:
+        _refuse(_DEADLINE_HEADER, "a number with s, m, h or d")
+    return min(float(said[1]) * _SECONDS_OF[said[2]], SECONDS_MAX)
 
 
 def _refuse(param: str, wanted: str) -> NoReturn:
@@ -233,7 +236,7 @@ def _read_header(param: str, text: str, wishes: _Wishes) -> None:
         case "x-plan":
             _read_plan(text, param, wishes)
         case "x-deadline":
-            wishes.at_most("deadline_s", _duration_s(text, param))
+            wishes.at_most("deadline_s", _deadline_s(text))
         case "x-cache-pace":
             wishes.only("pace", _pace(text.lower(), param), param)
         case _:

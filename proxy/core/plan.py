@@ -47,6 +47,10 @@ STANDS_IN: Mapping[str, Lane] = {"stale": Lane.STALE_IF_ERROR, "edge": Lane.EDGE
 WORDS = (*(lane.value for lane in Lane), *SHORT)
 
 
+DEFER_FROM_S = 3600.0
+"""A client that can wait this long, or longer, lets its call go through its provider's batch API."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """`policy` names what chose it; "" is the built-in default."""

@@ -191,3 +191,32 @@ async def test_without_the_batch_api_a_preference_is_ignored(data_dir, up):
     async with running(data_dir, up.url, {**QUICK, "batch": {"serve": False}}) as ibid:
         reply = await ibid.send(chat_body("What is a hinge?"), headers=LATER)
         assert (reply.status, reply.json["model"]) == (200, MODEL)
+
+
+async def test_a_client_that_stays_gets_the_answer_of_a_batch_on_its_open_connection(data_dir, up, monkeypatch):
+    monkeypatch.setattr("proxy.handlers.HEARTBEAT_S", 0.1)
+    batches = BatchUpstream(up, polls=3)
+    up.default = batches.answer
+    async with running(data_dir, up.url, TOGETHER) as ibid:
+        asks = [ibid.ask(f"What is hinge {number}?", headers={"x-deadline": "24h"}) for number in range(3)]
+        replies = await asyncio.gather(*asks)
+        assert [reply.status for reply in replies] == [200] * 3
+        assert all("detail=held" in reply.headers["Cache-Status"] for reply in replies)
+        assert all(reply.body.startswith(b"\n") and "hinge" in reply.text for reply in replies)
+        assert all("defer" in reply.headers["x-plan"] for reply in replies)
+        assert len(batches.batches) == 1
+        known = await ibid.ask("What is hinge 1?")
+        assert (known.tier, known.text) == ("exact", replies[1].text)
+        calls = await ibid.sql("SELECT tier, COUNT(*) AS n FROM upstream_call GROUP BY tier")
+        assert [row["n"] for row in calls] == [3]
+        assert await balanced(ibid)
+
+
+async def test_without_a_batch_api_a_patient_client_is_answered_as_usual(data_dir, up):
+    async with running(data_dir, up.url, QUICK) as ibid:
+        reply = await ibid.ask("What is a hinge?", headers={"x-deadline": "2h"})
+        assert (reply.status, reply.text.endswith("What is a hinge?")) == (200, True)
+        up.script(Json(400, {"error": {"message": "no", "type": "x", "param": None, "code": "y"}}))
+        refused = await ibid.ask("What is refused?", headers={"x-deadline": "2h"})
+        assert refused.status == 400
+        assert await balanced(ibid)
