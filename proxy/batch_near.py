@@ -61,7 +61,7 @@ class Alike:
         pipeline, controls = self._pipeline, query.controls
         if pipeline.embedder is None or pipeline.index is None or not pipeline.compares(query):
             return False
-        return controls.read and controls.write and not controls.shadow
+        return controls.read and controls.write and not (controls.shadow or controls.only_if_cached)
 
     async def meaning(self, query: Query) -> tuple[ports.Vector, ports.Signature] | None:
         """Of a line that was not looked up; None for one that need not be compared, or cannot be now."""

@@ -514,7 +514,7 @@ class Run:
                 log.info("handing in a batch failed", extra={"upstream": upstream, "reason": error.code})
             if attempt + 1 == SUBMISSIONS or not self.is_open:
                 break
-            await asyncio.sleep(pause_s)
+            await self._sleep(pause_s, told=False)
             pause_s *= 2
         if self.is_open:
             await self._withdraw(part, numbers)
@@ -579,14 +579,15 @@ class Run:
             if self._now_ms() > self.job.deadline_ms + GRACE_S * 1000:
                 return
             if any(part.state == "running" for part in self._parts):
-                await self._sleep_until_poll(told)
+                poll_s = self._engine.poll_s
+                await self._sleep(min(poll_s, BARRED_POLL_S) if self._barred.is_set() else poll_s, told=told)
 
-    async def _sleep_until_poll(self, told: bool) -> None:
+    async def _sleep(self, pause_s: float, *, told: bool) -> None:
+        """For so long, or until work must end; `told`: what ends it is being waited for already."""
         events = [self._stopped] if told else [self._stopped, self.cancelling, self._barred]
         waits = [asyncio.ensure_future(event.wait()) for event in events]
-        poll_s = min(self._engine.poll_s, BARRED_POLL_S) if self._barred.is_set() else self._engine.poll_s
         try:
-            await asyncio.wait(waits, timeout=poll_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waits, timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()

@@ -160,8 +160,10 @@ class Pipeline:
         return Lane.SEMANTIC in query.plan.lanes
 
     async def knows(self, query: Query) -> bool:
-        """Whether there is an entry of this very question, fresh or not. Raises CacheFault."""
-        return self.hot.find(query.fingerprint) is not None or await self._store.find(query.fingerprint) is not None
+        """Whether this very question has an entry, fresh or not, or was answered by one. Raises CacheFault."""
+        if self.hot.find(query.fingerprint) is not None or self.hot.alias(query.fingerprint) is not None:
+            return True
+        return await self._store.find(query.fingerprint) is not None
 
     def recall(self, query: Query, client: Client) -> Replay | None:
         """Answer from memory without waiting for anything, or None."""

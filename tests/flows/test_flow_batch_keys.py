@@ -10,6 +10,7 @@ import anthropic
 import openai
 import pytest
 
+from proxy.core.keys import _LENGTHS_MS, Window
 from tests.batch_upstream import BatchUpstream
 from tests.flows.batching import balanced, ended, hand_in, line, rows, sdk, text
 from tests.flows.running import KEYED, Client, Ibid, Reply, running, serving, until
@@ -93,6 +94,26 @@ async def test_what_a_providers_batch_may_cost_is_held_until_it_has_come(data_di
         assert [(one["held"], one["spent"]) for one in limits] == [
             ("0.000000000", price_of(await spent(ibid, made))), (0, 5)
         ]  # fmt: skip
+
+
+@pytest.mark.parametrize("has_api", [True, False])
+async def test_a_limit_of_requests_that_soon_begins_anew_is_waited_for(data_dir, up, monkeypatch, has_api):
+    monkeypatch.setitem(_LENGTHS_MS, Window.MINUTE, 1000)
+    if has_api:
+        BatchUpstream(up)
+    async with running(data_dir, up.url, BATCHED) as ibid:
+        made = await make(ibid, limit_requests=["3/minute"])
+        began = time.monotonic()
+        async with sdk(ibid, made["secret"]) as client:
+            batch = await ended(client, await hand_in(client, asked(7)), 20)
+        assert (batch.request_counts.completed, batch.request_counts.failed) == (7, 0)
+        assert time.monotonic() - began > 1  # three windows at least
+        hour = await make(ibid, limit_requests=["3/day"])
+        async with sdk(ibid, hour["secret"]) as client:
+            batch = await ended(client, await hand_in(client, asked(7, "pump")), 20)
+            bad = await rows(client, batch.error_file_id)
+        assert (batch.request_counts.completed, batch.request_counts.failed) == (3, 4)
+        assert {said(row) for row in bad.values()} == {(429, "rate_limit_exceeded")}
 
 
 async def test_repeats_count_as_requests_and_cost_nothing(data_dir, up):
@@ -206,6 +227,27 @@ async def test_a_batch_of_a_key_goes_on_after_a_kill_without_its_owner(data_dir,
     assert (len(theirs.batches), theirs.lines) == (1, 5)
 
 
+async def test_a_rotated_key_changes_nothing_and_one_that_expires_ends_its_batch(data_dir, up):
+    theirs = BatchUpstream(up, polls=0)
+    async with running(data_dir, up.url, BATCHED) as ibid:
+        made = await make(ibid, limit_usd=["1/day"])
+        async with sdk(ibid, made["secret"]) as client:
+            batch = await hand_in(client, asked(3))
+            await until(lambda: theirs.batches)
+        made = await ibid.admin("POST", f"/cache/keys/{made['id']}/rotate")
+        await asyncio.sleep(1.1)
+        theirs.polls = 1
+        async with sdk(ibid, made["secret"]) as client:
+            batch = await ended(client, batch)
+            assert batch.request_counts.completed == 3
+        theirs.polls = 0
+        short, friend = await make(ibid, expires="2s"), await make(ibid)
+        async with sdk(ibid, short["secret"]) as client, sdk(ibid, friend["secret"]) as other:
+            batch = await ended(other, await hand_in(client, asked(3, "pump")))
+            bad = await rows(other, batch.error_file_id)
+        assert {said(row) for row in bad.values()} == {(401, "key_expired")}
+
+
 async def test_a_key_revoked_while_nothing_ran_ends_its_batch_at_the_start(data_dir, up):
     theirs = BatchUpstream(up, polls=0)
     async with serving(data_dir, up.url, BATCHED) as process:
@@ -282,6 +324,31 @@ async def test_a_deferred_call_waits_for_what_others_hold_and_ends_with_its_key(
         gate.set()
         assert (await first).status == 200
         assert len(up.requests) == 1
+
+
+async def test_a_deferred_call_of_a_key_goes_on_after_a_kill_without_its_owner(data_dir, up):
+    gate = asyncio.Event()
+
+    async def held(_seen):
+        await gate.wait()
+        return SAME
+
+    async with serving(data_dir, up.url, BATCHED) as process:
+        made = await make(process, limit_usd=["1/month"])
+        up.script(held)
+        reply = await process.ask("What is a hose?", key=made["secret"], headers={"Prefer": "respond-async"})
+        assert reply.status == 202
+        await until(lambda: len(up.requests) == 1)
+        process.kill()
+    gate.set()
+    up.default = SAME
+    async with serving(data_dir, up.url, BATCHED) as process:
+        await until(lambda: written(data_dir, "SELECT reply IS NOT NULL FROM deferred") == [(1,)])
+        await until(lambda: written(data_dir, "SELECT key_id, team FROM request") == [(made["id"], "red")])
+        ((cost,),) = written(data_dir, "SELECT actual_nusd FROM request")
+        assert await limit(process, made) == (price_of(cost), "0.000000000")
+        told = await finished(process, reply.headers["Location"], made["secret"])
+        assert (told.status, told.text) == (200, "the same answer to each")
 
 
 async def test_a_keys_plan_and_scope_are_those_of_its_live_requests(data_dir, up):
