@@ -394,8 +394,8 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks, finishing: Tasks) -
     )
     if settings.batch.serve:
         handler.batches = batch_api(settings, edges, tasks, handler, Lines(
-            pipeline, embeddings, books, settings.rules, aliases_of(settings.forward.model_aliases),
-            settings.cache.usage_on_hit,
+            pipeline, embeddings, books, settings.rules, aliases_of(settings.forward.model_aliases), ring,
+            settings.cache.usage_on_hit, lambda: 0 if embedder is None else embedder.queue_length,
         ))  # fmt: skip
     return pipeline, handler
 

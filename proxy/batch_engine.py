@@ -46,7 +46,7 @@ _OF_THE_BODY: Final = frozenset(
 )
 
 RawHeaders = tuple[tuple[bytes, bytes], ...]
-Read = Callable[[str, str, RawHeaders, bytes], Query]
+Read = Callable[[str, str, RawHeaders, bytes, str], Query]
 
 
 class Engine:

@@ -24,12 +24,17 @@ from proxy.core.directives import verdict_headers
 from proxy.core.errors import BadRequest, IbidError, UpstreamError
 from proxy.core.model import Bypass, Level, Query, Rules, Usage
 from proxy.embeddings import Embeddings, Told
+from proxy.keys import KeyRing
 from proxy.pipeline import Pipeline
 from proxy.relay import Relay, Replay
 
 ATTEMPTS = 5
 PAUSE_S = 1.0  # before the second attempt; doubled before each further one
 PAUSE_LIMIT_S = 60.0
+POLL_S, POLL_LIMIT_S = 0.02, 1.0  # between two looks at what is left of a key's limits; doubled up to the limit
+BUSY = 8  # texts before the model from which on a batch waits: live traffic goes first
+BUSY_WAIT_S = 5.0
+BACK_OFF_S = (0.25, 0.5, 1.0)  # before a line is looked up again that the model had no room for
 
 Headers = Sequence[tuple[str, str]]
 
@@ -57,23 +62,91 @@ class Lines:
     books: Books
     rules: Rules
     model_aliases: Mapping[str, Collection[str]]
+    keys: KeyRing
     usage_on_hit: UsageMode = "original"
+    embedding: Callable[[], int] = lambda: 0  # texts before the model
     clock: Callable[[], float] = time.time
 
     def client(self, path_qs: str, headers: Sequence[tuple[bytes, bytes]]) -> Client:
         """A request of its own, made now."""
         return Client(new_id(), int(self.clock() * 1000), time.perf_counter(), path_qs, headers)
 
+    # -- by leave of its key ----------------------------------------------------------------------------------------
+
+    def admit(self, query: Query, client: Client) -> BadRequest | None:
+        """`KeyRing.admit` for a line: what it may take is set aside under the client's id until it is booked."""
+        if query.key_id is None:
+            return None
+        return self.keys.admit(self.keys.grant_of(query.key_id), query, client.request_id, client.ts_ms)
+
+    def let_go(self, client: Client) -> None:
+        self.keys.let_go(client.request_id)
+
+    async def let_in(
+        self,
+        query: Query,
+        path_qs: str,
+        headers: Sequence[tuple[bytes, bytes]],
+        may_wait: Callable[[BadRequest], bool],
+    ) -> tuple[Client, Answered | None]:
+        """Who may ask now, what it may take set aside; or, where only money is spent, the cache's answer.
+
+        Waits for limits that soon let more in, while `may_wait`. Raises BadRequest: 401, 403, 429.
+        """
+        pause_s, looked = POLL_S, False
+        while True:
+            client = self.client(path_qs, headers)
+            try:
+                spent = self.admit(query, client)
+                if spent is None:
+                    return client, None
+                if not looked and isinstance(found := await self._find_or_let_go(query, client), Answered):
+                    return client, found
+                looked = True
+                self.let_go(client)
+                raise spent
+            except BadRequest as refused:
+                if not refused.should_retry or not may_wait(refused):
+                    raise
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, POLL_LIMIT_S)
+
+    async def _find_or_let_go(self, query: Query, client: Client) -> Answered | Lookup:
+        try:
+            return await self.find(query, client)
+        except BaseException:
+            self.let_go(client)
+            raise
+
     # -- from the cache ---------------------------------------------------------------------------------------------
 
     async def find(self, query: Query, client: Client) -> Answered | Lookup:
         """An answer from the cache, or what was looked up in vain."""
-        found: Replay | Lookup
+        found: Replay | Lookup | None
         if query.batch is not None:
             found = await self.embeddings.find(query, client)
-        else:
-            found = self.pipeline.recall(query, client) or await self.pipeline.find(query, client)
+        elif (found := self.pipeline.recall(query, client)) is None:
+            found = await self._compared(query, client)
         return found if isinstance(found, Lookup) else _of_replay(found, query)
+
+    async def _compared(self, query: Query, client: Client) -> Replay | Lookup:
+        """As `Pipeline.find`; a model that is busy with others is waited for, rather than passed by."""
+        if not self.pipeline.compares(query):
+            return await self.pipeline.find(query, client)
+        for pause_s in BACK_OFF_S:
+            await self.model_is_free()
+            found = await self.pipeline.find(query, client)
+            if not isinstance(found, Lookup) or found.verdict.reason != "embedder_busy":
+                return found
+            await asyncio.sleep(pause_s)
+        return await self.pipeline.find(query, client)
+
+    async def model_is_free(self) -> None:
+        """Return when the model has little to do, or after BUSY_WAIT_S."""
+        for _ in range(int(BUSY_WAIT_S / POLL_S)):
+            if self.embedding() < BUSY:
+                return
+            await asyncio.sleep(POLL_S)
 
     async def look_up(self, query: Query, client: Client) -> Lookup:
         """What the store of an answer has to know of its question."""
@@ -88,17 +161,33 @@ class Lines:
     async def ask(self, query: Query, client: Client, deadline_s: float | None = None) -> Answered:
         """The cache, then the upstream as for a request of its own; again after a while where that may help.
 
-        `deadline_s`: of `self.clock`. Every attempt but the last leaves a row of its own in the ledger.
+        `client` was let in. `deadline_s`: of `self.clock`. Every attempt but the last leaves a row of its own in the
+        ledger, and is let in by its key on its own.
         """
         for attempt in itertools.count(1):
             pause_s = min(PAUSE_S * 2 ** (attempt - 1), PAUSE_LIMIT_S)
             is_last = attempt == ATTEMPTS or (deadline_s is not None and self.clock() + pause_s >= deadline_s)
-            answered = await self._try(query, client)
+            refused = None if attempt == 1 else self._refused(query, client)
+            if refused is None:
+                answered = await self._try(query, client)
+            else:
+                is_last = is_last or not refused.should_retry
+                answered = refusal(query.dialect, client.request_id, refused)
             if answered.status not in RETRIABLE or is_last:
                 return answered
             await asyncio.sleep(max(pause_s, min(_retry_after_s(answered.headers), PAUSE_LIMIT_S)))
             client = self.client(client.path_qs, client.headers)
         raise AssertionError("unreachable")
+
+    def _refused(self, query: Query, client: Client) -> BadRequest | None:
+        """What a key's limits have against one more attempt."""
+        try:
+            spent = self.admit(query, client)
+        except BadRequest as error:
+            return error
+        if spent is not None:
+            self.let_go(client)
+        return spent
 
     async def _try(self, query: Query, client: Client) -> Answered:
         try:
@@ -106,6 +195,8 @@ class Lines:
             return _of_replay(reply, query) if isinstance(reply, Replay) else await _read(reply, client)
         except (BadRequest, UpstreamError) as error:
             return refusal(query.dialect, client.request_id, error)
+        finally:
+            self.let_go(client)
 
     async def landed(self, query: Query, client: Client, lookup: Lookup, status: int, body: bytes) -> Answered:
         """A provider's batch has answered: book it at the batch's price, store it if it may be stored."""
@@ -181,6 +272,8 @@ class Lines:
 def refusal(dialect: Dialect, request_id: str, error: IbidError) -> Answered:
     """An error as the answer of a line."""
     headers = [("Content-Type", JSON), ("x-request-id", request_id)]
+    if error.should_retry is not None:
+        headers.append(("x-should-retry", "true" if error.should_retry else "false"))
     if error.retry_after_s is not None:
         headers.append(("Retry-After", str(error.retry_after_s)))
     return Answered(request_id, error.status, headers, one_line(dialect.error_body(error, request_id)))

@@ -6,12 +6,16 @@ its job, and a line with those that repeat it, so a count never runs ahead of it
 
 Lines of one fingerprint are one question. The first of them is its leader: it alone is looked up and sent, the others
 get its answer with ids of their own.
+
+Work goes in rounds: look lines up, hand in or ask for what is left, collect. Lines that wait for another line's answer,
+or for what others of this batch hold of their key's limits, are begun again in the next round.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -19,6 +23,7 @@ import orjson
 
 from proxy.batch_files import LineFile
 from proxy.batch_lines import Answered, refusal
+from proxy.batch_near import Alike
 from proxy.batch_providers import PART_LIMIT_BYTES, Handed, NoBatchApi, Progress, Refused, Result
 from proxy.books import Client, Lookup
 from proxy.core.batches import (
@@ -56,6 +61,9 @@ WAITING_ROWS = 2000
 LANDED_AT_ONCE = 32
 SLICE = 16  # answers made before the loop gets its turn
 SUBMISSIONS = 6
+KEY_S = 1.0  # between two looks at whether a job's key still opens
+BARRED_POLL_S = 2.0
+STORED_S, STORED_POLL_S = 5.0, 0.01
 GRACE_S = 7200  # after the window: a provider's own began a little later
 
 Key = tuple[bytes, int | None, bool]
@@ -92,15 +100,31 @@ class Run:
         self._waiters: list[asyncio.Future[None]] = []
         self._saving = asyncio.Lock()
         self._repeating = asyncio.Lock()
+        self._alike = Alike(engine.lines.pipeline)
+        self._waits_for: dict[int, Query] = {}  # by number: the line whose answer may serve it
+        self._later: list[int] = []  # for the next round
+        self._round = 0
+        self._asks_alone = False  # there is no time for another batch of the provider's
+        self._held: dict[int, Client] = {}  # for whom something of a key's limits is set aside, by number
+        self._bar: BadRequest | None = None  # why the key of this job opens nothing more
+        self._barred = asyncio.Event()
 
     # -- the story ----------------------------------------------------------------------------------------------
 
     async def go(self) -> None:
         """Raises an ExceptionGroup of CacheFault when the database cannot answer: it can be taken up again."""
-        async with asyncio.TaskGroup() as group:  # a saver that breaks ends the work, whose workers wait for it
-            saving = group.create_task(self._keep_saving())
-            await self._work()
-            saving.cancel()
+        try:
+            async with asyncio.TaskGroup() as group:  # a saver that breaks ends the work, whose workers wait for it
+                beside = [group.create_task(self._keep_saving())]
+                if self.job.key_id:
+                    beside.append(group.create_task(self._watch_key()))
+                await self._work()
+                for task in beside:
+                    task.cancel()
+        finally:
+            for client in self._held.values():
+                self._engine.lines.let_go(client)
+            self._held.clear()
         if self.stopping:
             await self._save_surely()
 
@@ -111,11 +135,27 @@ class Run:
         if self.job.status == "validating":
             self.job.reach("in_progress", self._now_ms())
         await self._take_up()
-        await self._answer_all()
-        await self._hand_in_all()
-        await self._follow_parts()
+        sent = set().union(*self._sent.values()) if self._sent else set()
+        numbers = list(self._left(sent))
+        if numbers:
+            await self._choose_again(sorted(sent))
+        await self._find_lost_parts()
+        began_s = time.monotonic()
+        await self._go_round(numbers)
+        while self._later and self.is_open:
+            left_s = (self.job.deadline_ms - self._now_ms()) / 1000
+            self._asks_alone = left_s < 2 * (time.monotonic() - began_s)
+            began_s = time.monotonic()
+            numbers, self._later = self._later, []
+            await self._go_round(numbers)
         if not self.stopping:
             await self._finalize()
+
+    async def _go_round(self, numbers: Sequence[int]) -> None:
+        self._round += 1
+        await self._each(iter(numbers))
+        await self._hand_in_all()
+        await self._follow_parts()
 
     def stop(self) -> None:
         """Begin nothing more; what is being asked ends."""
@@ -129,7 +169,7 @@ class Run:
     @property
     def is_open(self) -> bool:
         """More lines may begin."""
-        return not (self.stopping or self.cancelling.is_set() or self._is_late)
+        return not (self.stopping or self.cancelling.is_set() or self._is_late or self._barred.is_set())
 
     @property
     def _is_late(self) -> bool:
@@ -181,7 +221,7 @@ class Run:
 
     def _enter(self, number: int, line: Line, leaders: dict[Key, int]) -> None:
         try:
-            query = self._engine.read(self.job.path, self.job.tenant, self._headers, line.body)
+            query = self._engine.read(self.job.path, self.job.tenant, self._headers, line.body, self.job.key_id)
         except BadRequest as error:
             self._refused[number] = refusal(self._engine.dialect_of(self.job.path), self._engine.new_id(), error)
             self._leaders.append(number)
@@ -201,7 +241,7 @@ class Run:
         if query is None:
             line = self._read_line(await self._read_surely(number))
             assert isinstance(line, Line)
-            query = self._engine.read(self.job.path, self.job.tenant, self._headers, line.body)
+            query = self._engine.read(self.job.path, self.job.tenant, self._headers, line.body, self.job.key_id)
         return query
 
     async def _read_surely(self, number: int) -> bytes:
@@ -223,13 +263,38 @@ class Run:
                 self._ended[number] = 1
             elif part is not None and part not in ended:
                 self._sent.setdefault(part, set()).add(number)
+        if self.job.key_id:
+            for one in self._parts:
+                for number in self._sent.get(one.number, ()):
+                    await self._hold_again(number, one)
+
+    async def _hold_again(self, number: int, part: Part) -> None:
+        """Set aside what a line may take that a provider has had since before this process."""
+        if number not in self._refused:
+            client = self._held[number] = self._client()._replace(ts_ms=part.created_ms)
+            self._engine.lines.keys.hold_again(await self._query(number), client.request_id, client.ts_ms)
+
+    async def _choose_again(self, sent: Sequence[int]) -> None:
+        """Look up lines that a provider has, as their answers need it anyway: others may wait for them."""
+        for number in sent[:LOOKUPS]:
+            if not self.is_open:
+                return
+            if number not in self._refused and self._alike.takes(query := await self._query(number)):
+                found = self._lookups[number] = await self._engine.lines.look_up(query, self._client())
+                if found.vector is not None and found.signature is not None:
+                    self._alike.choose(number, query, found.vector, found.signature)
+
+    async def _watch_key(self) -> None:
+        """A key that was revoked or has expired ends what its lines have not begun."""
+        keys = self._engine.lines.keys
+        while True:
+            self._bar = keys.barred(self.job.key_id)
+            if self._bar is not None:
+                self._barred.set()
+                return
+            await asyncio.sleep(KEY_S)
 
     # -- the cache, and ordinary calls ----------------------------------------------------------------------------
-
-    async def _answer_all(self) -> None:
-        sent = set().union(*self._sent.values()) if self._sent else set()
-        numbers = self._left(sent)
-        await self._each(numbers)
 
     def _left(self, sent: set[int]) -> Iterator[int]:
         """Lines to begin with: leaders, and followers whose leader ended in an earlier run."""
@@ -260,30 +325,116 @@ class Run:
             self._finish(number, refused)
             return
         query = query or await self._query(number)
-        if self._engine.has_batches(query.upstream) is False or query.controls.only_if_cached:
-            await self._ask(number, query)
+        if (first := self._waits_for.pop(number, None)) is not None:
+            await self._is_stored(first)
+        if self._asks_alone or self._engine.has_batches(query.upstream) is False or query.controls.only_if_cached:
+            if not await self._is_put_off(number, query, None):
+                await self._ask(number, query)
             return
-        client = self._client()
-        found = await self._engine.lines.find(query, client)
-        if isinstance(found, Answered):
-            self._finish(number, found)
-            for follower in self._followers.get(number, ()):
-                if not self._ended[follower]:
-                    await self._begin(follower, query)
-            await asyncio.sleep(0)
-        elif await self._engine.probe(query.upstream, self.job.path, self._headers):
-            place = (query.upstream, query.model if self._engine.provider(self.job.path).is_per_model else "")
-            self._pending.setdefault(place, []).append(number)
-            if len(self._lookups) < LOOKUPS:
-                self._lookups[number] = found
+        found: Answered | Lookup | None
+        client, found = await self._let_in(number, query)
+        if client is None:
+            return
+        try:
+            if found is None:
+                found = await self._engine.lines.find(query, client)
+            if isinstance(found, Answered):
+                await self._finish_cached(number, query, found)
+                return
+            if await self._is_put_off(number, query, found):
+                return
+            if await self._engine.probe(query.upstream, self.job.path, self._headers):
+                self._set_aside(number, query, found, client)
+                return
+        finally:
+            if number not in self._held:
+                self._engine.lines.let_go(client)
+        await self._ask(number, query)
+
+    async def _finish_cached(self, number: int, query: Query, found: Answered) -> None:
+        self._finish(number, found)
+        for follower in self._followers.get(number, ()):
+            if not self._ended[follower]:
+                await self._begin(follower, query)
+        await asyncio.sleep(0)
+
+    def _set_aside(self, number: int, query: Query, found: Lookup, client: Client) -> None:
+        """For a batch of the provider's."""
+        place = (query.upstream, query.model if self._engine.provider(self.job.path).is_per_model else "")
+        self._pending.setdefault(place, []).append(number)
+        if len(self._lookups) < LOOKUPS:
+            self._lookups[number] = found
+        if query.key_id is not None:
+            self._held[number] = client
+
+    async def _is_put_off(self, number: int, query: Query, found: Lookup | None) -> bool:
+        """Whether a line waits for another one's answer, which may serve it. In the first round only: what then is not
+        served is sent. `found`: what a lookup saw of it."""
+        if self._round > 1 or not self._alike.takes(query):
+            return False
+        if found is None:
+            await self._engine.lines.model_is_free()
+            meaning = await self._alike.meaning(query)
+        elif found.vector is None or found.signature is None:
+            meaning = None
         else:
-            await self._ask(number, query)
+            meaning = found.vector, found.signature
+        if meaning is None or (first := await self._alike.earlier(number, query, *meaning)) is None:
+            return False
+        if self._ended[first[0]]:
+            await self._is_stored(first[1])
+            return False
+        self._waits_for[number] = first[1]
+        self._later.append(number)
+        return True
+
+    async def _is_stored(self, first: Query) -> None:
+        """Return when what an ended call brought can be found, or after STORED_S."""
+        flights = self._engine.lines.pipeline.flights
+        for _ in range(int(STORED_S / STORED_POLL_S)):
+            if first.fingerprint not in flights:
+                return
+            await asyncio.sleep(STORED_POLL_S)
+
+    async def _let_in(self, number: int, query: Query) -> tuple[Client, Answered | None] | tuple[None, None]:
+        """Who may ask for a line, or has its answer; nobody, where its key does not let it in or not now."""
+        lines = self._engine.lines
+
+        def may_wait(refused: BadRequest) -> bool:  # not for what this batch itself holds until a later round
+            is_held = (refused.retry_after_s or 0) <= 1
+            return self.is_open and not (is_held and self._held)
+
+        try:
+            return await lines.let_in(query, self.job.path, self._headers, may_wait)
+        except BadRequest as refused:
+            if refused.should_retry:
+                self._later.append(number)
+            else:
+                self._refuse(number, query, refused)
+        return None, None
+
+    def _refuse(self, number: int, query: Query, refused: BadRequest) -> None:
+        """A line that its key does not let in, and those that repeat it."""
+        for n in [number, *self._followers.get(number, ())]:
+            if not self._ended[n]:
+                self._finish(n, refusal(query.dialect, self._engine.new_id(), refused))
 
     async def _ask(self, number: int, query: Query) -> None:
-        async with self._engine.slots:
-            if not self.is_open:
-                return
-            answered = await self._engine.lines.ask(query, self._client(), self.job.deadline_ms / 1000)
+        client, answered = self._held.pop(number, None), None
+        if client is None:
+            client, answered = await self._let_in(number, query)
+        if client is None:
+            return
+        if answered is not None:
+            await self._finish_cached(number, query, answered)
+            return
+        try:
+            async with self._engine.slots:
+                if not self.is_open:
+                    return
+                answered = await self._engine.lines.ask(query, client, self.job.deadline_ms / 1000)
+        finally:
+            self._engine.lines.let_go(client)
         await self._finish_all(number, query, answered)
         committed = asyncio.get_running_loop().create_future()
         self._waiters.append(committed)
@@ -295,7 +446,6 @@ class Run:
     # -- a provider's batch ---------------------------------------------------------------------------------------
 
     async def _hand_in_all(self) -> None:
-        await self._find_lost_parts()
         for (upstream, model), numbers in self._pending.items():
             async for group in self._groups(numbers):
                 if not self.is_open:
@@ -364,7 +514,7 @@ class Run:
                 log.info("handing in a batch failed", extra={"upstream": upstream, "reason": error.code})
             if attempt + 1 == SUBMISSIONS or not self.is_open:
                 break
-            await asyncio.sleep(pause_s)
+            await self._sleep(pause_s, told=False)
             pause_s *= 2
         if self.is_open:
             await self._withdraw(part, numbers)
@@ -413,7 +563,7 @@ class Run:
         while running := [part for part in self._parts if part.state == "running"]:
             if self.stopping:
                 return
-            if not told and (self.cancelling.is_set() or self._is_late):
+            if not told and (self.cancelling.is_set() or self._barred.is_set() or self._is_late):
                 told = True
                 for part in running:
                     await self._try_quietly(provider.cancel(part, self._headers))
@@ -429,13 +579,15 @@ class Run:
             if self._now_ms() > self.job.deadline_ms + GRACE_S * 1000:
                 return
             if any(part.state == "running" for part in self._parts):
-                await self._sleep_until_poll(told)
+                poll_s = self._engine.poll_s
+                await self._sleep(min(poll_s, BARRED_POLL_S) if self._barred.is_set() else poll_s, told=told)
 
-    async def _sleep_until_poll(self, told: bool) -> None:
-        events = [self._stopped] if told else [self._stopped, self.cancelling]
+    async def _sleep(self, pause_s: float, *, told: bool) -> None:
+        """For so long, or until work must end; `told`: what ends it is being waited for already."""
+        events = [self._stopped] if told else [self._stopped, self.cancelling, self._barred]
         waits = [asyncio.ensure_future(event.wait()) for event in events]
         try:
-            await asyncio.wait(waits, timeout=self._engine.poll_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waits, timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
@@ -448,21 +600,23 @@ class Run:
             if result.number in wanted and not self._ended[result.number]:
                 results.append(result)
             if len(results) == LANDED_AT_ONCE:
-                await self._land(results)
+                await self._land(results, part)
                 results = []
-        await self._land(results)
+        await self._land(results, part)
         await self._end_part(part, progress)
         await self._try_quietly(provider.clean(part, self._headers, progress))
 
-    async def _land(self, results: Sequence[Result]) -> None:
+    async def _land(self, results: Sequence[Result], part: Part) -> None:
         """Side by side: their entries share commits."""
         distinct = {result.number: result for result in results}
-        await asyncio.gather(*[self._land_one(result) for result in distinct.values()])
+        await asyncio.gather(*[self._land_one(result, part) for result in distinct.values()])
         await self._room.wait()
 
-    async def _land_one(self, result: Result) -> None:
+    async def _land_one(self, result: Result, part: Part) -> None:
         number = result.number
         query, client = await self._query(number), self._client()
+        if (held := self._held.get(number)) is not None and not result.lost:  # it counts in the window it was sent in
+            client = client._replace(request_id=held.request_id, ts_ms=part.created_ms)
         if result.lost:
             if not self._asks_what_is_lost:
                 self._lose(number, query, result.lost, result.error)
@@ -471,10 +625,18 @@ class Run:
         if lookup is None:
             lookup = await self._engine.lines.look_up(query, client)
         answered = await self._engine.lines.landed(query, client, lookup, result.status, result.body)
+        self._free(number)
         await self._finish_all(number, query, answered)
+
+    def _free(self, number: int) -> None:
+        """Nothing of a key's limits is set aside for this line any more."""
+        if (held := self._held.pop(number, None)) is not None:
+            self._engine.lines.let_go(held)
 
     async def _end_part(self, part: Part, progress: Progress) -> None:
         """Lines of which nothing came are reported as the provider ended them."""
+        for number in self._sent.get(part.number, ()):
+            self._free(number)
         for number in () if self._asks_what_is_lost else sorted(self._sent.get(part.number, ())):
             if not self._ended[number]:
                 self._failed_parts = self._failed_parts or progress.lost == "error"
@@ -521,6 +683,9 @@ class Run:
 
     def _lose(self, number: int, query: Query, state: str, error: object) -> None:
         """A line without an answer, and those that repeat it."""
+        if self._bar is not None and state != "error" and not self.cancelling.is_set():
+            self._refuse(number, query, self._bar)
+            return
         for n in [number, *self._followers.get(number, ())]:
             if not self._ended[n]:
                 client = self._client()
@@ -610,7 +775,7 @@ class Run:
 
     async def _finalize(self) -> None:
         """Report what nobody answered, then show the outputs."""
-        if self._asks_what_is_lost:
+        if self._asks_what_is_lost and self._bar is None:
             await asyncio.gather(*[self._ask_late(leader) for leader in self._leaders])
         state = "cancelled" if self.cancelling.is_set() else "expired"
         for leader in self._leaders:
@@ -644,8 +809,19 @@ class Run:
         if self._ended[number] or number in self._refused:
             return
         query = await self._query(number)
-        async with self._engine.slots:
-            answered = await self._engine.lines.ask(query, self._client())
+        lines = self._engine.lines
+        try:
+            client, answered = await lines.let_in(query, self.job.path, self._headers, lambda _: not self.stopping)
+        except BadRequest as refused:
+            if not self.stopping:
+                self._refuse(number, query, refused)
+            return
+        if answered is None:
+            try:
+                async with self._engine.slots:
+                    answered = await lines.ask(query, client)
+            finally:
+                lines.let_go(client)
         await self._finish_all(number, query, answered)
 
     async def _show_outputs(self, now_ms: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ import orjson
 
 from proxy.batch_engine import Engine, RawHeaders, has_credentials, is_batchable, joined, kept, of_lines
 from proxy.batch_files import FileWriter
-from proxy.batch_lines import Answered
+from proxy.batch_lines import Answered, refusal
 from proxy.books import Client
 from proxy.core.batches import BatchFile, Deferred, Job, read_reply, spell_reply
 from proxy.core.errors import BadRequest, CacheFault, IbidError, UpstreamError
@@ -32,6 +33,7 @@ MARGIN_S = 600.0  # before a deadline: time to ask for what a batch did not brin
 LEASE_MS = 1_200_000  # a call is another process's after that: longer than any answer may take
 RETRY_AFTER_S = 2
 LOOK_S = 0.5  # between two looks for an answer that a client waits for
+WAIT_S = 600.0  # at most, for limits of a virtual key to let a call in: well within its lease
 
 Reply = tuple[int, list[tuple[str, str]], bytes]
 
@@ -54,9 +56,10 @@ class DeferredCalls:
         self._tasks = tasks
         self._collect_s = collect_s
         self._keep_s = keep_s
+        self._stopped = False
         self._under_way: set[str] = set()
         self._working: set[asyncio.Task[None]] = set()
-        self._groups: dict[tuple[str, RawHeaders, str, str, str], _Group] = {}
+        self._groups: dict[tuple[str, str, RawHeaders, str, str, str], _Group] = {}
 
     async def start(self) -> None:
         """Go on with what an earlier process left, where that needs nobody. Raises CacheFault."""
@@ -79,6 +82,7 @@ class DeferredCalls:
             created_ms=now_ms,
             deadline_ms=None if deadline_s is None else now_ms + int(deadline_s * 1000),
             expires_ms=now_ms + int(self._keep_s * 1000),
+            key_id=query.key_id or "",
         )
         await self._engine.store.put_deferred(call, self._engine.worker, now_ms + LEASE_MS)
         self._begin(call, query, of_lines(headers))
@@ -121,6 +125,7 @@ class DeferredCalls:
             if group.timer is not None:
                 group.timer.cancel()
         self._groups.clear()
+        self._stopped = True
 
     async def drained(self, within_s: float) -> None:
         """After `stop`: what was being asked has ended, and is written down."""
@@ -141,9 +146,11 @@ class DeferredCalls:
         if not await self._engine.store.claim_deferred(call.id, self._engine.worker, now_ms, now_ms + LEASE_MS):
             return
         try:
-            query = self._engine.read(call.path_qs, call.tenant, headers, call.body)
+            query = self._engine.read(call.path_qs, call.tenant, headers, call.body, call.key_id)
         except BadRequest as error:  # it was read once: the rules have changed since
             log.warning("a deferred call cannot be read any more", extra={"code": error.code})
+            dialect = self._engine.dialect_of(call.path_qs)
+            await self._settle(call, refusal(dialect, self._engine.new_id(), error))
             return
         self._begin(call, query, headers)
 
@@ -160,15 +167,35 @@ class DeferredCalls:
         collected = False
         try:
             collected = await self._collect_if_patient(call, query, headers)
-            if not collected:
-                client = self._engine.lines.client(call.path_qs, headers)
-                deadline_s = None if call.deadline_ms is None else call.deadline_ms / 1000
-                await self._settle(call, await self._engine.lines.ask(query, client, deadline_s))
+            if not collected and (answered := await self._ask(call, query, headers)) is not None:
+                await self._settle(call, answered)
         except CacheFault as fault:
             log.warning("a deferred call waits for the database", extra={"reason": fault.code})
         finally:
             if not collected:
                 self._under_way.discard(call.id)
+
+    async def _ask(self, call: Deferred, query: Query, headers: RawHeaders) -> Answered | None:
+        """The answer, or what its key's limits have against it; None: the next process goes on with it."""
+        lines = self._engine.lines
+        deadline_s = None if call.deadline_ms is None else call.deadline_ms / 1000
+        until_s = min(deadline_s or math.inf, lines.clock() + WAIT_S)
+
+        def may_wait(_refused: BadRequest) -> bool:
+            return not self._stopped and lines.clock() < until_s
+
+        try:
+            client, answered = await lines.let_in(query, call.path_qs, headers, may_wait)
+        except BadRequest as refused:
+            if refused.should_retry and self._stopped:
+                return None
+            return refusal(query.dialect, self._engine.new_id(), refused)
+        if answered is not None:
+            return answered
+        try:
+            return await lines.ask(query, client, deadline_s)
+        finally:
+            lines.let_go(client)
 
     async def _settle(self, call: Deferred, answered: Answered) -> None:
         headers = [*answered.headers]
@@ -184,7 +211,7 @@ class DeferredCalls:
         left_s = call.deadline_ms / 1000 - self._engine.clock()
         if left_s < DEFER_FROM_S - MARGIN_S or self._engine.has_batches(query.upstream) is False:
             return False
-        found = await self._engine.lines.find(query, self._engine.lines.client(call.path_qs, headers))
+        found = await self._find(call, query, headers)
         if isinstance(found, Answered):
             await self._settle(call, found)
             self._under_way.discard(call.id)
@@ -194,11 +221,26 @@ class DeferredCalls:
         self._join(call, query, headers, path, left_s)
         return True
 
+    async def _find(self, call: Deferred, query: Query, headers: RawHeaders) -> Answered | None:
+        """What the cache has, or what its key's limits will have against it in a batch as well."""
+        lines = self._engine.lines
+        try:
+            client, answered = await lines.let_in(query, call.path_qs, headers, lambda _: False)
+        except BadRequest as refused:
+            return None if refused.should_retry else refusal(query.dialect, self._engine.new_id(), refused)
+        if answered is not None:
+            return answered
+        try:
+            found = await lines.find(query, client)
+        finally:
+            lines.let_go(client)
+        return found if isinstance(found, Answered) else None
+
     # -- collecting -----------------------------------------------------------------------------------------------
 
     def _join(self, call: Deferred, query: Query, headers: RawHeaders, path: str, left_s: float) -> None:
         own = tuple([line for line in headers if not line[0].lower().startswith((b"x-stainless-", b"x-deadline"))])
-        key = (call.tenant, own, path, query.upstream, query.model)
+        key = (call.tenant, call.key_id, own, path, query.upstream, query.model)
         group = self._groups.get(key)
         if group is None:
             group = self._groups[key] = _Group(own, path)
@@ -212,7 +254,7 @@ class DeferredCalls:
                 group.timer.cancel()
             group.timer = loop.call_later(wait_s, self._flush, key)
 
-    def _flush(self, key: tuple[str, RawHeaders, str, str, str]) -> None:
+    def _flush(self, key: tuple[str, str, RawHeaders, str, str, str]) -> None:
         group = self._groups.pop(key, None)
         if group is not None:
             try:
@@ -236,7 +278,7 @@ class DeferredCalls:
             deadline_ms = min(call.deadline_ms or expires_ms for call in calls) - int(MARGIN_S * 1000)
             job = Job(
                 engine.new_name("batch_"), tenant, "deferred", group.path, "in_progress", file_id, now_ms, deadline_ms,
-                expires_ms,
+                expires_ms, key_id=calls[0].key_id,
             )  # fmt: skip
             await engine.store.join_deferred(job.id, [call.id for call in calls])
             await engine.begin(job, group.headers)

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from aiohttp import web
@@ -88,7 +89,7 @@ class ClientHandler:
         self._callers: dict[tuple[tuple[bytes, bytes], ...], Caller] = {}
         self._without_key: dict[tuple[tuple[bytes, bytes], ...], Caller] = {}
         self._queries: dict[tuple[Target, Caller, bytes], Query] = {}
-        self._of_lines: dict[tuple[str, tuple[tuple[bytes, bytes], ...]], Caller] = {}
+        self._of_lines: dict[tuple[str, tuple[tuple[bytes, bytes], ...], str], Caller] = {}
         self._id_prefix = os.urandom(10).hex()
         self._id_count = int.from_bytes(os.urandom(3), "big")
 
@@ -131,10 +132,14 @@ class ClientHandler:
                 request, request_id=request_id, path=target.path, path_qs=target.path_qs, tenant=caller.tenant,
                 headers=caller.headers, started_s=started_s, key_id=caller.key_id, team=caller.team,
             )  # fmt: skip
-            if caller.grant is not None:
-                asked = await self._admit_passing(request, caller.grant, asked)
+            grant = caller.grant
             if target.place is not None and self.batches is not None:
+                if grant is not None:
+                    self.keys.check(grant)
+                    asked = asked._replace(admit=partial(self._admit_passing, request, grant))
                 return await self.batches.answer(request, target.place, asked)
+            if grant is not None:
+                asked = await self._admit_passing(request, grant, asked)
             return await self.passing.answer(request, asked)
         if request.method != METH_POST:
             raise BadRequest("Use POST here.", code="method_not_allowed", status=405)
@@ -147,6 +152,8 @@ class ClientHandler:
             if len(body) <= MEMO_BODY_BYTES:
                 _remember(self._queries, (target, caller, body), query)
         if caller.is_deferring and self.batches is not None:
+            if caller.grant is not None:
+                self.keys.check_query(caller.grant, query)
             return await self.batches.defer(query, target.path_qs, caller.headers)
         client = Client(
             request_id, int(self._clock() * 1000), started_s, query.path_qs, caller.headers, caller.is_retry
@@ -184,13 +191,14 @@ class ClientHandler:
     async def _admit_passing(self, request: web.BaseRequest, grant: Grant, asked: Passing) -> Passing:
         """As `KeyRing.admit` for what passes through. A key held to some models must name one of them where that may
         cost something; then the body is read whole, to find it."""
-        model = body = None
+        model, body = None, asked.body
         is_socket = request.headers.get(UPGRADE, "").lower() == "websocket"
         is_free = request.method not in (METH_POST, METH_PUT, METH_PATCH) and not is_socket
         if grant.live.key.models and not is_free:
             model = model_in_path(asked.path, asked.path_qs if is_socket else "")
             if model is None and request.content_type == "application/json" and "batch" not in asked.path.lower():
-                body = await read_body(request, self._limits)
+                if not isinstance(body, bytes):
+                    body = await read_body(request, self._limits)
                 named = jsontext.parse(body, self._limits.json_depth).get("model")
                 model = named if isinstance(named, str) else None
             model = model or ""
@@ -245,13 +253,16 @@ class ClientHandler:
             _remember(self._queries, (target, caller, raw), query)
         return query
 
-    def read_line(self, path_qs: str, tenant: str, headers: tuple[tuple[bytes, bytes], ...], raw: bytes) -> Query:
-        """The question in a body that came in a batch, or came earlier. Raises BadRequest."""
-        caller = self._of_lines.get((tenant, headers))
+    def read_line(
+        self, path_qs: str, tenant: str, headers: tuple[tuple[bytes, bytes], ...], raw: bytes, key_id: str = ""
+    ) -> Query:
+        """The question in a body that came in a batch, or came earlier, with this virtual key. Raises BadRequest."""
+        caller = self._of_lines.get((tenant, headers, key_id))
         if caller is None:
             scope_headers = identity.scope_headers(headers, self._extra_headers)
-            caller = Caller(tenant, headers, scope_headers, is_json=True, is_retry=False)
-            _remember(self._of_lines, (tenant, headers), caller)
+            grant = self.keys.grant_of(key_id) if key_id else None
+            caller = Caller(tenant, headers, scope_headers, is_json=True, is_retry=False, grant=grant)
+            _remember(self._of_lines, (tenant, headers, key_id), caller)
         return self.read_query(self.target_of(path_qs), caller, raw)
 
     def target_of(self, path_qs: str) -> Target:

@@ -151,6 +151,43 @@ class KeyRing:
         cost = self._estimate(query, ts_ms) if any([b.limit.kind is not Kind.REQUESTS for b in budgets]) else _ONE
         return self._hold(grant.live, request_id, ts_ms, cost)
 
+    def check(self, grant: Grant) -> None:
+        """Whether a key still opens what is ibid's own. Raises BadRequest: 401."""
+        check_standing(grant.live.key, grant.digest, self._now_ms())
+
+    def check_query(self, grant: Grant, query: Query) -> None:
+        """Whether a key may ask this at all, whatever is left of its limits. Raises BadRequest: 401, 403."""
+        self._check(grant, query.upstream, self._now_ms())
+        check_model(grant.live.key, query.model)
+
+    def grant_of(self, key_id: str) -> Grant:
+        """What a key opens that left work behind: nothing when there is no such key any more. A new secret in place of
+        the old one does not end it."""
+        live = self._by_id.get(key_id) or LiveKey(Key(key_id, b"", "", "", 0, revoked_ms=0))
+        return Grant(live, live.key.digest)
+
+    def barred(self, key_id: str) -> BadRequest | None:
+        """Why a key's work must end, if it must."""
+        try:
+            self.check(self.grant_of(key_id))
+        except BadRequest as error:
+            return error
+        return None
+
+    def hold_again(self, query: Query, request_id: str, since_ms: int) -> None:
+        """Set aside what a call may take that is under way since before this process, whatever is left."""
+        live = self._by_id.get(query.key_id or "")
+        if live is None or not live.budgets:
+            return
+        now_ms = self._now_ms()
+        cost, parts = self._estimate(query, since_ms), []
+        for budget in live.budgets:
+            budget.turn(now_ms)
+            amount = cost.of(budget.limit.kind) if since_ms >= budget.start_ms else 0
+            budget.hold(amount)
+            parts.append((budget.start_ms, amount))
+        self.held[request_id] = Held(live, tuple(parts))
+
     def admit_passing(
         self,
         grant: Grant,

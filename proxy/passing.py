@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Final, NamedTuple
 from urllib.parse import parse_qs, unquote
 
@@ -58,6 +58,7 @@ class Passing(NamedTuple):
     key_id: str | None = None
     team: str = ""
     body: bytes | AsyncIterator[bytes] | None = None  # where it was read before it was known to pass through
+    admit: Callable[[Passing], Awaitable[Passing]] | None = None  # asked first, where it is not yet known to pass
 
 
 class Glance:

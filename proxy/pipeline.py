@@ -164,6 +164,18 @@ class Pipeline:
             self._count_alike(query, client, lookup)
         return self._serve(query, client, lookup.row, hit, lookup.steps_ms)
 
+    def compares(self, query: Query) -> bool:
+        """Whether a question is looked up by its meaning as well."""
+        if query.eligibility.level is not Level.FULL or query.controls.exact_only:
+            return False
+        return Lane.SEMANTIC in query.plan.lanes
+
+    async def knows(self, query: Query) -> bool:
+        """Whether this very question has an entry, fresh or not, or was answered by one. Raises CacheFault."""
+        if self.hot.find(query.fingerprint) is not None or self.hot.alias(query.fingerprint) is not None:
+            return True
+        return await self._store.find(query.fingerprint) is not None
+
     def recall(self, query: Query, client: Client) -> Replay | None:
         """Answer from memory without waiting for anything, or None."""
         controls = query.controls
@@ -199,7 +211,7 @@ class Pipeline:
         try:
             if controls.read and await self._find_exact(query, client, lookup):
                 return lookup
-            if eligibility.level is Level.FULL and not controls.exact_only and Lane.SEMANTIC in query.plan.lanes:
+            if self.compares(query):
                 unfit = lookup.verdict.reason
                 await self._find_alike(query, client, lookup)
                 if isinstance(lookup.verdict, Miss) and unfit in policy.UNFIT:

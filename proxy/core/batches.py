@@ -104,6 +104,7 @@ class Job:
     error_bytes: int = 0
     output_file_id: str = ""
     error_file_id: str = ""
+    key_id: str = ""  # of the virtual key that handed it in: its limits hold for every line
 
     @property
     def is_ended(self) -> bool:
@@ -169,6 +170,7 @@ class Deferred:
     job_id: str = ""  # of the batch it went with
     number: int = 0
     reply: bytes | None = None  # `spell_reply`
+    key_id: str = ""  # as of a job
 
 
 class Line(NamedTuple):

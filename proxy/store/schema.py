@@ -323,6 +323,7 @@ batch_job = Table(
     Column("error_bytes", BigInteger, nullable=False),
     Column("output_file_id", Text, nullable=False),
     Column("error_file_id", Text, nullable=False),
+    Column("key_id", Text, nullable=False),  # of the virtual key that handed it in, or ""
     Column("worker", Text, nullable=False),  # the process that runs it; "" for none
     Column("lease_ms", BigInteger, nullable=False),  # until when it is that process's
     Index(None, "tenant", "created_ms"),
@@ -373,7 +374,8 @@ deferred = Table(
     Column("job_id", Text, nullable=False),  # of the batch it went with, or ""
     Column("number", Integer, nullable=False),
     Column("reply", LargeBinary),
-    Column("worker", Text, nullable=False),  # as of a batch_job
+    Column("key_id", Text, nullable=False),  # as of a batch_job
+    Column("worker", Text, nullable=False),  # likewise
     Column("lease_ms", BigInteger, nullable=False),
     Index(None, "expires_ms"),
     CheckConstraint("needs_owner IN (0, 1)", name="needs_owner"),

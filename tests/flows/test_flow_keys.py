@@ -221,7 +221,7 @@ async def test_other_models_are_403_wherever_they_are_named(keyed: Ibid, up):
         ("/v1/moderations", {"model": "omni", "input": "x"}),
         ("/v1/moderations", {"input": "x"}),
         ("/v1/batches", {"model": "gpt-4o", "input_file_id": "file-1"}),
-        ("/v1/messages/batches", {"model": "gpt-4o", "requests": []}),
+        ("/v1/batches/b1/cancel", {"model": "gpt-4o"}),
         ("/openai/deployments/gpt-5/images/generations", {"model": "gpt-4o", "prompt": "x"}),
         ("/v1beta/models/gemini-2.5-pro:countTokens", {"model": "gpt-4o"}),
     ]
@@ -340,16 +340,11 @@ async def test_a_minutes_limit_says_when_to_come_back(keyed: Ibid):
 async def test_a_limit_of_money_opens_no_path_whose_cost_nobody_tells(keyed: Ibid, up):
     up.default = lambda seen: Json(200, {"ok": True})
     rich, plain = await make(keyed, limit_usd=["10/day"]), await make(keyed, limit_requests=["100/day"])
-    for path in (
-        "/v1/batches",
-        "/v1/images/generations",
-        "/v1/audio/speech",
-        "/v1/fine_tuning/jobs",
-        "/v1/messages/batches",
-    ):
-        status, told = await post(keyed, path, rich["secret"], {"model": MODEL})
+    theirs = {"input_file_id": "file-1", "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    for path in ("/v1/batches", "/v1/images/generations", "/v1/audio/speech", "/v1/fine_tuning/jobs"):
+        status, told = await post(keyed, path, rich["secret"], {"model": MODEL, **theirs})
         assert (status, told["error"]["code"]) == (403, "cost_not_told"), path
-        assert (await post(keyed, path, plain["secret"], {"model": MODEL}))[0] == 200
+        assert (await post(keyed, path, plain["secret"], {"model": MODEL, **theirs}))[0] == 200
         assert (await get(keyed, path, rich["secret"]))[0] == 200
     for path in ("/v1/files", "/v1/moderations", "/v1/messages/count_tokens", "/v1/batches/b1/cancel"):
         assert (await post(keyed, path, rich["secret"], {"model": MODEL}))[0] == 200, path
@@ -357,6 +352,16 @@ async def test_a_limit_of_money_opens_no_path_whose_cost_nobody_tells(keyed: Ibi
     with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
         await keyed.session.ws_connect(keyed.url + "/v1/realtime?model=gpt-realtime", headers=headers)
     assert caught.value.status == 403
+
+
+async def test_where_ibid_serves_no_batches_a_limit_of_money_opens_none(data_dir, up):
+    up.default = lambda seen: Json(200, {"ok": True})
+    async with running(data_dir, up.url, {**KEYED, "batch": {"serve": False}}) as ibid:
+        rich = await make(ibid, limit_usd=["10/day"])
+        for path in ("/v1/batches", "/v1/messages/batches"):
+            status, told = await post(ibid, path, rich["secret"], {"model": MODEL})
+            assert (status, told["error"].get("code", "cost_not_told")) == (403, "cost_not_told"), path
+        assert up.requests == []
 
 
 async def test_tokens_count_on_hits_too(keyed: Ibid):

@@ -27,7 +27,7 @@ def job(name: str = "j", **changes: Any) -> Job:
         "id": name, "tenant": TENANT, "dialect": "openai", "path": "/v1/embeddings", "status": "in_progress",
         "input_file_id": "f", "created_ms": NOON_MS, "deadline_ms": NOON_MS + HOUR_MS,
         "expires_ms": NOON_MS + HOUR_MS, "headers": (("accept", "x"),), "metadata": {"a": "é"}, "times": {"x": 1},
-        "errors": [],
+        "errors": [], "key_id": "key_a",
     }  # fmt: skip
     return Job(**{**fields, **changes})
 
@@ -138,6 +138,7 @@ def call(name: str, **changes: Any) -> Deferred:
     fields: dict[str, Any] = {
         "id": name, "tenant": TENANT, "path_qs": "/v1/embeddings", "headers": (("accept", "x"),), "needs_owner": True,
         "body": b"{}", "created_ms": NOON_MS, "deadline_ms": None, "expires_ms": NOON_MS + HOUR_MS,
+        "key_id": "key_a",
     }  # fmt: skip
     return Deferred(**{**fields, **changes})
 
