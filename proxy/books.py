@@ -101,6 +101,11 @@ class Fetch:
     def asked(self) -> Query:
         return self.asked_as or self.query
 
+    def ask_as_asked(self) -> None:
+        """What another model was chosen for goes to the one that was asked for after all."""
+        self.query, self.asked_as, self.first, self.attempt = self.asked, None, None, None
+        self.routed_to, self.neighbour = "", 0
+
     @property
     def sending(self) -> Sending:
         """The client's call as it would be sent without a plan."""

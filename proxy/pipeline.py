@@ -576,7 +576,6 @@ class Pipeline:
                 stale.entry.id,
                 upstream=query.upstream,
                 request_id=client.request_id,
-                fwd_status=fetch.stand_in_for,
                 age_s=freshness.age_s(draft.created_ms, client.ts_ms),
                 ttl_s=freshness.remaining_s(draft.created_ms, draft.expires_ms, client.ts_ms),
                 plan=query.plan.text,

@@ -451,10 +451,10 @@ def verdict_headers(
 
 
 def stale_headers(
-    entry_id: int, *, upstream: str, request_id: str, fwd_status: int, age_s: int, ttl_s: int, plan: str
+    entry_id: int, *, upstream: str, request_id: str, age_s: int, ttl_s: int, plan: str
 ) -> list[tuple[str, str]]:
-    """Of an expired entry that stands in for an upstream that failed with `fwd_status` (RFC 5861 §4)."""
-    status = cache_status(fwd="stale", fwd_status=fwd_status, ttl_s=ttl_s, detail="stale-if-error")
+    """Of an expired entry that stands in for an upstream that failed (RFC 5861 §4). `ttl_s` is negative."""
+    status = cache_status(hit=True, ttl_s=ttl_s, detail="stale-if-error")
     return [
         ("Cache-Status", status),
         ("x-cache", "STALE"),

@@ -78,6 +78,8 @@ class Forwarder:
     async def open(self, fetch: Fetch) -> ports.UpstreamResponse:
         """The response the client is given, its head arrived. Raises UpstreamError, BadRequest."""
         lanes = fetch.asked.plan.lanes
+        if fetch.routed_to and (response := await self._from_candidate(fetch)) is not None:
+            return response
         if lanes.isdisjoint(ACTING):
             return await self._send(fetch, fetch.sending)
         try:
@@ -91,6 +93,20 @@ class Forwarder:
             response.abort()
             return stand_in
         return response
+
+    async def _from_candidate(self, fetch: Fetch) -> ports.UpstreamResponse | None:
+        """The answer of the model the router chose; None when it fails, and then the model asked for is asked."""
+        try:
+            response = await self._send(fetch, fetch.sending)
+            if response.status == 200:
+                return response
+            response.abort()
+        except UpstreamError:
+            pass
+        if fetch.attempt is not None:
+            fetch.attempt.end()
+        fetch.ask_as_asked()
+        return None
 
     async def _ask(self, fetch: Fetch, lanes: frozenset[Lane]) -> ports.UpstreamResponse:
         if Lane.EDGE in lanes and (edge := self._edge_sending(fetch, "edge.local", whole=False)) is not None:

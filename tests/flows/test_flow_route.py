@@ -139,6 +139,26 @@ async def test_a_conversation_stays_with_the_model_that_began_it(data_dir, up, e
         assert [first.headers["x-upstream"], second.headers["x-upstream"]] == ["edge", "edge"]
 
 
+@pytest.mark.parametrize("status", [404, 500])
+async def test_a_candidate_that_fails_leaves_the_question_to_the_model_asked_for(data_dir, up, edge, status):
+    up.default = edge.default = knows
+    async with running(data_dir, up.url, routed(edge, explore_share=1.0)) as ibid:
+        await asked(ibid, CITIES[:14])
+        explore_no_more(ibid)
+        edge.default = Json(status, {"error": {"message": "no such model"}})
+        reply = await ibid.ask("In which country is the city of Hanoi", headers={"x-plan": "exact,route"})
+        assert (reply.status, reply.headers["x-upstream"]) == (200, "openai")
+        await ibid.settled()
+        calls = await ibid.sql(
+            f"SELECT upstream, status, won FROM upstream_call WHERE request_id = '{reply.headers['x-request-id']}'"
+        )
+        assert sorted((call["upstream"], call["status"], call["won"]) for call in calls) == [
+            ("edge", status, 0), ("openai", 200, 1)
+        ]  # fmt: skip
+        assert (await ibid.ask("In which country is the city of Hanoi")).tier == "exact"
+        assert await balanced(ibid)
+
+
 async def test_the_likely_next_question_is_fetched_on_the_cheap_tier_only(data_dir, up, edge):
     sections = lanes(edge, **{"lane.prefetch": {"min_count": 2}, "lane.tier": {"models": [MODEL]}})
     plan = {"x-plan": "exact,prefetch"}
