@@ -302,6 +302,7 @@ class ClientHandler:
         """The answer of a provider's batch where client and plan allow that it takes so long, else the usual one."""
         if Lane.DEFER in query.plan.lanes and self.batches is not None and not query.stream:
             try:
+                self.keys.let_go(client.request_id)  # the call is let in on its own
                 return await self.batches.deferred.wait(query, client)
             except CacheFault as fault:
                 self._telemetry.fault(fault.code)

@@ -326,6 +326,19 @@ async def test_a_deferred_call_waits_for_what_others_hold_and_ends_with_its_key(
         assert len(up.requests) == 1
 
 
+async def test_a_patient_client_that_stays_does_not_stand_in_its_own_way(data_dir, up):
+    BatchUpstream(up)
+    async with running(data_dir, up.url, {**KEYED, "batch": {"poll_interval_s": 0.02, "collect_s": 0.1}}) as ibid:
+        made = await make(ibid, limit_usd=["0.000001/month"])  # less than one answer may cost
+        async with asyncio.timeout(10):
+            reply = await ibid.ask("What is a hose?", key=made["secret"], headers={"x-deadline": "24h"})
+        assert (reply.status, "hose" in reply.text) == (200, True)
+        assert await limit(ibid, made) == (price_of(await spent(ibid, made)), "0.000000000")
+        assert await ibid.sql("SELECT key_id, tier FROM request JOIN upstream_call ON request_id = request.id") == [
+            {"key_id": made["id"], "tier": "batch"}
+        ]
+
+
 async def test_a_deferred_call_of_a_key_goes_on_after_a_kill_without_its_owner(data_dir, up):
     gate = asyncio.Event()
 
