@@ -295,10 +295,13 @@ class Books:
             total_ms=(time.perf_counter() - client.started_s) * 1e3,
         )
         self._ledger.record(outcome)
-        cost_nusd = sum([self.cost(made) for made in calls])
+        costs_nusd: dict[str, int] = {}
+        for made in calls:
+            costs_nusd[made.upstream] = costs_nusd.get(made.upstream, 0) + self.cost(made)
+        cost_nusd = sum(costs_nusd.values())
         saved_nusd = self.price(query, usage, client.ts_ms) - cost_nusd if outcome.is_partial else 0
         self._telemetry.lookup(
-            outcome, fetch.lookup.steps_ms, scope=query.scope, saved_nusd=saved_nusd, cost_nusd=cost_nusd
+            outcome, fetch.lookup.steps_ms, scope=query.scope, saved_nusd=saved_nusd, costs_nusd=costs_nusd
         )
         return cost_nusd
 

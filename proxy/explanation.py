@@ -27,6 +27,7 @@ def explanation(query: Query, lookup: Lookup) -> tuple[str, str]:
         "level": eligibility.level.value,
         "limited_by": eligibility.reason,
         "verdict": lookup.verdict.reason,
+        "plan": query.plan.text,
         "steps_ms": {name: round(spent_ms, 3) for name, spent_ms in lookup.steps_ms.items()},
     }
     if opinion is not None:

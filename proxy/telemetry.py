@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from proxy.core import saving
 from proxy.core.model import Outcome, Tier
 from proxy.logs import LineFormat, LogWriter
 
@@ -35,7 +36,12 @@ _TIERS: Mapping[str | None, str] = {
     "stream.coalesce": Tier.COLLAPSED.value,
     "cache.stale": Tier.STALE.value,
     "batch.dedup": "repeated",
+    "cache.stale-if-error": Tier.STALE.value,
     "edge.local": Tier.EDGE.value,
+    "edge.offline": Tier.EDGE.value,
+    "hybrid.route": "routed",
+    "hybrid.cascade": Tier.EDGE.value,
+    "spec.race": Tier.EDGE.value,
 }
 
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}").fullmatch
@@ -105,12 +111,15 @@ class Telemetry(Collector):
         age_s: float | None = None,
         saved_nusd: int = 0,
         cost_nusd: int = 0,
+        costs_nusd: Mapping[str, int] | None = None,
     ) -> None:
         """Count one finished request and queue its line. Never blocks, never raises; see the module on its cost.
 
-        `steps_ms` has keys of STEPS; the caller must not change it afterwards (the line is formatted later).
+        `costs_nusd`: by upstream, where others than the one asked may take part. `steps_ms` has keys of STEPS; the
+        caller must not change it afterwards (the line is formatted later).
         """
-        tier = "" if outcome.is_partial else _TIERS.get(outcome.mechanism, "other")
+        answered_by = outcome.mechanism or saving.answered_by(outcome.calls)
+        tier = "" if outcome.is_partial else _TIERS.get(answered_by, "other")
         key = (outcome.cache_status, tier, outcome.reason, str(outcome.status))
         requests = self._requests
         if key in requests:
@@ -127,6 +136,9 @@ class Telemetry(Collector):
             saved[lane] = saved.get(lane, 0) + saved_nusd
         if cost_nusd:
             _add(self._cost_nusd, (outcome.upstream,), cost_nusd)
+        elif costs_nusd:
+            for upstream, nusd in costs_nusd.items():
+                _add(self._cost_nusd, (upstream,), nusd)
         if tier == "collapsed":
             self._collapsed += 1
         for call in outcome.calls:

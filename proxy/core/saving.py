@@ -287,7 +287,7 @@ def _request_row(o: Outcome, baseline: _Priced, actual_nusd: int) -> tuple[Any, 
         usage.input_tokens, usage.output_tokens, usage.cache_read_tokens, usage.cache_write_tokens
     )  # fmt: skip
     asked = "forward" if o.calls else "refused"  # refused: only-if-cached, and nothing was
-    lane = asked if o.is_partial else o.mechanism or _LANES.get(o.cache_status) or _answered_by(o.calls) or asked
+    lane = asked if o.is_partial else o.mechanism or _LANES.get(o.cache_status) or answered_by(o.calls) or asked
     return (
         o.request_id, o.ts_ms, day_of(o.ts_ms), o.tenant, o.namespace, o.tag, o.dialect, o.endpoint, int(o.stream),
         o.model_requested, o.model_served, o.upstream, lane, o.outcome, o.cache_status, o.reason, o.status,
@@ -296,9 +296,9 @@ def _request_row(o: Outcome, baseline: _Priced, actual_nusd: int) -> tuple[Any, 
     )  # fmt: skip
 
 
-def _answered_by(calls: tuple[Call, ...]) -> str | None:
+def answered_by(calls: tuple[Call, ...]) -> str | None:
     """The mechanism by which something else than the model asked gave the answer, if it was so."""
-    if len(calls) == 1 and not calls[0].shaped_by:  # of nearly every forward
+    if not calls or (len(calls) == 1 and not calls[0].shaped_by):  # of nearly every forward
         return None
     return next((name for call in calls if call.won for name in call.shaped_by if name in SUBSTITUTES), None)
 

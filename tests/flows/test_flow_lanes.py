@@ -603,3 +603,15 @@ async def test_the_most_a_client_may_do_is_what_the_operator_made_ready(data_dir
             assert (reply.status, reply.json["error"]["code"]) == (400, "invalid_value"), lane
         cheap = await ibid.ask("Who wrote Faust?", model=f"{MODEL}@cheap")  # an alias takes nothing that is not there
         assert (cheap.status, cheap.headers["x-plan"]) == (200, "exact,semantic,collapse")
+
+
+async def test_metrics_name_who_answered_and_whom_it_cost(data_dir, up, edge):
+    async with running(data_dir, up.url, lanes(edge)) as ibid:
+        await ibid.ask("Who wrote Faust?", headers={"x-plan": "+edge"})
+        await ibid.ask("Who wrote Emma?")
+        await ibid.settled()
+        told = await ibid.admin("GET", "/metrics")
+        assert re.search(r'ibid_requests_total\{cache="MISS",reason="[a-z_]+",status="200",tier="edge"\} 1\.0', told)
+        costs = dict(re.findall(r'ibid_cost_usd_total\{upstream="(\w+)"\} (\S+)', told))
+        assert set(costs) == {"edge", "openai"}
+        assert float(costs["edge"]) < float(costs["openai"]) / 50
