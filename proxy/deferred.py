@@ -98,7 +98,7 @@ class DeferredCalls:
             await asyncio.sleep(LOOK_S)
         status, headers, body = reply
         if status != 200:
-            raise UpstreamError("The call was refused when it was made.", code="upstream_error", status=status)
+            raise _refused(status, body)
         kept = [line for line in headers if line[0].lower() not in ("x-request-id", "content-length")]
         return Replay(Head(kept, query.dialect.id_header), client.request_id, body)
 
@@ -286,6 +286,22 @@ class DeferredCalls:
             log.warning("deferred calls cannot be handed in", extra={"reason": fault.code})
         finally:
             self._under_way.difference_update([call.id for call in calls])
+
+
+def _refused(status: int, body: bytes) -> UpstreamError:
+    """A refusal that came instead of an answer, with what it says of itself."""
+    try:
+        told = orjson.loads(body).get("error")
+    except (orjson.JSONDecodeError, AttributeError):
+        told = None
+    said = told if isinstance(told, dict) else {}
+    message, code = said.get("message"), said.get("code")
+    return UpstreamError(
+        message if isinstance(message, str) else "The call was refused when it was made.",
+        code=code if isinstance(code, str) else "upstream_error",
+        status=status,
+        should_retry=False if status in (401, 403, 429) else None,
+    )
 
 
 def without_key(path_qs: str) -> str:

@@ -218,5 +218,5 @@ async def test_without_a_batch_api_a_patient_client_is_answered_as_usual(data_di
         assert (reply.status, reply.text.endswith("What is a hinge?")) == (200, True)
         up.script(Json(400, {"error": {"message": "no", "type": "x", "param": None, "code": "y"}}))
         refused = await ibid.ask("What is refused?", headers={"x-deadline": "2h"})
-        assert refused.status == 400
+        assert (refused.status, refused.json["error"]["message"], refused.json["error"]["code"]) == (400, "no", "y")
         assert await balanced(ibid)
