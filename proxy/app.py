@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -491,7 +492,7 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
             is_stopping=stopping.is_set,
         )
         app = App(settings, pipeline, edges.store, edges.telemetry, operator, handler.keys, token, token_path, stopping)
-        watch(app, handler, pulse, edges.embedder, edges.index)
+        watch(app, handler, pulse, edges)
         runner = await open_admin(settings, operator, edges, token)
         stack.push_async_callback(runner.cleanup)
         app.admin_port = int(runner.addresses[0][1])
@@ -542,11 +543,12 @@ async def take_up(batches: BatchApi, database: str) -> None:
         await asyncio.sleep(HOUSEKEEPING_S)
 
 
-def watch(
-    app: App, handler: ClientHandler, pulse: Pulse, embedder: EmbedderOwner | None, index: VectorOwner | None
-) -> None:
+def watch(app: App, handler: ClientHandler, pulse: Pulse, edges: Edges) -> None:
     """Gauges that are read at scrape time."""
-    gauge = app.telemetry.watch
+    gauge, embedder, index = app.telemetry.watch, edges.embedder, edges.index
+    for name in app.settings.upstreams:
+        is_open = partial(lambda one: float(edges.upstreams.breaker(one).is_open), name)
+        gauge("ibid_upstream_down", "An upstream that keeps failing is only probed", is_open, upstream=name)
     limits = app.settings.limits
     gauge("ibid_in_flight", "Client requests being answered", lambda: limits.in_flight - handler.admission.free)
     gauge("ibid_queue_length", "Waiting work", lambda: handler.admission.queued, queue="admission")

@@ -612,6 +612,7 @@ async def test_metrics_name_who_answered_and_whom_it_cost(data_dir, up, edge):
         await ibid.settled()
         told = await ibid.admin("GET", "/metrics")
         assert re.search(r'ibid_requests_total\{cache="MISS",reason="[a-z_]+",status="200",tier="edge"\} 1\.0', told)
+        assert 'ibid_upstream_down{upstream="edge"} 0.0' in told
         costs = dict(re.findall(r'ibid_cost_usd_total\{upstream="(\w+)"\} (\S+)', told))
         assert set(costs) == {"edge", "openai"}
         assert float(costs["edge"]) < float(costs["openai"]) / 50
