@@ -479,7 +479,7 @@ async def test_a_client_that_leaves_while_it_is_held_ends_the_call(data_dir, up,
     monkeypatch.setattr("proxy.handlers.HEARTBEAT_S", 0.1)
     up.default = Chat(delay_s=20.0)
     async with running(data_dir, up.url, lanes(edge)) as ibid:
-        async with ibid.open(chat_body("slow"), headers={"x-deadline": "1h"}) as response:
+        async with ibid.open(chat_body("slow"), headers={"x-deadline": "10m"}) as response:
             assert response.status == 200
             response.close()
         await until(lambda: up.meter.cancelled == 1)
