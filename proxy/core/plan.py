@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from proxy.core.errors import BadRequest
 
@@ -62,10 +63,15 @@ class Plan:
     @property
     def text(self) -> str:
         """Its lanes in order: what `x-plan` says, and takes back."""
-        return ",".join(lane for lane in Lane if lane in self.lanes)
+        return _text_of(self.lanes)
 
     def has(self, lane: Lane) -> bool:
         return lane in self.lanes
+
+
+@lru_cache(maxsize=1024)
+def _text_of(lanes: frozenset[Lane]) -> str:
+    return ",".join(lane for lane in Lane if lane in lanes)
 
 
 DEFAULT_PLAN = Plan(frozenset({Lane.EXACT, Lane.SEMANTIC, Lane.COLLAPSE}))

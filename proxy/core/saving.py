@@ -154,6 +154,9 @@ def settle(outcome: Outcome, price: Pricing) -> Settlement:
     Usage or price unknown: 0, with the basis saying so; never a guess.
     """
     costs = [_cost(price, call) for call in outcome.calls]
+    if outcome.mechanism is None and len(costs) == 1 and _is_plain(outcome, outcome.calls[0]):  # nearly every forward
+        row = _request_row(outcome, costs[0], costs[0].nusd)
+        return Settlement(row, [_call_row(outcome.request_id, outcome.calls[0], costs[0])], [])
     own = _own_call(outcome.calls)
     chain = _chain(outcome, costs, own, price)
     savings = _waterfall(outcome, costs, own, chain)
@@ -165,6 +168,12 @@ def settle(outcome: Outcome, price: Pricing) -> Settlement:
 def paid_nusd(outcome: Outcome, price: Pricing) -> int:
     """What its calls cost: `actual_nusd` of its row."""
     return sum([_cost(price, call).nusd for call in outcome.calls])
+
+
+def _is_plain(outcome: Outcome, call: Call) -> bool:
+    """The client's own call and nothing else: its own baseline."""
+    is_own = call.won or call.purpose == "answer"
+    return is_own and not call.shaped_by and call.upstream == outcome.upstream and call.tier == outcome.tier
 
 
 def _cost(price: Pricing, call: Call) -> _Priced:

@@ -81,7 +81,10 @@ class Forwarder:
         if fetch.routed_to and (response := await self._from_candidate(fetch)) is not None:
             return response
         if lanes.isdisjoint(ACTING):
-            return await self._send(fetch, fetch.sending)
+            if fetch.first is not None:
+                return await self._send(fetch, fetch.first)
+            attempt = fetch.attempt = Attempt(fetch.sending)  # nearly always
+            return await self._open(fetch, attempt)
         try:
             response = await self._ask(fetch, lanes)
         except UpstreamError as error:

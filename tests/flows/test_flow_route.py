@@ -200,3 +200,29 @@ async def test_a_guess_is_not_made_at_the_full_price(data_dir, up, edge):
         assert [r.json.get("service_tier") for r in up.requests[before:]].count("flex") == 1
         assert len(up.requests) == before + 2
         assert await balanced(ibid)
+
+
+async def test_a_shadow_of_another_dialect_is_asked_and_compared_in_openais_words(data_dir, up, edge):
+    def claude(seen: Seen) -> Any:
+        text = f"It lies in the country of {seen.json['messages'][-1]['content'].split()[-1]}"
+        message = {"id": "msg_1", "type": "message", "role": "assistant", "model": seen.json["model"]}
+        usage = {"input_tokens": 9, "output_tokens": 9}
+        said = {"content": [{"type": "text", "text": text}], "stop_reason": "end_turn", "stop_sequence": None}
+        return Json(200, {**message, **said, "usage": usage})
+
+    up.default, edge.default = claude, knows
+    headers = {"x-api-key": "sk-a", "anthropic-version": "2026-10-21", "x-plan": "exact,route"}
+    async with running(data_dir, up.url, routed(edge, explore_share=1.0)) as ibid:
+        upstreams = []
+        for city in CITIES[:16]:
+            question = {"role": "user", "content": f"In which country is the city of {city}"}
+            body = {"model": "claude-x", "max_tokens": 50, "messages": [question]}
+            async with ibid.session.post(ibid.url + "/v1/messages", json=body, headers=headers) as response:
+                assert (response.status, (await response.json())["type"]) == (200, "message")
+                upstreams.append(response.headers["x-upstream"])
+            await ibid.settled()
+        assert set(upstreams[:8]) == {"anthropic"}
+        assert upstreams[-1] == "edge"
+        rows = await ibid.sql("SELECT good, COUNT(*) AS n FROM route_vote WHERE source = 'shadow' GROUP BY good")
+        assert [row["good"] for row in rows] == [1]
+        assert await balanced(ibid)
