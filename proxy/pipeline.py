@@ -38,7 +38,7 @@ from proxy.core.model import (
     Tier,
     Verdict,
 )
-from proxy.core.pace import Pace, Schedule, ends_of, progress, runs_of, schedule, texts_of
+from proxy.core.pace import Pace, Schedule, ends_of, has_pace, progress, runs_of, schedule, texts_of
 from proxy.core.plan import Lane
 from proxy.errands import Errands, reason_of
 from proxy.explanation import explanation
@@ -621,7 +621,7 @@ class Pipeline:
             answer = recording.answer
             if answer is not None and answer.usage is None and query.output_limit is not None:
                 answer = replace(answer, limit=query.output_limit)
-            if answer is not None and is_stream:
+            if answer is not None and is_stream and has_pace(flight.arrived_s):
                 texts = texts_of(answer.message.get("content"), answer.pieces)
                 answer = replace(answer, runs=runs_of(flight.pieces, flight.arrived_s, texts))
             fetch.answer = answer

@@ -25,6 +25,7 @@ TOKENS_PER_S = (1.0, 10_000.0)
 RUNS_MAX = 48
 TOGETHER_S = 0.001  # what is due within it goes out in one piece
 AT_ONCE_S = 0.01  # a stream as short has no pace
+SEEN_FROM_S = 0.1  # nor one that anybody would see: reading it off costs a quarter of a millisecond
 SCANS_MAX = 16  # of a body's rest, for a text that is not there as it is spelled; then it is counted in bytes
 
 
@@ -49,6 +50,11 @@ def runs_of(pieces: Sequence[bytes], arrived_s: Sequence[float], texts: Sequence
         runs += (done[end - 1] - (done[start - 1] if start else 0), ms[start] - before, ms[end - 1] - ms[start])
         before = ms[end - 1]
     return tuple(runs)
+
+
+def has_pace(arrived_s: Sequence[float]) -> bool:
+    """Whether a body that came at these times has a pace worth keeping."""
+    return len(arrived_s) > 1 and arrived_s[-1] - arrived_s[0] >= SEEN_FROM_S
 
 
 def texts_of(content: object, lengths: Sequence[int]) -> list[str]:
