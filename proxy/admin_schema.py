@@ -10,25 +10,22 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import orjson
 from aiohttp import web
 
 from proxy.core.errors import BadRequest
+from proxy.core.units import LAST_MS, instant_ms
 
 MAX_LIMIT = 1000
 MAX_ID = 2**63 - 1
 MAX_ITEMS = 1000
-LAST_MS = 253_402_300_799_000  # 9999-12-31T23:59:59Z
 BODY_LIMIT_BYTES = 4 * 1024 * 1024
 
 Values = dict[str, Any]
 
-_AGE = re.compile(r"([0-9]{1,6})([smhdw])").fullmatch
 _FORBIDDEN = frozenset({"Cc", "Cs", "Zl", "Zp"})  # controls, lone surrogates, line and paragraph separators
-_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 _SCHEMAS: Mapping[str, Mapping[str, Any]] = {
     "text": {"type": "string"},
     "integer": {"type": "integer"},
@@ -206,15 +203,10 @@ def read_time(name: str, text: str, now_ms: int) -> int:
 
     Between 1970 and 9999, so that it can be turned back into a date everywhere. Raises BadRequest naming `name`.
     """
-    if age := _AGE(text):
-        return max(now_ms - int(age[1]) * _UNITS_S[age[2]] * 1000, 0)
     try:
-        moment = datetime.fromisoformat(text)
+        return min(max(instant_ms(text, now_ms, past=True), 0), LAST_MS)
     except ValueError as error:
         raise invalid(name, "must be an ISO 8601 date or time, or an age such as 30d") from error
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return min(max((moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1), 0), LAST_MS)
 
 
 def _shown(name: str) -> str:

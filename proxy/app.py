@@ -48,6 +48,7 @@ from proxy.core.dialects.routes import Routes
 from proxy.core.errors import CacheFault, ConfigError
 from proxy.core.model import Answer
 from proxy.core.rates import writes_cost_extra
+from proxy.core.units import DAY_S
 from proxy.deferred import DeferredCalls
 from proxy.embeddings import Embeddings
 from proxy.explain import Explainer
@@ -403,7 +404,7 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks, finishing: Tasks) -
 
 def batch_api(settings: Settings, edges: Edges, tasks: Tasks, handler: ClientHandler, lines: Lines) -> BatchApi:
     """Batches and deferred calls, not started."""
-    ours, keep_s = settings.batch, settings.batch.keep_days * 86_400
+    ours, keep_s = settings.batch, settings.batch.keep_days * DAY_S
     upstreams = settings.upstreams.items()
     keyless = {upstream.dialect for _, upstream in upstreams if upstream.key is None}
     without = [name for name, one in upstreams if one.batch == "off" or one.dialect not in ("openai", "anthropic")]

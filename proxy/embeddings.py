@@ -26,7 +26,7 @@ from proxy.books import Books, Client, Fetch, Lookup, added, draft_of
 from proxy.core import freshness, policy
 from proxy.core.dialects.dialect import JSON, UsageMode
 from proxy.core.dialects.openai_embeddings import OpenAIEmbeddings, has_base64
-from proxy.core.directives import partial_header, usd, verdict_headers
+from proxy.core.directives import partial_header, verdict_headers
 from proxy.core.errors import BadRequest, CacheFault
 from proxy.core.model import (
     Answer,
@@ -42,6 +42,7 @@ from proxy.core.model import (
     Query,
     Tier,
 )
+from proxy.core.units import usd
 from proxy.embedding_rows import Answered, answers_in, are_alike, in_turns, spelled, understood, vector_in
 from proxy.explanation import explanation
 from proxy.hot import HotRow

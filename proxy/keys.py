@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from proxy import ports
-from proxy.core.directives import usd
 from proxy.core.errors import BadRequest
 from proxy.core.identity import Credential
 from proxy.core.keys import (
@@ -41,6 +40,7 @@ from proxy.core.keys import (
 from proxy.core.model import Outcome, Query, Usage, again
 from proxy.core.policy import estimate_usage
 from proxy.core.saving import Pricing, paid_nusd
+from proxy.core.units import usd
 
 FOLLOW_S = 2.0
 SECRET_BYTES = 24

@@ -22,7 +22,7 @@ from proxy.collapse import Flight, Seat
 from proxy.core import freshness, policy
 from proxy.core.answer import decode_answer
 from proxy.core.dialects.dialect import JSON, Recording, Template, UsageMode
-from proxy.core.directives import stale_headers, usd, verdict_headers
+from proxy.core.directives import stale_headers, verdict_headers
 from proxy.core.errors import BadRequest
 from proxy.core.model import (
     Answer,
@@ -40,6 +40,7 @@ from proxy.core.model import (
 )
 from proxy.core.pace import Pace, Schedule, ends_of, has_pace, progress, runs_of, schedule, texts_of
 from proxy.core.plan import Lane
+from proxy.core.units import usd
 from proxy.errands import Errands, reason_of
 from proxy.explanation import explanation
 from proxy.hot import Alias, Form, HotRow, HotRows

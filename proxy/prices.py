@@ -27,12 +27,11 @@ from genai_prices.types import ModelInfo, ModelPrice, TieredPrices
 from proxy.core.errors import ConfigError
 from proxy.core.model import Usage
 from proxy.core.rates import PUSD_PER_NUSD, Rate
+from proxy.core.units import DAY_MS, NUSD_PER_USD
 from proxy.ports import Price
 from proxy.settings import Settings
 
 NUSD_PER_TOKEN = 1_000  # nano-dollars a token costs at one USD per million tokens
-NUSD_PER_USD = 1_000_000_000
-DAY_MS = 86_400_000
 MEMO_LIMIT = 4_096  # model names come from clients: the memo must not grow with them
 TOKEN_FIELDS = frozenset({"input", "output", "cache_read", "cache_write"})
 FACTORS = {"flex_factor": "flex", "batch_factor": "batch", "priority_factor": "priority"}

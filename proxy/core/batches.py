@@ -16,13 +16,14 @@ from typing import Any, Final, NamedTuple
 from proxy.core.dialects.dialect import rfc3339
 from proxy.core.errors import BadRequest
 from proxy.core.jsontext import members
+from proxy.core.units import DAY_S
 
 CHUNK_BYTES: Final = 1 << 20  # of a file, in one row; all of its chunks but the last are as long
 ENDPOINTS: Final = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 FILE_LIMIT_BYTES: Final = 200 * 1024 * 1024
 REQUESTS_LIMIT_BYTES: Final = 256 * 1024 * 1024  # of Anthropic's one body
 REQUESTS_LIMIT: Final = 100_000
-WINDOW_S: Final = 86_400
+WINDOW_S: Final = DAY_S
 ERRORS_SHOWN: Final = 100
 METADATA_LIMIT: Final = 16
 RETRIABLE: Final = frozenset({408, 429, 500, 502, 503, 504, 529})

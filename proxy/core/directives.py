@@ -15,6 +15,7 @@ from proxy.core.errors import BadRequest
 from proxy.core.model import Bypass, Controls, Hit, Miss, NearMiss, Tier, Verdict
 from proxy.core.pace import TOKENS_PER_S, Pace
 from proxy.core.plan import DEFAULT_PLAN, edited
+from proxy.core.units import duration_s, usd
 
 DEFAULT_CONTROLS = Controls()
 """Shared by every request that asks for nothing special."""
@@ -71,8 +72,8 @@ A key of the client's own becomes a namespace: it keeps requests apart and never
 ibid takes none.
 """
 
-_DURATION = re.compile(r"([0-9]{1,9})(s|m|h|d)?")
-_SECONDS_OF = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+_DURATION = re.compile(r"([0-9]{1,9})([smhd]?)")
+_DEADLINE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhd])")
 _DIRECTIVE = re.compile(r'\s*([!#$%&\'*+\-.^_`|~0-9A-Za-z]+)(?:\s*=\s*("(?:[^"\\]|\\.)*"|[^\s,"]*))?\s*(?:,|$)|\s*,')
 _SECONDS = re.compile(r"[0-9]{1,18}")
 _FRACTION = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,18})?(?:[eE]-?[0-9]{1,2})?|\.[0-9]{1,18}")
@@ -152,7 +153,6 @@ def controls_of(headers: Iterable[tuple[bytes, bytes]], body_twin: object = None
 
 
 _DEADLINE_HEADER = "x-deadline"
-_DEADLINE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(s|m|h|d)")
 
 
 def deadline_s_of(headers: Iterable[tuple[bytes, bytes]]) -> float | None:
@@ -166,10 +166,10 @@ def deadline_s_of(headers: Iterable[tuple[bytes, bytes]]) -> float | None:
 
 
 def _deadline_s(text: str) -> float:
-    said = _DEADLINE.fullmatch(text.lower())
-    if said is None:
+    seconds = duration_s(text.lower(), _DEADLINE)
+    if seconds is None:
         _refuse(_DEADLINE_HEADER, "a number with s, m, h or d")
-    return min(float(said[1]) * _SECONDS_OF[said[2]], SECONDS_MAX)
+    return min(seconds, SECONDS_MAX)
 
 
 def _refuse(param: str, wanted: str) -> NoReturn:
@@ -245,10 +245,10 @@ def _read_header(param: str, text: str, wishes: _Wishes) -> None:
 
 
 def _duration_s(text: str, param: str) -> float:
-    found = _DURATION.fullmatch(text.lower())
-    if found is None:
+    seconds = duration_s(text.lower(), _DURATION)
+    if seconds is None:
         _refuse(param, "seconds, or a number with s, m, h or d")
-    return float(min(float(found[1]) * _SECONDS_OF.get(found[2], 1), SECONDS_MAX))
+    return min(seconds, SECONDS_MAX)
 
 
 def _read_plan(text: str, param: str, wishes: _Wishes) -> None:
@@ -359,7 +359,6 @@ def _text(value: object, param: str) -> str:
 
 _TOKEN = re.compile(r"[A-Za-z*][!#$%&'*+\-.^_`|~0-9A-Za-z:/]*")
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
-_NANO = 10**9
 
 
 def _sf_item(text: str) -> str:
@@ -395,13 +394,6 @@ def cache_status(
     if detail:
         said.append(f"detail={_sf_item(detail)}")
     return "; ".join(said)
-
-
-def usd(nusd: int) -> str:
-    """Integer nano-dollars as exact decimal dollars."""
-    sign = "-" if nusd < 0 else ""
-    whole, part = divmod(abs(nusd), _NANO)
-    return f"{sign}{whole}.{part:09d}"
 
 
 def verdict_headers(

@@ -21,14 +21,13 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from proxy.core.errors import ConfigError
+from proxy.core.units import DAY_S, LAST_MS, NUSD_PER_USD
 
 COUNTERS = ("calls", "in_tok", "cache_read_tok", "cache_write_tok", "out_tok")
 COST = "cost_nusd"
 ANY = "all"
 """A line's model or tier where the export does not tell them apart."""
 NOT_BATCH = "not batch"
-NUSD_PER_USD = 1_000_000_000
-DAY_S = 86_400
 COARSEST_USD = Fraction(1, 100)  # no amount is taken for less exact than whole cents
 
 _TIERS = {"standard": "default", "message": "default", "auto": "default"}
@@ -210,7 +209,7 @@ def _bucket_day(row: Mapping[str, str]) -> str:
     """The UTC day of a bucket, which must not reach into the next."""
     begin_s = _whole("start_time", row["start_time"])
     end_s = _whole("end_time", row.get("end_time") or str(begin_s + 1))
-    if not begin_s < end_s <= (begin_s // DAY_S + 1) * DAY_S or begin_s >= 253_402_300_800:
+    if not begin_s < end_s <= (begin_s // DAY_S + 1) * DAY_S or begin_s * 1000 > LAST_MS:
         raise ValueError("its start_time and end_time are not within one day of UTC: export days, hours or minutes")
     return datetime.fromtimestamp(begin_s, UTC).date().isoformat()
 

@@ -13,28 +13,23 @@ import hmac
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from proxy.core.directives import usd
 from proxy.core.errors import BadRequest
 from proxy.core.identity import Credential
 from proxy.core.plan import DEFAULT_PLAN, edited
+from proxy.core.units import DAY_MS, LAST_MS, NUSD_PER_USD, instant_ms, ms_of, usd
 
 PREFIX = b"ibid-"
-NUSD_PER_USD = 1_000_000_000
 RETRY_AFTER_MOST_S = 120
 """Longer waits are not told as Retry-After: openai 3.54 gives up above it, Anthropic's clients would sleep through them
 (protocols §1.1)."""
 
 _AMOUNT = re.compile(r"([0-9]{1,12})(?:\.([0-9]{1,9}))?/([a-z]+)")
-_AGE = re.compile(r"([0-9]{1,6})([smhdw])")
-_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_LAST_MS = 253_402_300_799_000  # 9999-12-31T23:59:59Z
 
 
 class Kind(StrEnum):
@@ -52,7 +47,7 @@ class Window(StrEnum):
     MONTH = "month"
 
 
-_LENGTHS_MS = {Window.MINUTE: 60_000, Window.HOUR: 3_600_000, Window.DAY: 86_400_000}
+_LENGTHS_MS = {Window.MINUTE: 60_000, Window.HOUR: 3_600_000, Window.DAY: DAY_MS}
 
 
 def bounds_of(window: Window, ts_ms: int) -> tuple[int, int]:
@@ -65,10 +60,6 @@ def bounds_of(window: Window, ts_ms: int) -> tuple[int, int]:
     first = datetime(at.year, at.month, 1, tzinfo=UTC)
     after = datetime(at.year + at.month // 12, at.month % 12 + 1, 1, tzinfo=UTC)
     return ms_of(first), ms_of(after)
-
-
-def ms_of(moment: datetime) -> int:
-    return (moment - _EPOCH) // timedelta(milliseconds=1)
 
 
 class Limit(NamedTuple):
@@ -110,15 +101,11 @@ def read_limit(kind: Kind, text: str) -> Limit:
 def read_expiry(text: str, now_ms: int) -> int:
     """When a key ends, epoch milliseconds: after an age such as 90d from now, or at an ISO 8601 time, UTC when it names
     no zone. Raises BadRequest."""
-    if age := _AGE.fullmatch(text):
-        expires_ms = now_ms + int(age[1]) * _UNITS_S[age[2]] * 1000
-    else:
-        try:
-            moment = datetime.fromisoformat(text)
-        except ValueError as error:
-            raise _invalid("expires", "must be an ISO 8601 date or time, or an age such as 90d") from error
-        expires_ms = ms_of(moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment)
-    if not now_ms < expires_ms <= _LAST_MS:
+    try:
+        expires_ms = instant_ms(text, now_ms, past=False)
+    except ValueError as error:
+        raise _invalid("expires", "must be an ISO 8601 date or time, or an age such as 90d") from error
+    if not now_ms < expires_ms <= LAST_MS:
         raise _invalid("expires", "must be in the future, before the year 10000")
     return expires_ms
 

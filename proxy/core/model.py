@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from proxy.core.pace import Pace
 from proxy.core.plan import DEFAULT_PLAN, Plan
+from proxy.core.units import DAY_S
 
 if TYPE_CHECKING:
     from proxy.core.dialects.dialect import Dialect
@@ -347,8 +348,8 @@ class Rules:
     """The built-in policy's numbers: all that core receives of the configuration."""
 
     max_error_rate: float = 0.01
-    ttl_s: float = 86_400.0
-    max_ttl_s: float = 30 * 86_400.0
+    ttl_s: float = float(DAY_S)
+    max_ttl_s: float = 30.0 * DAY_S
     volatile_ttl_s: float = 60.0
     semantic_temperature_max: float = 0.3
     cache_seeded: bool = False  # exact hits for a request with a seed

@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from proxy.core.model import Call, Outcome, Usage
+from proxy.core.units import DAY_MS, DAY_S
 
 Pricing = Callable[[str, str, Usage, str, int, float], tuple[int, str, str]]
 """(upstream, model, usage, tier, ts_ms, seconds) → (nano-dollars, basis, price_id): `ports.PriceBook.price`."""
@@ -127,12 +128,12 @@ _FAILED = _Priced(0, "failed", "")
 
 @lru_cache(maxsize=64)
 def _day(days: int) -> str:
-    return datetime.fromtimestamp(days * 86_400, UTC).strftime("%Y-%m-%d")
+    return datetime.fromtimestamp(days * DAY_S, UTC).strftime("%Y-%m-%d")
 
 
 def day_of(ts_ms: int) -> str:
     """The UTC calendar day, "2026-11-22"."""
-    return _day(ts_ms // 86_400_000)
+    return _day(ts_ms // DAY_MS)
 
 
 def family_of(mechanism: str) -> str:

@@ -29,6 +29,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from proxy.core.errors import CacheFault
 from proxy.core.model import Outcome, again
 from proxy.core.saving import CALL_COLUMNS, REQUEST_COLUMNS, SAVING_COLUMNS, Dated, Pricing, Settlement, settle
+from proxy.core.units import DAY_MS
 from proxy.store.engine import Database
 from proxy.store.schema import request, saving, upstream_call
 from proxy.store.writer import Writer
@@ -45,7 +46,6 @@ than SLICE, and the ledger would fall behind for as long as the load lasts (73,0
 connections and one core, November 2026)."""
 MEMORY_LIMIT = 100_000  # outcomes kept when neither database nor spill can be written
 SPILL_LIMIT_BYTES = 256 * 1024 * 1024
-DAY_MS = 86_400_000
 SETTLED_LIMIT = 8192  # distinct outcomes remembered, about 1 KiB each
 SPILL_NAME = "ledger-spill.jsonl"
 

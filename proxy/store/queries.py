@@ -24,6 +24,7 @@ from proxy.core.errors import BadRequest, CacheFault
 from proxy.core.rates import Rating
 from proxy.core.reconcile import Billed
 from proxy.core.saving import day_of
+from proxy.core.units import DAY_MS, LAST_MS
 from proxy.store.engine import DATABASE_ERRORS, Database, fault_of
 from proxy.store.named_queries import GROUPS, NAMED, PRICED_CALLS, NamedQuery, Rated, grouped, with_rates
 from proxy.store.schema import request, upstream_call
@@ -32,8 +33,7 @@ ROW_LIMIT = 10_000
 BYTE_LIMIT = 16 * 1024 * 1024
 VALUE_LIMIT = 1024 * 1024
 RATED_LIMIT = 2_000  # models priced in one query, the dearest first; others count as unpriced
-DAY_MS = 86_400_000
-LAST_MS = 253_402_300_800_000  # the year 10000
+AFTER_LAST_MS = LAST_MS + 1000  # the year 10000
 PROGRESS_STEPS = 10_000  # SQLite instructions between two looks at the clock
 
 _ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
@@ -245,7 +245,7 @@ def _authorize(action: int, first: str | None, second: str | None, _db: str | No
 def _milliseconds(since_day: str, until_day: str) -> dict[str, int]:
     """The same days as times: from the first's begin to the last's end. "" and "9999" are open ends."""
     first = _begin_ms(since_day, "since") if since_day else 0
-    last = LAST_MS if until_day == "9999" else _begin_ms(until_day, "until") + DAY_MS
+    last = AFTER_LAST_MS if until_day == "9999" else _begin_ms(until_day, "until") + DAY_MS
     return {"since_ms": first, "until_ms": last}
 
 

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.core.directives import DEFAULT_CONTROLS, MODES, cache_status, controls_of, usd, verdict_headers
+from proxy.core.directives import DEFAULT_CONTROLS, MODES, cache_status, controls_of, verdict_headers
 from proxy.core.errors import BadRequest
 from proxy.core.model import Bypass, Controls, Draft, Entry, Hit, Miss, NearMiss, Tier
+from proxy.core.units import usd
 
 
 def asked(*lines: str, twin: object = None) -> Controls:
