@@ -19,7 +19,8 @@ from proxy import ports
 from proxy.books import Books
 from proxy.core.dialects.openai_record import find_usage
 from proxy.core.errors import UpstreamError
-from proxy.core.model import Call, Query
+from proxy.core.model import Call
+from proxy.core.query import Query
 
 log = logging.getLogger(__name__)
 

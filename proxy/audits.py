@@ -29,7 +29,8 @@ import orjson
 
 from proxy import ports
 from proxy.core.answer import decode_answer
-from proxy.core.model import Answer, Comparison, Entry, Query
+from proxy.core.model import Answer, Comparison, Entry
+from proxy.core.query import Query
 from proxy.core.risk import Standing
 from proxy.hot import HotRow, HotRows
 from proxy.judge import LEARN_FROM, SAME_FROM, WRONG_BELOW, Judge, Judged, Opinion, Place, comparison, signature_from

@@ -24,7 +24,7 @@ from proxy.core.dialects.dialect import Dialect
 from proxy.core.dialects.routes import MESSAGES_PATH
 from proxy.core.errors import CacheFault, UpstreamError
 from proxy.core.identity import CREDENTIALS
-from proxy.core.model import Query
+from proxy.core.query import Query
 from proxy.ports import Upstream
 from proxy.tasks import Tasks
 

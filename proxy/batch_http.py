@@ -39,8 +39,9 @@ from proxy.core.dialects.dialect import JSON
 from proxy.core.dialects.routes import MESSAGES_PATH
 from proxy.core.errors import BadRequest, CacheFault, UpstreamError
 from proxy.core.jsonitems import Items
-from proxy.core.model import Limits, Query
+from proxy.core.model import Limits
 from proxy.core.multipart import Form, boundary_of
+from proxy.core.query import Query
 from proxy.deferred import RETRY_AFTER_S, DeferredCalls, requests_line
 from proxy.incoming import body_stream, read_body
 from proxy.passing import Passing, PassThrough

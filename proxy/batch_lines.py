@@ -22,7 +22,8 @@ from proxy.core.batches import RETRIABLE
 from proxy.core.dialects.dialect import JSON, Dialect, UsageMode
 from proxy.core.directives import verdict_headers
 from proxy.core.errors import BadRequest, IbidError, UpstreamError
-from proxy.core.model import Bypass, Level, Query, Rules, Usage
+from proxy.core.model import Bypass, Level, Rules, Usage
+from proxy.core.query import Query
 from proxy.embeddings import Embeddings, Told
 from proxy.keys import KeyRing
 from proxy.pipeline import Pipeline

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from proxy import ports
 from proxy.core import policy
-from proxy.core.model import Candidate, Query
+from proxy.core.model import Candidate
+from proxy.core.query import Query
 from proxy.judge import LEARN_FROM, Place
 from proxy.pipeline import CANDIDATES, Pipeline
 

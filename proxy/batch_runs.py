@@ -47,7 +47,7 @@ from proxy.core.batches import (
     too_many,
 )
 from proxy.core.errors import BadRequest, CacheFault, UpstreamError
-from proxy.core.model import Query
+from proxy.core.query import Query
 
 if TYPE_CHECKING:
     from proxy.batch_engine import Engine

@@ -27,13 +27,13 @@ from proxy.core.model import (
     Miss,
     NearMiss,
     Outcome,
-    Query,
     Rules,
     Tier,
     Usage,
     Verdict,
     again,
 )
+from proxy.core.query import Query
 from proxy.hot import HotRow
 from proxy.judge import Opinion
 from proxy.lanes.attempt import Attempt

@@ -21,8 +21,8 @@ from proxy.batch_lines import Answered, refusal
 from proxy.books import Client
 from proxy.core.batches import BatchFile, Deferred, Job, read_reply, spell_reply
 from proxy.core.errors import BadRequest, CacheFault, IbidError, UpstreamError
-from proxy.core.model import Query
 from proxy.core.plan import DEFER_FROM_S
+from proxy.core.query import Query
 from proxy.relay import Head, Replay
 from proxy.tasks import Tasks
 

@@ -15,7 +15,8 @@ import numpy as np
 import orjson
 
 from proxy.core.dialects.openai_embeddings import OpenAIEmbeddings, shares
-from proxy.core.model import Answer, Batch, Input, Usage
+from proxy.core.model import Answer, Input, Usage
+from proxy.core.query import Batch
 
 ROWS_A_TURN = 64  # read or written before the loop gets its turn: 1 to 2 ms at 1536 dimensions
 

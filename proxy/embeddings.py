@@ -28,20 +28,8 @@ from proxy.core.dialects.dialect import JSON, UsageMode
 from proxy.core.dialects.openai_embeddings import OpenAIEmbeddings, has_base64
 from proxy.core.directives import partial_header, verdict_headers
 from proxy.core.errors import BadRequest, CacheFault
-from proxy.core.model import (
-    Answer,
-    Batch,
-    Bypass,
-    Draft,
-    Eligibility,
-    Entry,
-    Hit,
-    Input,
-    Level,
-    Miss,
-    Query,
-    Tier,
-)
+from proxy.core.model import Answer, Bypass, Draft, Eligibility, Entry, Hit, Input, Level, Miss, Tier
+from proxy.core.query import Batch, Query
 from proxy.core.units import usd
 from proxy.embedding_rows import Answered, answers_in, are_alike, in_turns, spelled, understood, vector_in
 from proxy.explanation import explanation

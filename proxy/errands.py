@@ -18,8 +18,9 @@ from proxy.books import Client, Fetch, Lookup
 from proxy.collapse import Flight, Seat
 from proxy.core import freshness
 from proxy.core.errors import CacheFault, UpstreamError
-from proxy.core.model import Answer, Entry, Miss, Query
+from proxy.core.model import Answer, Entry, Miss
 from proxy.core.plan import DEFAULT_PLAN
+from proxy.core.query import Query
 from proxy.hot import HotRows
 from proxy.lanes.forwarding import ACTING
 from proxy.lanes.prefetch import Prefetcher

@@ -12,7 +12,8 @@ from proxy import ports
 from proxy.core import identity, policy
 from proxy.core.answer import decode_answer
 from proxy.core.errors import BadRequest
-from proxy.core.model import Candidate, Entry, Level, NearMiss, Query
+from proxy.core.model import Candidate, Entry, Level, NearMiss
+from proxy.core.query import Query
 from proxy.foresight import foresee, plan_of
 from proxy.handlers import ClientHandler
 from proxy.judge import Judged, Opinion, Place, finite, verdict_of

@@ -12,7 +12,7 @@ import orjson
 from proxy.books import Lookup
 from proxy.core import policy
 from proxy.core.directives import header_text
-from proxy.core.model import Query
+from proxy.core.query import Query
 from proxy.judge import Judged, Opinion, finite
 
 HEADER = "x-cache-explain"

@@ -11,8 +11,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from proxy.core import policy
-from proxy.core.model import Query, Usage
+from proxy.core.model import Usage
 from proxy.core.plan import Lane
+from proxy.core.query import Query
 from proxy.lanesettings import LaneSettings
 from proxy.ports import PriceBook
 

@@ -25,8 +25,9 @@ from proxy.core.dialects.dialect import JSON, Dialect
 from proxy.core.dialects.routes import Routes
 from proxy.core.directives import held_headers
 from proxy.core.errors import BadRequest, CacheFault, IbidError, UpstreamError
-from proxy.core.model import Limits, Query
+from proxy.core.model import Limits
 from proxy.core.plan import Lane
+from proxy.core.query import Query
 from proxy.embeddings import Embeddings
 from proxy.incoming import error_response, query_of, read_body, target_of
 from proxy.keys import Grant, KeyRing

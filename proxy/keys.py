@@ -37,8 +37,9 @@ from proxy.core.keys import (
     tenant_of_project,
     virtual_key_in,
 )
-from proxy.core.model import Outcome, Query, Usage, again
+from proxy.core.model import Outcome, Usage, again
 from proxy.core.policy import estimate_usage
+from proxy.core.query import Query
 from proxy.core.saving import Pricing, paid_nusd
 from proxy.core.units import usd
 

@@ -14,7 +14,7 @@ from typing import Literal
 from proxy.books import Fetch
 from proxy.collapse import Flight, Seat
 from proxy.core.errors import UpstreamError
-from proxy.core.model import Query
+from proxy.core.query import Query
 from proxy.tasks import Tasks
 
 log = logging.getLogger(__name__)

@@ -24,22 +24,10 @@ from proxy.core.answer import decode_answer
 from proxy.core.dialects.dialect import JSON, Recording, Template, UsageMode
 from proxy.core.directives import stale_headers, verdict_headers
 from proxy.core.errors import BadRequest
-from proxy.core.model import (
-    Answer,
-    Bypass,
-    Candidate,
-    Entry,
-    Hit,
-    Level,
-    Miss,
-    NearMiss,
-    Query,
-    Rules,
-    Tier,
-    Verdict,
-)
+from proxy.core.model import Answer, Bypass, Candidate, Entry, Hit, Level, Miss, NearMiss, Rules, Tier, Verdict
 from proxy.core.pace import Pace, Schedule, ends_of, has_pace, progress, runs_of, schedule, texts_of
 from proxy.core.plan import Lane
+from proxy.core.query import Query
 from proxy.core.units import usd
 from proxy.errands import Errands, reason_of
 from proxy.explanation import explanation

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from index.errors import IndexRoomError
 from proxy.core.errors import CacheFault
 from proxy.core.keys import Cost, Key
-from proxy.core.model import Comparison, Draft, Entry, Outcome, Query, Usage
+from proxy.core.model import Comparison, Draft, Entry, Outcome, Usage
+from proxy.core.query import Query
 from proxy.core.risk import Counted
 
 Vector = NDArray[np.float32]

@@ -18,7 +18,7 @@ from proxy.core.dialects.fields import CACHE_TWIN
 from proxy.core.dialects.routes import Routes, family_of, key_in, without_key
 from proxy.core.directives import controls_of
 from proxy.core.facts import Facts
-from proxy.core.model import Batch, Controls, Level, Limits, Query, Rules
+from proxy.core.model import Controls, Level, Limits, Rules
 from proxy.core.plan import (
     ALIASES,
     DEFAULT_PLAN,
@@ -32,6 +32,7 @@ from proxy.core.plan import (
     refuse_unready,
     split_alias,
 )
+from proxy.core.query import Batch, Query
 from proxy.keys import Grant
 from proxy.ports import Upstream
 

@@ -9,15 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from proxy.core.pace import Pace
-from proxy.core.plan import DEFAULT_PLAN, Plan
 from proxy.core.units import DAY_S
-
-if TYPE_CHECKING:
-    from proxy.core.dialects.dialect import Dialect
-
 
 Input = str | tuple[int, ...]
 """What one vector is asked for: a text, or the ids of its tokens."""
@@ -74,49 +69,6 @@ class Usage:
     cache_write_tokens: int = 0
     accepted_prediction_tokens: int = 0
     rejected_prediction_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """The inputs of an embedding request; the rest of it is in its Query."""
-
-    inputs: tuple[Input, ...]  # as asked, repeats included
-    fingerprints: tuple[bytes, ...]  # one each; () when nothing is looked up
-    encoding_format: str  # "float" | "base64", as the client reads it
-    is_open: bool  # all of the request is understood: an upstream may be asked in either format
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """What a client asked, parsed and classified. Equal bytes from equal credentials give an equal Query."""
-
-    dialect: Dialect
-    endpoint: str  # "/v1/chat/completions"
-    upstream: str  # configured upstream's name
-    tenant: str  # 64 hex digits
-    model: str
-    stream: bool
-    wants_usage: bool  # the client itself asked for the usage chunk of a stream
-    prompt: str  # the text whose meaning is compared; "" when level is not full
-    scope: bytes  # 32 bytes; b"" when level is none: nothing is looked up
-    fingerprint: bytes  # 32 bytes, digest of scope and prompt; b"" likewise
-    eligibility: Eligibility
-    controls: Controls
-    body: bytes  # as received, decoded
-    forward_body: bytes  # as it goes upstream: usage asked for, body twin removed, otherwise the client's bytes
-    n: int = 1  # choices asked for
-    wants_json: bool = False  # the answer was asked to be JSON (response_format json_object or json_schema)
-    output_limit: int | None = None  # tokens
-    has_stops: bool = False  # texts were named that end the answer
-    batch: Batch | None = None  # of an embedding request
-    keeps_id: bool = False  # see `Facts`
-    plan: Plan = DEFAULT_PLAN
-    tier: str = "default"  # service tier the client asked for
-    has_tools: bool = False
-    path_qs: str = ""  # the target as it goes upstream
-    form: int = 0  # equal for two queries whose hits on one entry differ in nothing but their ids and times
-    key_id: str | None = None  # of the virtual key that asks
-    team: str = ""  # its project
 
 
 @dataclass(frozen=True, slots=True)

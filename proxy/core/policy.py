@@ -13,15 +13,8 @@ from datetime import date
 from typing import Any
 
 from proxy.core.facts import Facts
-from proxy.core.model import (
-    Answer,
-    Controls,
-    Eligibility,
-    Level,
-    Query,
-    Rules,
-    Usage,
-)
+from proxy.core.model import Answer, Controls, Eligibility, Level, Rules, Usage
+from proxy.core.query import Query
 from proxy.core.words import READ_LIMIT_CHARS, Reading, read_prompt
 
 FORMATS = ("float", "base64")

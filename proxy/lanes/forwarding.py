@@ -29,8 +29,9 @@ from proxy.core.errors import UpstreamError
 from proxy.core.facts import Facts
 from proxy.core.hedging import Budget, Times
 from proxy.core.jsontext import members, set_member
-from proxy.core.model import Answer, Query
+from proxy.core.model import Answer
 from proxy.core.plan import Lane
+from proxy.core.query import Query
 from proxy.lanes.attempt import Attempt, LocalResponse, Peeked, whole_of
 from proxy.lanes.predict import MECHANISM as PREDICTED
 from proxy.lanes.predict import Predictor

@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import Final, NamedTuple
 
 from proxy.books import Client
-from proxy.core.model import Level, Query
+from proxy.core.model import Level
 from proxy.core.plan import Lane, Plan
+from proxy.core.query import Query
 from proxy.lanesettings import PrefetchLane
 
 QUESTIONS = 4_096

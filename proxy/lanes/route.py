@@ -21,7 +21,8 @@ from typing import Final, NamedTuple, Protocol
 from proxy import ports
 from proxy.books import Client, Fetch, Lookup
 from proxy.core.facts import Facts
-from proxy.core.model import Answer, Entry, Level, Query
+from proxy.core.model import Answer, Entry, Level
+from proxy.core.query import Query
 from proxy.core.routing import REPHRASE_MS, REPHRASE_SIMILARITY, Votes, conversation_of, is_refusal
 from proxy.lanes.sending import Sending, speaks_chat, to_other
 from proxy.lanesettings import RouteLane

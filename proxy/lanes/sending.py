@@ -17,7 +17,7 @@ from proxy.core.dialects.routes import CHAT_PATH
 from proxy.core.facts import Facts
 from proxy.core.identity import CREDENTIALS
 from proxy.core.jsontext import drop_member, parse, set_member
-from proxy.core.model import Query
+from proxy.core.query import Query
 
 CHAT_SETTINGS = frozenset(
     {"frequency_penalty", "logit_bias", "parallel_tool_calls", "presence_penalty", "reasoning_effort",

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from proxy.core.dialects.openai_chat import OpenAIChat
 from proxy.core.facts import Facts
-from proxy.core.model import Answer, Controls, Eligibility, Level, Query, Rules, Usage
+from proxy.core.model import Answer, Controls, Eligibility, Level, Rules, Usage
 from proxy.core.policy import EDGE_COOKIES, classify, estimate_usage, storable, ttl_s, unfit
+from proxy.core.query import Query
 from proxy.core.words import READ_LIMIT_CHARS, is_card, is_iban, odd_characters, read_prompt
 
 RULES, FREE = Rules(), Controls()
