@@ -101,10 +101,13 @@ def test_package_init_files_are_empty() -> None:
             assert path.read_bytes() == b"", path
 
 
+LENT = {"jsontext": {"jiter"}}  # bytes in, values out; what it is not sure of the standard library's reader decides
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "proxy" / "core").rglob("*.py")), ids=lambda path: path.stem)
 def test_the_core_imports_the_standard_library_and_itself(path: Path) -> None:
     foreign = {name for name in imported(path) if name.partition(".")[0] not in sys.stdlib_module_names}
-    assert {name for name in foreign if not name.startswith("proxy.core")} == set()
+    assert {name for name in foreign if not name.startswith("proxy.core")} == LENT.get(path.stem, set())
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "proxy" / "core").rglob("*.py")), ids=lambda path: path.stem)

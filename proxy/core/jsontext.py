@@ -1,7 +1,9 @@
 """JSON as bytes: strict reading, edits that splice, and one canonical spelling.
 
-The standard library's scanner is the reader because it can be made to refuse what two parsers may read differently:
-duplicate keys, NaN, numbers outside a double, lone surrogates. What it accepts, any upstream reads the same way.
+What two parsers may read differently is refused: duplicate keys, NaN, numbers outside a double, lone surrogates. What
+is accepted, any upstream reads the same way. The standard library's scanner can be made to refuse all of it, and with
+the words, codes and byte offsets that are promised, so it decides; jiter, the one package that the core imports, reads
+what is not in doubt in half the time or less. A test holds that both read alike.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from itertools import accumulate
 from json.decoder import JSONDecoder
 from typing import Any, NoReturn
 
+import jiter
+
 from proxy.core.errors import BadRequest
 
 _STRING = re.compile(
@@ -20,8 +24,11 @@ _STRING = re.compile(
 )  # possessive: linear on unterminated input too
 _BLANK = re.compile(r"[ \t\n\r]*")
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+_DIGITS = bytes.maketrans(b"123456789E", b"000000000e")
+_LONG_NUMBER, _LARGE_EXPONENT = b"0" * 200, b"0e000"
 _TO_SQUARE = bytes.maketrans(b"{}", b"[]")
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_NOT_OPENERS = bytes(set(range(256)) - set(b"[{"))
 _FIRST_LOOK_BYTES = 16 * 1024
 _DIGITS_ALWAYS_IN_RANGE = 308  # 10^308 < the largest double
 _DIGITS_NEVER_IN_RANGE = 309  # 10^309 > the largest double
@@ -70,11 +77,49 @@ def parse(raw: bytes, depth_limit: int = 64) -> dict[str, Any]:
     Raises BadRequest: `invalid_json` (with the byte offset), `invalid_utf8`, `invalid_number`, `json_too_deep`,
     `duplicate_key` (naming it). Linear in the body; never recurses past `depth_limit`.
     """
+    value = _read_plain(raw, depth_limit)
+    return _read_strictly(raw, depth_limit) if value is None else value
+
+
+def _read_plain(raw: bytes, depth_limit: int) -> dict[str, Any] | None:
+    """What the strict reader would give, or None where only that one can tell."""
+    if not _are_numbers_small(raw):
+        return None
+    try:
+        value = jiter.from_json(raw, allow_inf_nan=False, catch_duplicate_keys=True, cache_mode="keys")
+    except ValueError:  # it stops below 200 levels by itself
+        return None
+    if not isinstance(value, dict) or (_openers(raw) > depth_limit and _is_higher(value, depth_limit)):
+        return None
+    return value
+
+
+def _are_numbers_small(raw: bytes) -> bool:
+    """No number here reaches 1e300: fewer than 200 digits in a row, and exponents below 100, where jiter reads inf."""
+    shape = raw.translate(_DIGITS, b"+")
+    return _LARGE_EXPONENT not in shape and _LONG_NUMBER not in shape
+
+
+def _openers(raw: bytes) -> int:
+    return len(raw.translate(None, _NOT_OPENERS))
+
+
+def _is_higher(value: dict[str, Any], limit: int) -> bool:
+    level: list[Any] = [value]
+    for _ in range(limit):
+        inner = [item for one in level for item in (one.values() if type(one) is dict else one)]
+        level = [item for item in inner if type(item) is dict or type(item) is list]
+        if not level:
+            return False
+    return True
+
+
+def _read_strictly(raw: bytes, depth_limit: int) -> dict[str, Any]:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadRequest(f"The body is not UTF-8 at byte {error.start}.", code="invalid_utf8") from None
-    if raw.count(b"{") + raw.count(b"[") > depth_limit and _is_deeper(raw, depth_limit):
+    if _openers(raw) > depth_limit and _is_deeper(raw, depth_limit):
         _refuse_depth(depth_limit)
     try:
         value = _STRICT.decode(text)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.core.errors import BadRequest
-from proxy.core.jsontext import canonical, drop_member, members, parse, set_member
+from proxy.core.jsontext import _read_strictly, canonical, drop_member, members, parse, set_member
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
 SCALARS = (
@@ -42,7 +43,8 @@ def spelled(draw: st.DrawFn, value: Any) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=draw(st.booleans()))
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
-        return draw(st.sampled_from([str(value), f"{value}.0", f"{value}e0", f"{value}.000E+0", f"{value}0e-1"]))
+        ways = [str(value), f"{value}.0", f"{value}e0", f"{value}.000E+0", f"{value}0e-1"]
+        return draw(st.sampled_from(ways if value else ways[:-1]))  # 00e-1 is no number
     return json.dumps(value)
 
 
@@ -290,3 +292,66 @@ def test_canonical_spelling_by_example() -> None:
     assert canonical("version 3.0") == b'"version 3.0"'
     with pytest.raises(ValueError, match="not JSON compliant"):
         canonical(math.nan)
+
+
+# -- two readers -------------------------------------------------------------------------------------------------------
+
+PIECES = st.sampled_from(
+    [
+        b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\", b'"a":', b'"a"', b'"\\u0061":', b"0", b"-", b"-0", b"01",
+        b"1.", b".5", b"1e5", b"1E+400", b"1e-400", b"1e0000400", b"1" * 199, b"1" * 200, b"9" * 308, b"9" * 309,
+        b"1.7976931348623158e308", b"1.7976931348623159e308", b"4.9e-324", b"NaN", b"Infinity", b"true", b"nul", b" ",
+        b"\n", b"\x0b", b"\x00", b"\x7f", b"\xef\xbb\xbf", b"\xff", b"\xc0\xaf", b"\xed\xa0\x80", b"\xf4\x90\x80\x80",
+        "é😀\u2028".encode(), b"\\ud800", b"\\udc00", b"\\ud83d\\ude00", b"\\u00", b"\\x", b"\\/", b"/**/", b"'a'",
+        b"+1", b"1" * 5000,
+    ]
+)  # fmt: skip
+NUMBERS = st.from_regex(r"-?(0|[1-9][0-9]{0,320})(\.[0-9]{1,40})?([eE][+-]?[0-9]{1,5})?", fullmatch=True)
+
+
+def told(read: Callable[[bytes, int], dict[str, Any]], raw: bytes, limit: int) -> str:
+    """All that a reader says of these bytes; `repr` tells 1 from 1.0 and True, 0.0 from -0.0, and the order of keys."""
+    try:
+        return repr(read(raw, limit))
+    except BadRequest as error:
+        return repr((error.status, error.code, error.param, error.message))
+
+
+def check_alike(raw: bytes, limit: int = 64) -> None:
+    assert told(parse, raw, limit) == told(_read_strictly, raw, limit)
+
+
+@given(st.data(), OBJECTS, st.lists(st.tuples(st.integers(0), st.integers(0, 3), PIECES), max_size=3))
+def test_both_readers_say_the_same_of_a_body_and_of_what_is_left_when_it_is_broken(
+    data: st.DataObject, value: dict[str, Any], breaks: list[tuple[int, int, bytes]]
+) -> None:
+    raw = data.draw(spelled(value)).encode()
+    for place, cut, piece in breaks:
+        at = place % (len(raw) + 1)
+        raw = raw[:at] + piece + raw[at + cut :]
+    check_alike(raw)
+
+
+@given(st.lists(PIECES, max_size=12), st.integers(1, 4))
+def test_both_readers_say_the_same_of_any_soup(pieces: list[bytes], limit: int) -> None:
+    soup = b"".join(pieces)
+    for raw in (soup, b'{"a":' + soup + b"}", b'{"a":"' + soup + b'"}'):
+        check_alike(raw, limit)
+
+
+@given(NUMBERS, NUMBERS)
+def test_both_readers_say_the_same_of_numbers(number: str, other: str) -> None:
+    check_alike(f'{{"a":{number},"b":[{other}]}}'.encode())
+
+
+@pytest.mark.parametrize("depth", [1, 63, 64, 65, 190, 200, 201, 300, 3000])
+def test_both_readers_stop_at_the_same_depth(depth: int) -> None:
+    for limit in (64, 1000):
+        check_alike(b'{"a":' * depth + b"1" + b"}" * depth, limit)
+        check_alike(b'{"a":' + b"[" * (depth - 1) + b"[]" + b"]" * (depth - 1) + b"}", limit)
+
+
+def test_a_plain_body_is_read_by_the_fast_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.core.jsontext._read_strictly", None)
+    assert parse(b'{"temperature":0.25,"messages":[{"role":"user","content":"Hi \\ud83d\\ude00 at 1e5"}]}')
+    assert parse(b'{"messages":[' + b'{"content":[{}]},' * 200 + b"{}]}")
