@@ -6,7 +6,6 @@ same question asked in either dialect is one; the rest keeps its name.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from proxy.core.answer import to_json
 from proxy.core.dialects.anthropic_filter import MessageFilter
 from proxy.core.dialects.anthropic_record import find_usage, record
 from proxy.core.dialects.anthropic_replay import render_stream, render_whole
-from proxy.core.dialects.dialect import EVENT_STREAM, Loads, Recording, StreamFilter, Template, UsageMode, is_plain
+from proxy.core.dialects.dialect import Recording, Spoken, StreamFilter, Template, UsageMode, is_plain
 from proxy.core.dialects.fields import (
     ARRAY,
     BOOLEAN,
@@ -25,7 +24,6 @@ from proxy.core.dialects.fields import (
     STRING,
     Types,
     mistyped,
-    without_twin,
 )
 from proxy.core.errors import BadRequest, IbidError
 from proxy.core.facts import Facts
@@ -271,24 +269,16 @@ def error_body(error: IbidError, request_id: str = "") -> bytes:
     return to_json({"type": "error", "error": said, "request_id": request_id or None})
 
 
-class Messages:
+class Messages(Spoken):
     """`Dialect` of Anthropic messages."""
 
     name = "anthropic"
     operation = "chat"
-    heartbeat: bytes | None = b'event: ping\ndata: {"type": "ping"}\n\n'
-    patience: bytes | None = b"\n"
-    stream_type = EVENT_STREAM
+    heartbeat = b'event: ping\ndata: {"type": "ping"}\n\n'
     id_header = "request-id"
-
-    def __init__(self, loads: Loads = json.loads) -> None:
-        self._loads = loads
 
     def read(self, body: Mapping[str, Any], *, model: str = "", stream: bool = False) -> Facts:
         return read({**body, "model": model} if model else body)
-
-    def forward_body(self, raw: bytes, parsed: Mapping[str, Any]) -> bytes:
-        return without_twin(raw, parsed)
 
     def record(self, body: bytes, *, is_stream: bool, n: int, keeps_id: bool = False) -> Recording:
         return record(body, is_stream=is_stream, loads=self._loads)

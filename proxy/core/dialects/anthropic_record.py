@@ -17,6 +17,7 @@ from typing import Any
 
 from proxy.core.answer import to_json
 from proxy.core.dialects.dialect import Loads, Recording
+from proxy.core.dialects.recording import objects_under, read_object, recorded
 from proxy.core.errors import UpstreamError
 from proxy.core.eventstream import LINE_LIMIT_BYTES, EventDecoder
 from proxy.core.model import Answer, Usage
@@ -63,40 +64,22 @@ def record(body: bytes, *, is_stream: bool, loads: Loads = json.loads) -> Record
         recorder = Recorder(loads=loads)
         recorder.feed(body)
         answer = recorder.finish()
-    if isinstance(answer, Answer):
-        return Recording(answer, "", answer.usage)
-    return Recording(None, answer, find_usage(body))
+    return recorded(answer, body, find_usage)
 
 
 def find_usage(body: bytes) -> Usage | None:
     """What a body says it used, streamed or whole, complete or cut. A stream tells the input first, the output last."""
     told: dict[str, Any] = {}
-    at = -1
-    while (at := body.find(b'"usage"', at + 1)) >= 0:
-        start = body.find(b"{", at, at + 12)
-        if start < 0:
-            continue
-        try:
-            raw, _end = _DECODER.raw_decode(body[start : start + 4096].decode("utf-8", "replace"))
-        except (ValueError, RecursionError):
-            continue
+    for raw in objects_under(body, b'"usage"', last_first=False):
         told |= {name: value for name, value in raw.items() if value is not None}
     return read_usage(told)
 
 
-_DECODER = json.JSONDecoder()
-
-
 def read_whole(raw: bytes, loads: Loads = json.loads, limit_bytes: int = LINE_LIMIT_BYTES) -> Answer | str:
     """The Answer of a JSON body, or the reason why it is not storable."""
-    if len(raw) > limit_bytes:
-        return "too_large"
-    try:
-        body = loads(raw)
-    except (ValueError, RecursionError):
-        return "garbage"
-    if not isinstance(body, dict):
-        return "garbage"
+    body = read_object(raw, loads, limit_bytes)
+    if isinstance(body, str):
+        return body
     if body.get("type") == "error" or body.get("error") is not None:
         return "error_object"
     if body.get("type") != "message" or not isinstance(body.get("content"), list):

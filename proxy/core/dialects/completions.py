@@ -6,12 +6,11 @@ choices, so they count as `n`. Token ids are compared exactly and nothing else. 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from proxy.core.dialects.completions_answer import record, render_stream, render_whole
-from proxy.core.dialects.dialect import EVENT_STREAM, Loads, Recording, StreamFilter, Template, UsageMode
+from proxy.core.dialects.dialect import Recording, Spoken, StreamFilter, Template, UsageMode
 from proxy.core.dialects.fields import BOOLEAN, CACHE_TWIN, INTEGER, NUMBER, OBJECT, STRING, Types
 from proxy.core.dialects.openai_chat import (
     DELIVERY_FIELDS,
@@ -96,18 +95,11 @@ def _prompts(prompt: Any) -> int:
     return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
 
 
-class Completions:
+class Completions(Spoken):
     """`Dialect` of OpenAI legacy completions."""
 
     name = "completions"
     operation = "completion"
-    heartbeat: bytes | None = b": ping\n"
-    patience: bytes | None = b"\n"
-    stream_type = EVENT_STREAM
-    id_header = ""
-
-    def __init__(self, loads: Loads = json.loads) -> None:
-        self._loads = loads
 
     def read(self, body: Mapping[str, Any], *, model: str = "", stream: bool = False) -> Facts:
         """See `read`; a model in the path (Azure's deployments) stands for the body's."""

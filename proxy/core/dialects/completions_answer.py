@@ -13,8 +13,9 @@ from proxy.core.answer import to_json
 from proxy.core.dialects.dialect import Loads, Recording, Template, UsageMode
 from proxy.core.dialects.openai_record import find_usage, read_usage
 from proxy.core.dialects.openai_replay import counted, split, to_text
+from proxy.core.dialects.recording import read_object, recorded
 from proxy.core.errors import UpstreamError
-from proxy.core.eventstream import DONE, LINE_LIMIT_BYTES, EventDecoder
+from proxy.core.eventstream import DONE, EventDecoder
 from proxy.core.model import Answer
 
 SEAM = '"id":"cmpl-{id}","created":{created}'
@@ -26,20 +27,13 @@ _FINISHES = {"length": "finish_length", "content_filter": "finish_content_filter
 def record(body: bytes, *, is_stream: bool, loads: Loads = json.loads) -> Recording:
     """Read a body that ended cleanly, streamed or whole."""
     answer = _read_stream(body, loads) if is_stream else _read_whole(body, loads)
-    if isinstance(answer, Answer):
-        return Recording(answer, "", answer.usage)
-    return Recording(None, answer, find_usage(body))
+    return recorded(answer, body, find_usage)
 
 
 def _read_whole(body: bytes, loads: Loads) -> Answer | str:
-    if len(body) > LINE_LIMIT_BYTES:
-        return "too_large"
-    try:
-        whole = loads(body)
-    except (ValueError, RecursionError):
-        return "garbage"
-    if not isinstance(whole, dict):
-        return "garbage"
+    whole = read_object(body, loads)
+    if isinstance(whole, str):
+        return whole
     if whole.get("error") is not None:
         return "error_object"
     choice = _only_choice(whole.get("choices"))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, Protocol
 
+from proxy.core.dialects.fields import without_twin
 from proxy.core.errors import IbidError
 from proxy.core.facts import Facts
 from proxy.core.model import Answer, Usage
@@ -137,6 +138,23 @@ class StreamFilter(Protocol):
     def end(self) -> bytes:
         """Bytes still owed after a clean end."""
         ...
+
+
+class Spoken:
+    """What most dialects have alike: server-sent events, with room for comments between them, and bodies of which
+    nothing but the cache twin is ours."""
+
+    heartbeat: bytes | None = b": ping\n"
+    patience: bytes | None = b"\n"
+    """A single LF: every SDK accepts it before a whole answer, and after an `id:` line of a stream."""
+    stream_type = EVENT_STREAM
+    id_header = ""
+
+    def __init__(self, loads: Loads = json.loads) -> None:
+        self._loads = loads
+
+    def forward_body(self, raw: bytes, parsed: Mapping[str, Any]) -> bytes:
+        return without_twin(raw, parsed)
 
 
 class Dialect(Protocol):

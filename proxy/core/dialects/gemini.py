@@ -6,14 +6,13 @@ provider takes (`systemInstruction`, `system_instruction`). What can be said in 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from proxy.core.answer import to_json
-from proxy.core.dialects.dialect import EVENT_STREAM, Loads, Recording, StreamFilter, Template, UsageMode, is_plain
-from proxy.core.dialects.fields import CACHE_TWIN, without_twin
+from proxy.core.dialects.dialect import Recording, Spoken, StreamFilter, Template, UsageMode, is_plain
+from proxy.core.dialects.fields import CACHE_TWIN
 from proxy.core.dialects.gemini_answer import CandidateFilter, find_usage, record, render
 from proxy.core.errors import BadRequest, IbidError
 from proxy.core.facts import Facts
@@ -163,24 +162,16 @@ def _unknown(body: Mapping[str, Any], parts: list[dict[str, Any]]) -> Iterator[s
     yield from sorted({name for part in parts for name in _camel(part)} - _PARTS)
 
 
-class Gemini:
+class Gemini(Spoken):
     """`Dialect` of Gemini's generateContent and streamGenerateContent."""
 
     name = "gemini"
     operation = "chat"
-    heartbeat: bytes | None = None  # a comment crashes its clients
-    patience: bytes | None = None
-    stream_type = EVENT_STREAM
-    id_header = ""
-
-    def __init__(self, loads: Loads = json.loads) -> None:
-        self._loads = loads
+    heartbeat = None  # a comment crashes its clients
+    patience = None
 
     def read(self, body: Mapping[str, Any], *, model: str = "", stream: bool = False) -> Facts:
         return read(body, model, stream=stream)
-
-    def forward_body(self, raw: bytes, parsed: Mapping[str, Any]) -> bytes:
-        return without_twin(raw, parsed)
 
     def record(self, body: bytes, *, is_stream: bool, n: int, keeps_id: bool = False) -> Recording:
         return record(body, is_stream=is_stream, loads=self._loads)

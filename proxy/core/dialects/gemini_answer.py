@@ -14,6 +14,7 @@ from typing import Any
 from proxy.core.answer import to_json
 from proxy.core.dialects.dialect import Loads, Recording, Template, UsageMode
 from proxy.core.dialects.openai_replay import counted, escaped, split
+from proxy.core.dialects.recording import last_usage, recorded
 from proxy.core.errors import UpstreamError
 from proxy.core.eventstream import LINE_LIMIT_BYTES, EventDecoder, EventSplitter
 from proxy.core.model import Answer, Usage
@@ -41,27 +42,13 @@ def read_usage(raw: object) -> Usage | None:
 
 def find_usage(body: bytes) -> Usage | None:
     """The last counters in a body, streamed or whole, complete or cut; None when there are none."""
-    at = len(body)
-    while (at := body.rfind(b'"usageMetadata"', 0, at)) >= 0:
-        start = body.find(b"{", at, at + 20)
-        try:
-            raw, _end = _DECODER.raw_decode(body[start : start + 4096].decode("utf-8", "replace"))
-        except (ValueError, RecursionError):
-            continue
-        if (usage := read_usage(raw)) is not None:
-            return usage
-    return None
-
-
-_DECODER = json.JSONDecoder()
+    return last_usage(body, b'"usageMetadata"', read_usage)
 
 
 def record(body: bytes, *, is_stream: bool, loads: Loads = json.loads) -> Recording:
     """Read a body that ended cleanly, streamed or whole."""
     answer = _assembled(body, is_stream, loads)
-    if isinstance(answer, Answer):
-        return Recording(answer, "", answer.usage)
-    return Recording(None, answer, find_usage(body))
+    return recorded(answer, body, find_usage)
 
 
 def _assembled(body: bytes, is_stream: bool, loads: Loads) -> Answer | str:

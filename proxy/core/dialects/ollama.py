@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from proxy.core.answer import to_json
-from proxy.core.dialects.dialect import Loads, Recording, StreamFilter, Template, UsageMode, is_plain
-from proxy.core.dialects.fields import CACHE_TWIN, Types, mistyped, without_twin
+from proxy.core.dialects.dialect import Loads, Recording, Spoken, StreamFilter, Template, UsageMode, is_plain
+from proxy.core.dialects.fields import CACHE_TWIN, Types, mistyped
 from proxy.core.dialects.ollama_answer import LineFilter, find_usage, record, render
 from proxy.core.errors import BadRequest, IbidError
 from proxy.core.facts import Facts
@@ -144,24 +144,20 @@ def _unknown(body: Mapping[str, Any], messages: list[dict[str, Any]], known: fro
         yield from (f"messages[{i}].{name}" for name in sorted(message.keys() - _MESSAGE_FIELDS))
 
 
-class Ollama:
+class Ollama(Spoken):
     """`Dialect` of `/api/chat` and of `/api/generate`."""
 
     name = "ollama"
-    heartbeat: bytes | None = None
-    patience: bytes | None = None
+    heartbeat = None
+    patience = None
     stream_type = NDJSON
-    id_header = ""
 
     def __init__(self, operation: Literal["chat", "generate"], loads: Loads = json.loads) -> None:
+        super().__init__(loads)
         self.operation = operation
-        self._loads = loads
 
     def read(self, body: Mapping[str, Any], *, model: str = "", stream: bool = False) -> Facts:
         return read(body, self.operation)
-
-    def forward_body(self, raw: bytes, parsed: Mapping[str, Any]) -> bytes:
-        return without_twin(raw, parsed)
 
     def record(self, body: bytes, *, is_stream: bool, n: int, keeps_id: bool = False) -> Recording:
         return record(body, self._loads)

@@ -16,6 +16,7 @@ from proxy.core.answer import to_json
 from proxy.core.dialects.dialect import Loads, Recording, Template, UsageMode
 from proxy.core.dialects.lines import LINE_LIMIT_BYTES, LineSplitter
 from proxy.core.dialects.openai_replay import split
+from proxy.core.dialects.recording import recorded, usage_of
 from proxy.core.errors import UpstreamError
 from proxy.core.model import Answer, Usage
 
@@ -32,10 +33,7 @@ _DONE = re.compile(rb'"done"\s*:\s*true')
 
 def read_usage(line: Mapping[str, Any]) -> Usage | None:
     """Token counters of a last line; a prompt that was cached whole is told as no count at all."""
-    counts: tuple[Any, ...] = (line.get("prompt_eval_count", 0), line.get("eval_count"))
-    if any(type(count) is not int or count < 0 for count in counts):
-        return None
-    return Usage(*counts)
+    return usage_of(line.get("prompt_eval_count", 0), line.get("eval_count"))
 
 
 def find_usage(body: bytes) -> Usage | None:
@@ -52,9 +50,7 @@ def find_usage(body: bytes) -> Usage | None:
 def record(body: bytes, loads: Loads = json.loads) -> Recording:
     """Read a body that ended cleanly: one line is an answer in one piece."""
     answer = _assembled(body, loads)
-    if isinstance(answer, Answer):
-        return Recording(answer, "", answer.usage)
-    return Recording(None, answer, find_usage(body))
+    return recorded(answer, body, find_usage)
 
 
 def _assembled(body: bytes, loads: Loads) -> Answer | str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from proxy.core.dialects.dialect import EVENT_STREAM, Loads, Recording, StreamFilter, Template, UsageMode
+from proxy.core.dialects.dialect import Recording, Spoken, StreamFilter, Template, UsageMode
 from proxy.core.dialects.fields import (
     ARRAY,
     BOOLEAN,
@@ -285,19 +285,11 @@ def end_user_of(body: Mapping[str, Any]) -> str:
     return people[0] if len(people) == 1 else json.dumps(people) if people else ""
 
 
-class OpenAIChat:
+class OpenAIChat(Spoken):
     """`Dialect` of OpenAI chat completions."""
 
     name = "openai"
     operation = "chat"
-    heartbeat: bytes | None = b": ping\n"
-    patience: bytes | None = b"\n"
-    """A single LF: every SDK that speaks this dialect accepts it, also after an `id:` line."""
-    stream_type = EVENT_STREAM
-    id_header = ""
-
-    def __init__(self, loads: Loads = json.loads) -> None:
-        self._loads = loads
 
     def read(self, body: Mapping[str, Any], *, model: str = "", stream: bool = False) -> Facts:
         """See `read`; a model in the path (Azure's deployments) stands for the body's."""

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
 from proxy.core.answer import to_json
 from proxy.core.dialects.dialect import Loads, Recording
+from proxy.core.dialects.recording import details_of, last_usage, read_object, recorded, usage_of
 from proxy.core.errors import UpstreamError
 from proxy.core.eventstream import DONE, LINE_LIMIT_BYTES, EventDecoder
 from proxy.core.model import Answer, Usage
@@ -41,12 +42,8 @@ def read_usage(raw: object) -> Usage | None:
     """Token counters of a `usage` object, or None when it does not hold whole numbers."""
     if not isinstance(raw, dict):
         return None
-    details, written = raw.get("prompt_tokens_details"), raw.get("completion_tokens_details")
-    if not isinstance(details, dict):
-        details = {}
-    if not isinstance(written, dict):
-        written = {}
-    counts: tuple[Any, ...] = (
+    details, written = details_of(raw, "prompt_tokens_details"), details_of(raw, "completion_tokens_details")
+    return usage_of(
         raw.get("prompt_tokens"),
         raw.get("completion_tokens"),
         details.get("cached_tokens") or 0,
@@ -54,22 +51,13 @@ def read_usage(raw: object) -> Usage | None:
         written.get("accepted_prediction_tokens") or 0,
         written.get("rejected_prediction_tokens") or 0,
     )
-    for count in counts:
-        if type(count) is not int or count < 0:
-            return None
-    return Usage(*counts)
 
 
 def read_whole(raw: bytes, loads: Loads = json.loads, limit_bytes: int = LINE_LIMIT_BYTES) -> Answer | str:
     """The Answer of a JSON body, or the reason why it is not storable."""
-    if len(raw) > limit_bytes:
-        return "too_large"
-    try:
-        body = loads(raw)
-    except (ValueError, RecursionError):
-        return "garbage"
-    if not isinstance(body, dict):
-        return "garbage"
+    body = read_object(raw, loads, limit_bytes)
+    if isinstance(body, str):
+        return body
     if body.get("error") is not None:
         return "error_object"
     choices = body.get("choices")
@@ -492,24 +480,9 @@ def record(body: bytes, *, is_stream: bool, n: int = 1, loads: Loads = json.load
         answer = recorder.finish()
     else:
         answer = read_whole(body, loads)
-    if isinstance(answer, Answer):
-        return Recording(answer, "", answer.usage)
-    return Recording(None, answer, find_usage(body))
+    return recorded(answer, body, find_usage)
 
 
-def find_usage(body: bytes, read: Callable[[object], Usage | None] = read_usage) -> Usage | None:
+def find_usage(body: bytes) -> Usage | None:
     """The last usage object in a body, streamed or whole, complete or cut; None when there is none."""
-    at = len(body)
-    while (at := body.rfind(b'"usage"', 0, at)) >= 0:
-        start = body.find(b"{", at, at + 12)
-        if start >= 0:
-            try:
-                raw, _end = _DECODER.raw_decode(body[start : start + 4096].decode("utf-8", "replace"))
-            except (ValueError, RecursionError):
-                continue
-            if (usage := read(raw)) is not None:
-                return usage
-    return None
-
-
-_DECODER = json.JSONDecoder()
+    return last_usage(body, b'"usage"', read_usage)

@@ -13,8 +13,8 @@ from typing import Any
 
 from proxy.core.answer import to_json
 from proxy.core.dialects import responses_input as said
-from proxy.core.dialects.dialect import EVENT_STREAM, Loads, Recording, StreamFilter, Template, UsageMode, is_plain
-from proxy.core.dialects.fields import ARRAY, BOOLEAN, CACHE_TWIN, INTEGER, NUMBER, OBJECT, STRING, Types, without_twin
+from proxy.core.dialects.dialect import Recording, Spoken, StreamFilter, Template, UsageMode, is_plain
+from proxy.core.dialects.fields import ARRAY, BOOLEAN, CACHE_TWIN, INTEGER, NUMBER, OBJECT, STRING, Types
 from proxy.core.dialects.openai_chat import (
     check_types,
     end_user_of,
@@ -157,24 +157,14 @@ def _settings(body: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-class Responses:
+class Responses(Spoken):
     """`Dialect` of OpenAI Responses."""
 
     name = "responses"
     operation = "chat"
-    heartbeat: bytes | None = b": ping\n"
-    patience: bytes | None = b"\n"
-    stream_type = EVENT_STREAM
-    id_header = ""
-
-    def __init__(self, loads: Loads = json.loads) -> None:
-        self._loads = loads
 
     def read(self, body: Mapping[str, Any], *, model: str = "", stream: bool = False) -> Facts:
         return read({**body, "model": model} if model else body)
-
-    def forward_body(self, raw: bytes, parsed: Mapping[str, Any]) -> bytes:
-        return without_twin(raw, parsed)
 
     def record(self, body: bytes, *, is_stream: bool, n: int, keeps_id: bool = False) -> Recording:
         return record(body, is_stream=is_stream, keeps_id=keeps_id, loads=self._loads)

@@ -18,9 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from proxy.core.answer import to_json
-from proxy.core.dialects import openai_record
 from proxy.core.dialects.dialect import Loads, Recording
 from proxy.core.dialects.openai_record import are_calls
+from proxy.core.dialects.recording import details_of, last_usage, read_object, recorded, usage_of
 from proxy.core.errors import UpstreamError
 from proxy.core.eventstream import DONE, LINE_LIMIT_BYTES, EventDecoder
 from proxy.core.model import Answer, Usage
@@ -72,42 +72,30 @@ def read_usage(raw: object) -> Usage | None:
     """Token counters of a `usage` object, or None when it does not hold whole numbers."""
     if not isinstance(raw, dict):
         return None
-    details = raw.get("input_tokens_details")
-    if not isinstance(details, dict):
-        details = {}
-    counts: tuple[Any, ...] = (
+    details = details_of(raw, "input_tokens_details")
+    return usage_of(
         raw.get("input_tokens"),
         raw.get("output_tokens"),
         details.get("cached_tokens") or 0,
         details.get("cache_write_tokens") or 0,
     )
-    return None if any([type(count) is not int or count < 0 for count in counts]) else Usage(*counts)
 
 
 def find_usage(body: bytes) -> Usage | None:
     """The last usage in a body, streamed or whole, complete or cut; None when there is none."""
-    return openai_record.find_usage(body, read_usage)
+    return last_usage(body, b'"usage"', read_usage)
 
 
 def record(body: bytes, *, is_stream: bool, keeps_id: bool = False, loads: Loads = json.loads) -> Recording:
     """Read a body that ended cleanly, streamed or whole. `keeps_id`: the request left it to the upstream to keep the
     response, which it then does unless it says otherwise."""
     answer = (_read_stream if is_stream else _read_whole)(body, keeps_id, loads)
-    if isinstance(answer, Answer):
-        return Recording(answer, "", answer.usage)
-    return Recording(None, answer, find_usage(body))
+    return recorded(answer, body, find_usage)
 
 
 def _read_whole(body: bytes, keeps_id: bool, loads: Loads) -> Answer | str:
-    if len(body) > LINE_LIMIT_BYTES:
-        return "too_large"
-    try:
-        response = loads(body)
-    except (ValueError, RecursionError):
-        return "garbage"
-    if not isinstance(response, dict):
-        return "garbage"
-    return _storable(response, (), keeps_id, loads)
+    response = read_object(body, loads)
+    return response if isinstance(response, str) else _storable(response, (), keeps_id, loads)
 
 
 def _read_stream(body: bytes, keeps_id: bool, loads: Loads) -> Answer | str:
