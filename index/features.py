@@ -7,17 +7,13 @@ kernel does a lookup's candidates together (8 candidates: 8 µs, 2-core AMD EPYC
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Final, TypeVar, cast
+from typing import Final
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from index import kernels
 from index.tokens import GUARDS, STAMP, WIDTH, WORDS
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 OWN: Final = (
     "one",
@@ -45,8 +41,7 @@ _ALONE: Final = 0.05  # margin taken when every candidate is of one group
 _ONLY: Final = 0.3  # and when there is one candidate
 
 
-def _kernel(function: F) -> F:
-    return cast(F, numba.njit(nogil=True, boundscheck=False)(function))
+_kernel = kernels.kernel(fastmath=False)
 
 
 @_kernel

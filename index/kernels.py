@@ -29,8 +29,14 @@ EMPTY: Final = -1
 _compiling = threading.Lock()
 
 
-def _kernel(function: F) -> F:
-    return cast(F, numba.njit(nogil=True, fastmath={"reassoc", "contract", "arcp"}, boundscheck=False)(function))
+def kernel(*, fastmath: set[str] | bool, inline: str = "never") -> Callable[[F], F]:
+    """Compiles at the first call, which releases the GIL. `fastmath`: what LLVM may assume of floats."""
+    return cast(Callable[[F], F], numba.njit(nogil=True, fastmath=fastmath, boundscheck=False, inline=inline))
+
+
+_FAST: Final = {"reassoc", "contract", "arcp"}
+_kernel = kernel(fastmath=_FAST)
+_part = kernel(fastmath=_FAST, inline="always")  # of a kernel: compiled within it, where alone it would cost a start more
 
 
 @_kernel
@@ -118,6 +124,22 @@ def chain(heads: NDArray[np.int32], after: NDArray[np.int32], scope: int, out: N
     return n
 
 
+@_part
+def _keep(best: NDArray[Any], similarities: NDArray[np.float32], kept: int, found: int, similarity: float) -> int:
+    """Put one more among the `kept` best (k,), descending, after its equals; returns how many are kept now."""
+    k = best.shape[0]
+    if kept == k and not similarity > similarities[k - 1]:
+        return kept
+    place = kept if kept < k else k - 1
+    while place > 0 and similarities[place - 1] < similarity:
+        similarities[place] = similarities[place - 1]
+        best[place] = best[place - 1]
+        place -= 1
+    similarities[place] = similarity
+    best[place] = found
+    return kept + 1 if kept < k else k
+
+
 @_kernel
 def rank(
     rows: NDArray[np.int16],
@@ -140,7 +162,6 @@ def rank(
     rows (m, d) int16, scales (m,), signatures (m, WIDTH), scopes (m,) and expires_ms (m,) are the arena; the three
     `best_*` arrays (k,) are written. Equal similarities keep the order of `slots`.
     """
-    k = best_slots.shape[0]
     kept = 0
     for i in range(n):
         slot = slots[i]
@@ -150,17 +171,7 @@ def rank(
         for j in range(query.shape[0]):
             similarity += np.float32(rows[slot, j]) * query[j]
         similarity *= scales[slot]
-        if kept == k and not similarity > best_similarities[k - 1]:
-            continue
-        place = kept if kept < k else k - 1
-        while place > 0 and best_similarities[place - 1] < similarity:
-            best_similarities[place] = best_similarities[place - 1]
-            best_slots[place] = best_slots[place - 1]
-            place -= 1
-        best_similarities[place] = similarity
-        best_slots[place] = slot
-        if kept < k:
-            kept += 1
+        kept = _keep(best_slots, best_similarities, kept, slot, similarity)
     for i in range(kept):
         best_vetoes[i] = veto_bits(query_signature, signatures[best_slots[i]])
     return kept
@@ -179,24 +190,13 @@ def nearest(
     codes (m, d) int8, value = code * scales[row]. A quarter of the memory of float32 keeps a coarse quantizer in the
     processor's cache, where other work would otherwise push it out between two searches.
     """
-    k = best.shape[0]
     kept = 0
     for i in range(codes.shape[0]):
         similarity = np.float32(0.0)
         for j in range(query.shape[0]):
             similarity += np.float32(codes[i, j]) * query[j]
         similarity *= scales[i]
-        if kept == k and not similarity > similarities[k - 1]:
-            continue
-        place = kept if kept < k else k - 1
-        while place > 0 and similarities[place - 1] < similarity:
-            similarities[place] = similarities[place - 1]
-            best[place] = best[place - 1]
-            place -= 1
-        similarities[place] = similarity
-        best[place] = i
-        if kept < k:
-            kept += 1
+        kept = _keep(best, similarities, kept, i, similarity)
     return kept
 
 
@@ -204,6 +204,16 @@ def nearest(
 def _cell(entry_id: int, last: int) -> int:
     mixed = ((entry_id ^ (entry_id >> 31)) & 0xFFFFFFFF) * 0x5BD1E995  # below 2**63: no overflow in plain Python
     return (mixed ^ (mixed >> 24)) & last
+
+
+@_part
+def _find(keys: NDArray[np.int64], values: NDArray[np.int32], entry_id: int) -> int:
+    """The cell of an entry id, or the unused one where it belongs."""
+    last = keys.shape[0] - 1
+    cell = _cell(entry_id, last)
+    while values[cell] >= 0 and keys[cell] != entry_id:
+        cell = (cell + 1) & last
+    return cell
 
 
 @_kernel
@@ -214,13 +224,9 @@ def find_many(
 
     keys and values (m,) are the table: m is a power of two, a cell with value -1 is unused, and it is never full.
     """
-    last = keys.shape[0] - 1
     n = 0
     for i in range(entry_ids.shape[0]):
-        entry_id = entry_ids[i]
-        cell = _cell(entry_id, last)
-        while values[cell] >= 0 and keys[cell] != entry_id:
-            cell = (cell + 1) & last
+        cell = _find(keys, values, entry_ids[i])
         if values[cell] >= 0:
             out[n] = values[cell]
             n += 1
@@ -243,12 +249,9 @@ def enter_many(
 
     The ids must not be in the table.
     """
-    last = keys.shape[0] - 1
     for i in range(slots.shape[0]):
         slot = slots[i]
-        cell = _cell(ids[slot], last)
-        while values[cell] >= 0:
-            cell = (cell + 1) & last
+        cell = _find(keys, values, ids[slot])
         keys[cell] = ids[slot]
         values[cell] = slot
         scope = scopes[slot]
@@ -281,10 +284,7 @@ def leave_many(
     last = keys.shape[0] - 1
     n = 0
     for i in range(entry_ids.shape[0]):
-        entry_id = entry_ids[i]
-        hole = _cell(entry_id, last)
-        while values[hole] >= 0 and keys[hole] != entry_id:
-            hole = (hole + 1) & last
+        hole = _find(keys, values, entry_ids[i])
         slot = values[hole]
         if slot < 0:
             continue
