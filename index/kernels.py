@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, Literal, TypeVar, cast
 
 import numba
 import numpy as np
@@ -29,7 +29,7 @@ EMPTY: Final = -1
 _compiling = threading.Lock()
 
 
-def kernel(*, fastmath: set[str] | bool, inline: str = "never") -> Callable[[F], F]:
+def kernel(*, fastmath: set[str] | bool, inline: Literal["never", "always"] = "never") -> Callable[[F], F]:
     """Compiles at the first call, which releases the GIL. `fastmath`: what LLVM may assume of floats."""
     return cast(Callable[[F], F], numba.njit(nogil=True, fastmath=fastmath, boundscheck=False, inline=inline))
 
