@@ -5,14 +5,14 @@ Semantic hits are counted apart from exact ones, and every share comes with its 
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import betaincinv  # type: ignore[import-untyped]
 
 from index.batcher import guard_for, load_backend
 from index.errors import ModelFault
@@ -266,40 +266,19 @@ def _share(served: NDArray[np.bool_], kinds: Sequence[str], kind: str) -> list[i
 
 def auc(scores: NDArray[np.float64], same: NDArray[np.bool_]) -> float | None:
     """Chance that a same pair ranks above a different one, ties half; None without both."""
-    n, m = int(same.sum()), int((~same).sum())
-    if not n or not m:
+    ours, others = scores[same], np.sort(scores[~same])
+    if not len(ours) or not len(others):
         return None
-    values, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    ranks = (ends - counts + 1 + ends) / 2
-    return float((ranks[inverse][same].sum() - n * (n + 1) / 2) / (n * m)) if len(values) else None
+    above = np.searchsorted(others, ours, "left") + np.searchsorted(others, ours, "right")  # a tie counts once of twice
+    return float(above.sum() / (2 * len(ours) * len(others)))
 
 
 def interval(wrong: int, hits: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Clopper and Pearson's interval of wrong / hits, by bisection of the binomial tails; (0, 1) without hits."""
-    if hits <= 0:
-        return 0.0, 1.0
+    """Clopper and Pearson's interval of wrong / hits; (0, 1) without hits."""
     tail = (1.0 - confidence) / 2
-    lower = 0.0 if wrong == 0 else _solve(lambda p: 1.0 - _at_most(wrong - 1, hits, p) >= tail)
-    upper = 1.0 if wrong == hits else _solve(lambda p: _at_most(wrong, hits, p) <= tail)
-    return lower, upper
-
-
-def _at_most(k: int, n: int, p: float) -> float:
-    """P(X ≤ k) for X binomial (n, p), 0 < p < 1."""
-    top = math.lgamma(n + 1)
-    return min(1.0, sum(
-        math.exp(top - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p) + (n - i) * math.log1p(-p))
-        for i in range(k + 1)
-    ))  # fmt: skip
-
-
-def _solve(crossed: Callable[[float], bool]) -> float:
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if crossed(middle) else (middle, high)
-    return (low + high) / 2
+    low = float(betaincinv(wrong, hits - wrong + 1, tail)) if wrong else 0.0
+    high = float(betaincinv(wrong + 1, hits - wrong, 1.0 - tail)) if wrong < hits else 1.0
+    return low, high
 
 
 # -- showing -----------------------------------------------------------------------------------------------------------
