@@ -229,10 +229,11 @@ async def learn(pipeline: Pipeline) -> None:
 
 
 async def follow(app: App) -> None:
-    """Learn what other replicas of this database learn."""
+    """Learn what other replicas of this database purge and learn."""
     while True:
         await asyncio.sleep(FOLLOW_S)
         try:
+            await app.pipeline.follow()
             await app.pipeline.auditor.follow()
         except CacheFault as fault:
             app.telemetry.fault(fault.code)
@@ -340,6 +341,7 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks, finishing: Tasks) -
             secret,
             lambda upstream, model, ts_ms: writes_cost_extra(edges.prices.rates(upstream, model, "default", ts_ms)),
         ),
+        purges=edges.store.entries.purges,
     )
     pipeline = Pipeline(
         rules=settings.rules,
