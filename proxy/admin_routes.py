@@ -63,7 +63,7 @@ ROUTES: tuple[Route, ...] = (
             Param("ids", "ids", "these entries"),
             Param("tags", "texts", "entries that carry at least one of these tags"),
             _NAMESPACE, _MODEL,
-            Param("older_than", "time", "entries made before this"),
+            Param("older_than", "time", "entries asked for before this"),
             Param("writer", "text", "entries caused by this request id", pattern=NAME),
             Param("dry_run", "boolean", "only say which", default=True),
         ),

@@ -230,10 +230,11 @@ async def learn(pipeline: Pipeline) -> None:
 
 
 async def follow(app: App) -> None:
-    """Learn what other replicas of this database learn."""
+    """Learn what other replicas of this database purge and learn."""
     while True:
         await asyncio.sleep(FOLLOW_S)
         try:
+            await app.pipeline.follow()
             await app.pipeline.auditor.follow()
         except CacheFault as fault:
             app.telemetry.fault(fault.code)
@@ -341,6 +342,7 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks, finishing: Tasks) -
             secret,
             lambda upstream, model, ts_ms: writes_cost_extra(edges.prices.rates(upstream, model, "default", ts_ms)),
         ),
+        purges=edges.store.entries.purges,
     )
     pipeline = Pipeline(
         rules=settings.rules,

@@ -23,6 +23,7 @@ from proxy.core.dialects.dialect import JSON, Dialect, UsageMode
 from proxy.core.directives import verdict_headers
 from proxy.core.errors import BadRequest, IbidError, UpstreamError
 from proxy.core.model import Bypass, Level, Rules, Usage
+from proxy.core.purges import Began
 from proxy.core.query import Query
 from proxy.embeddings import Embeddings, Told
 from proxy.keys import KeyRing
@@ -199,9 +200,14 @@ class Lines:
         finally:
             self.let_go(client)
 
-    async def landed(self, query: Query, client: Client, lookup: Lookup, status: int, body: bytes) -> Answered:
-        """A provider's batch has answered: book it at the batch's price, store it if it may be stored."""
-        fetch = Fetch(query, client, lookup, time.perf_counter())
+    async def landed(
+        self, query: Query, client: Client, lookup: Lookup, status: int, body: bytes, began: Began
+    ) -> Answered:
+        """A provider's batch has answered: book it at the batch's price, store it if it may be stored.
+
+        `began`: when the batch was handed in.
+        """
+        fetch = Fetch(query, client, lookup, time.perf_counter(), began)
         stored = None
         if status == 200 and query.batch is not None:
             await self.embeddings.landed(fetch, body)
@@ -236,7 +242,7 @@ class Lines:
 
     def lost(self, query: Query, client: Client, word: str, status: int) -> None:
         """Book a line that nobody answered."""
-        unsent = Fetch(query, client, Lookup(Bypass("batch")), time.perf_counter())
+        unsent = Fetch(query, client, Lookup(Bypass("batch")), time.perf_counter(), self.pipeline.began(client))
         self.books.forwarded(query, client, unsent.lookup.verdict, unsent, word, status, None, collapsed=False)
 
     # -- the same once more -------------------------------------------------------------------------------------------

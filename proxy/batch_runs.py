@@ -47,6 +47,7 @@ from proxy.core.batches import (
     too_many,
 )
 from proxy.core.errors import BadRequest, CacheFault, UpstreamError
+from proxy.core.purges import Began
 from proxy.core.query import Query
 
 if TYPE_CHECKING:
@@ -477,7 +478,8 @@ class Run:
         return f"ibid-{self.job.id[-12:]}-{part:03d}"
 
     async def _hand_in(self, upstream: str, model: str, numbers: list[int], size_bytes: int) -> None:
-        part = Part(len(self._parts), upstream, model, lines=len(numbers), created_ms=self._now_ms())
+        purge, now_ms = self._engine.lines.pipeline.began(self._client()).purge, self._now_ms()
+        part = Part(len(self._parts), upstream, model, lines=len(numbers), created_ms=now_ms, purge=purge)
         provider = self._engine.provider(self.job.path)
 
         async def bodies() -> AsyncIterator[tuple[int, bytes]]:
@@ -624,7 +626,8 @@ class Run:
         lookup = self._lookups.pop(number, None)
         if lookup is None:
             lookup = await self._engine.lines.look_up(query, client)
-        answered = await self._engine.lines.landed(query, client, lookup, result.status, result.body)
+        began = Began(part.purge, part.created_ms)
+        answered = await self._engine.lines.landed(query, client, lookup, result.status, result.body, began)
         self._free(number)
         await self._finish_all(number, query, answered)
 

@@ -33,6 +33,7 @@ from proxy.core.model import (
     Verdict,
     again,
 )
+from proxy.core.purges import Began, Marks
 from proxy.core.query import Query
 from proxy.hot import HotRow
 from proxy.judge import Opinion
@@ -55,6 +56,13 @@ class Client(NamedTuple):
     is_retry: bool = False
 
 
+class Stale(NamedTuple):
+    """An expired entry, and when it was found."""
+
+    row: HotRow
+    found: Began
+
+
 @dataclass(slots=True)
 class Lookup:
     """What a lookup found, kept for the store that may follow it."""
@@ -66,7 +74,7 @@ class Lookup:
     opinion: Opinion | None = None
     steps_ms: dict[str, float] = field(default_factory=dict)
     spent: tuple[Call, ...] = ()  # calls whose answers could not be used
-    stale: HotRow | None = None  # an expired entry that may stand in for an upstream that fails
+    stale: Stale | None = None  # may stand in for an upstream that fails
 
 
 @dataclass(slots=True)
@@ -78,6 +86,7 @@ class Fetch:
     client: Client
     lookup: Lookup
     opened_s: float
+    began: Began  # what was purged since keeps its answer from being stored
     first_byte_s: float | None = None
     call: Call | None = None
     answer: Answer | None = None
@@ -105,6 +114,14 @@ class Fetch:
         """What another model was chosen for goes to the one that was asked for after all."""
         self.query, self.asked_as, self.first, self.attempt = self.asked, None, None, None
         self.routed_to, self.neighbour = "", 0
+
+    @property
+    def marks(self) -> Marks:
+        """What a purge would know its answer by, once stored."""
+        query, controls = self.query, self.query.controls
+        return Marks(
+            query.fingerprint, query.tenant, controls.namespace, query.model, self.client.request_id, controls.tags
+        )
 
     @property
     def sending(self) -> Sending:

@@ -129,7 +129,7 @@ class Embeddings:
         if found is not None and len(found) == len(wanted) and not query.controls.shadow:
             return await self._serve(query, client, lookup, found)
         if query.controls.only_if_cached:
-            unsent = Fetch(query, client, lookup, time.perf_counter())
+            unsent = Fetch(query, client, lookup, time.perf_counter(), self._pipeline.began(client))
             _ = self._books.forwarded(query, client, lookup.verdict, unsent, "error", 504, None, collapsed=False)
             raise BadRequest(
                 "Not all in the cache, and the request asked for cached answers only.", status=504, code="not_cached"
@@ -230,7 +230,8 @@ class Embeddings:
         """Ask the upstream, in one call, for what was not found."""
         missing = {fingerprint: asked for fingerprint, asked in wanted.items() if fingerprint not in found}
         sent = self._sent(query, tuple(missing.values()))
-        fetch = Fetch(replace(query, forward_body=sent.body), client, lookup, time.perf_counter())
+        began = self._pipeline.began(client)
+        fetch = Fetch(replace(query, forward_body=sent.body), client, lookup, time.perf_counter(), began)
         response, raw = await self._call(fetch, sent)
         said = None if raw is None or response.status != 200 else _parsed(raw)
         fetch.usage = _speech(query).usage_of(said)
@@ -410,13 +411,16 @@ class Embeddings:
         try:
             for start in range(0, len(pairs), STORED_AT_ONCE):
                 drafts = [self._draft(fetch, *pair, now_ms) for pair in pairs[start : start + STORED_AT_ONCE]]
-                stored = await asyncio.gather(*map(self._store.put, drafts), return_exceptions=True)
+                puts = [self._store.put(draft, fetch.began) for draft in drafts]
+                stored = await asyncio.gather(*puts, return_exceptions=True)
                 replaced = [i for kept in stored if isinstance(kept, ports.Stored) for i in kept.replaced]
                 if replaced:
                     self._pipeline.forget(replaced)
-                for failed in stored:
-                    if isinstance(failed, BaseException):
-                        raise failed
+                for kept in stored:
+                    if isinstance(kept, BaseException):
+                        raise kept
+                    if kept is None:
+                        self._telemetry.unstored("purged")
         except ports.CACHE_FAULTS as fault:
             self._telemetry.fault(_reason_of(fault))
 

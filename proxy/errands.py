@@ -20,6 +20,7 @@ from proxy.core import freshness
 from proxy.core.errors import CacheFault, UpstreamError
 from proxy.core.model import Answer, Entry, Miss
 from proxy.core.plan import DEFAULT_PLAN
+from proxy.core.purges import Began
 from proxy.core.query import Query
 from proxy.hot import HotRows
 from proxy.lanes.forwarding import ACTING
@@ -177,7 +178,8 @@ class Errands:
             started_s=started_s,
             headers=headers,
         )
-        return Fetch(query, own, lookup, started_s, purpose=purpose)
+        began = Began(self._store.purges.newest, own.ts_ms)
+        return Fetch(query, own, lookup, started_s, began, purpose=purpose)
 
 
 async def _read_whole(seat: Seat[Fetch]) -> None:

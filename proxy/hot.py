@@ -7,11 +7,11 @@ Bounded by bytes, least recently used out first.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from proxy.core.dialects.dialect import Template
-from proxy.core.model import Answer, Entry
+from proxy.core.model import Answer, Draft, Entry
 from proxy.relay import Head
 
 ROW_OVERHEAD_BYTES = 1024
@@ -111,6 +111,10 @@ class HotRows:
             fingerprint = self._by_id.get(entry_id)
             if fingerprint is not None:
                 self._discard(fingerprint)
+
+    def those(self, chosen: Callable[[Draft], bool]) -> list[int]:
+        """Ids of the entries that are chosen."""
+        return [row.entry.id for row in self._rows.values() if chosen(row.entry.draft)]
 
     def clear(self) -> None:
         self._rows.clear()

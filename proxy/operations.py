@@ -18,10 +18,11 @@ from proxy.config import Settings
 from proxy.core.answer import decode_answer
 from proxy.core.errors import BadRequest, CacheFault
 from proxy.core.model import Draft
+from proxy.core.purges import Selector
 from proxy.keys import KeyRing
 from proxy.pipeline import Pipeline
 from proxy.reindex import Reindex
-from proxy.store.selection import Filters, Selector
+from proxy.store.selection import Filters
 from proxy.store.store import Store
 from proxy.store.views import DESCRIBED
 from proxy.telemetry import Telemetry
@@ -127,8 +128,8 @@ class Operator:
             dry_run=dry_run,
         )
         if not dry_run:
-            self._pipeline.forget(ids)
-            await self._store.comparisons.forget(ids)
+            self._pipeline.purged(ids)
+            self._store.comparisons.forget(ids)
         return ids
 
     async def explain(
@@ -142,13 +143,12 @@ class Operator:
         found = await self._store.feedback(verdict=verdict, ts_ms=now_ms, request_id=request_id, entry_id=entry_id)
         if found is None:
             return None
-        changed = False
         await self._pipeline.auditor.feedback(request_id, found, verdict)
         await self._pipeline.errands.router.feedback(request_id, found, verdict, now_ms)
         if found:
             changed = await self._store.entries.quarantine(found, on=verdict == "wrong")
             if verdict == "wrong":
-                self._pipeline.forget([found])
+                self._pipeline.purged([found])
             elif changed:
                 await self._reinstate(found)
         return {"entry_id": found or None, "verdict": verdict, "quarantined": bool(found) and verdict == "wrong"}

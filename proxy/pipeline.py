@@ -17,7 +17,7 @@ import orjson
 
 from proxy import ports
 from proxy.audits import Auditor
-from proxy.books import Books, Client, Fetch, Lookup, draft_of
+from proxy.books import Books, Client, Fetch, Lookup, Stale, draft_of
 from proxy.collapse import Flight, Seat
 from proxy.core import freshness, policy
 from proxy.core.answer import decode_answer
@@ -27,6 +27,7 @@ from proxy.core.errors import BadRequest
 from proxy.core.model import Answer, Bypass, Candidate, Entry, Hit, Level, Miss, NearMiss, Rules, Tier, Verdict
 from proxy.core.pace import Pace, Schedule, ends_of, has_pace, progress, runs_of, schedule, texts_of
 from proxy.core.plan import Lane
+from proxy.core.purges import Began, asked_ms, marks_of, reaches
 from proxy.core.query import Query
 from proxy.core.units import usd
 from proxy.errands import Errands, reason_of
@@ -108,6 +109,7 @@ class Pipeline:
             clock=clock,
         )
         self.purges = 0  # rows read or written before the last of them may be gone
+        self._followed = store.purges.newest
 
     # -- the story ----------------------------------------------------------------------------------------------
 
@@ -218,14 +220,14 @@ class Pipeline:
 
     async def _find_exact(self, query: Query, client: Client, lookup: Lookup) -> bool:
         started = time.perf_counter()
-        purges = self.purges
+        purges, began = self.purges, self.began(client)
         entry = await self._store.find(query.fingerprint)
         lookup.steps_ms["exact"] = (time.perf_counter() - started) * 1e3
         if entry is None or entry.draft.scope != query.scope:
             return False
         if not _is_fresh(entry, query, client):
             lookup.verdict = Miss("expired")
-            return self._may_serve_stale(entry, query, client, lookup, purges)
+            return self._may_serve_stale(entry, query, client, lookup, purges, began)
         row = self.warm(entry, purges)
         if (reason := policy.unfit(row.answer, query)) is not None:
             lookup.verdict = Miss(reason)
@@ -234,7 +236,9 @@ class Pipeline:
         lookup.verdict = Hit(entry, Tier.EXACT, 1.0, 1.0)
         return True
 
-    def _may_serve_stale(self, entry: Entry, query: Query, client: Client, lookup: Lookup, purges: int) -> bool:
+    def _may_serve_stale(
+        self, entry: Entry, query: Query, client: Client, lookup: Lookup, purges: int, began: Began
+    ) -> bool:
         """Whether an expired entry is served now; if only in place of an upstream that fails, it is kept for that."""
         lanes, controls = query.plan.lanes, query.controls
         allowed_s = [controls.max_stale_s] if controls.max_stale_s is not None else []
@@ -252,7 +256,7 @@ class Pipeline:
             lookup.verdict = Hit(entry, Tier.STALE, 1.0, 1.0, "stale")
             return True
         if Lane.STALE_IF_ERROR in lanes and freshness.may_serve_stale(*times, self._stale.if_error_s):
-            lookup.stale = row
+            lookup.stale = Stale(row, began)
         return False
 
     async def _find_alike(self, query: Query, client: Client, lookup: Lookup) -> None:
@@ -448,7 +452,7 @@ class Pipeline:
         self, query: Query, client: Client, lookup: Lookup, choice: Choice | None = None
     ) -> Replay | Relay:
         if query.controls.only_if_cached:
-            unsent = Fetch(query, client, lookup, time.perf_counter())
+            unsent = Fetch(query, client, lookup, time.perf_counter(), self.began(client))
             _ = self._books.forwarded(query, client, lookup.verdict, unsent, "error", 504, None, collapsed=False)
             raise BadRequest(
                 "Not in the cache, and the request asked for cached answers only.", status=504, code="not_cached"
@@ -456,7 +460,7 @@ class Pipeline:
         shared = _may_share(query)
         current = self.flights.get(query.fingerprint)
         shared = shared and (current is None or not current.joinable)  # it goes on for those it suits
-        fetch = Fetch(query, client, lookup, time.perf_counter())
+        fetch = Fetch(query, client, lookup, time.perf_counter(), self.began(client))
         if choice is not None:
             fetch.query, fetch.asked_as, fetch.first = choice.query, query, choice.sending
             fetch.routed_to, fetch.neighbour = choice.candidate, choice.neighbour
@@ -560,9 +564,9 @@ class Pipeline:
     ) -> list[tuple[str, str]]:
         stale, attempt = fetch.lookup.stale, fetch.attempt
         if fetch.stand_in == STALE_IF_ERROR and stale is not None:
-            draft = stale.entry.draft
+            draft = stale.row.entry.draft
             return stale_headers(
-                stale.entry.id,
+                stale.row.entry.id,
                 upstream=query.upstream,
                 request_id=client.request_id,
                 age_s=freshness.age_s(draft.created_ms, client.ts_ms),
@@ -678,7 +682,11 @@ class Pipeline:
         draft = draft_of(fetch, answer, identity, self.rules, int(self._clock() * 1000))
         try:
             purges = self.purges
-            entry, replaced = await self._store.put(draft)
+            stored = await self._store.put(draft, fetch.began)
+            if stored is None:
+                self._telemetry.unstored("purged")
+                return
+            entry, replaced = stored
             while purges != self.purges:  # a purge came meanwhile: it may have taken this one along
                 purges = self.purges
                 if await self._store.get(entry.id) is None:
@@ -724,6 +732,30 @@ class Pipeline:
         self.hot.forget(entry_ids)
         if self.index is not None:
             self.index.remove(entry_ids)
+
+    # -- purges -----------------------------------------------------------------------------------------------------
+
+    def began(self, client: Client) -> Began:
+        """What begins now, on account of this client."""
+        return Began(self._store.purges.newest, client.ts_ms)
+
+    def purged(self, entry_ids: Sequence[int]) -> None:
+        """After a purge was made: what it removed is nowhere in memory, and nobody new joins a call it overtook."""
+        self.purges += 1
+        self.forget(entry_ids)
+        known = self._store.purges
+        for fingerprint, flight in list(self.flights.items()):
+            if known.overtook(flight.context.marks, flight.context.began):
+                del self.flights[fingerprint]
+
+    async def follow(self) -> None:
+        """Do as much for purges that other processes made. Raises CacheFault."""
+        await self._store.follow()
+        if made := self._store.purges.after(self._followed):
+            self._followed = self._store.purges.newest
+            self.purged(
+                self.hot.those(lambda draft: any(reaches(purge, marks_of(draft), asked_ms(draft)) for purge in made))
+            )
 
 
 def _content_type(query: Query) -> str:

@@ -17,6 +17,7 @@ from index.errors import IndexRoomError
 from proxy.core.errors import CacheFault
 from proxy.core.keys import Cost, Key
 from proxy.core.model import Comparison, Draft, Entry, Outcome, Usage
+from proxy.core.purges import Began, Purges
 from proxy.core.query import Query
 from proxy.core.risk import Counted
 
@@ -244,6 +245,15 @@ class Stored(NamedTuple):
 class EntryStore(Protocol):
     """SQL rows of answers. Every method raises CacheFault when the database cannot answer."""
 
+    @property
+    def purges(self) -> Purges:
+        """What was purged, as far as it is known here: what begins now began after these."""
+        ...
+
+    async def follow(self) -> None:
+        """Take up what other processes have purged."""
+        ...
+
     async def find(self, fingerprint: bytes) -> Entry | None:
         """The entry of this exact identity, its checksum verified (a damaged row reads as absent and is counted)."""
         ...
@@ -258,8 +268,11 @@ class EntryStore(Protocol):
         """Remember that an entry gave a part of an answer: what is used is not evicted. Never blocks, never raises."""
         ...
 
-    async def put(self, draft: Draft) -> Stored:
-        """Commit: returns when the row is durable. Raises CacheFault (store_busy) at once when the queue is full."""
+    async def put(self, draft: Draft, began: Began) -> Stored | None:
+        """Commit: returns when the row is durable. None: a purge made since `began` reaches it, and it is not stored.
+
+        Raises CacheFault (store_busy) at once when the queue is full.
+        """
         ...
 
     async def touch(self, entry_id: int, expires_ms: int) -> None: ...

@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 
 from proxy.core.model import Call, Draft, Outcome, Usage
+from proxy.core.purges import Began
 from proxy.core.rates import Rate
 from proxy.ports import Price
 
 NOON_MS = 1_795_348_800_000  # 2026-11-22 12:00 UTC
 HOUR_MS = 3_600_000
+NOW = Began(0, NOON_MS)
+"""When no purge was made yet."""
 
 
 def list_price(upstream: str, model: str, usage: Usage, tier: str, ts_ms: int, seconds: float = 0.0) -> Price:

@@ -7,6 +7,7 @@ from typing import Any
 
 from proxy.core.errors import CacheFault
 from proxy.core.model import Draft, Entry, Outcome, again
+from proxy.core.purges import Began, Purges, marks_of
 from proxy.ports import Stored
 
 
@@ -18,6 +19,7 @@ class FakeEntryStore:
         self.fault: CacheFault | None = None
         self.used: dict[int, int] = {}
         self._last_id = 0
+        self.purges = Purges()
 
     async def find(self, fingerprint: bytes) -> Entry | None:
         self._check()
@@ -34,8 +36,13 @@ class FakeEntryStore:
         self._check()
         return self.rows.get(entry_id)
 
-    async def put(self, draft: Draft) -> Stored:
+    async def follow(self) -> None:
         self._check()
+
+    async def put(self, draft: Draft, began: Began) -> Stored | None:
+        self._check()
+        if self.purges.overtook(marks_of(draft), began):
+            return None
         gone = tuple(row.id for row in self.rows.values() if row.draft.fingerprint == draft.fingerprint)
         for entry_id in gone:
             del self.rows[entry_id]

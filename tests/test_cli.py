@@ -28,7 +28,7 @@ from proxy.admin_auth import Gate, load_token
 from proxy.core.errors import ConfigError
 from proxy.store.store import migrate_store, open_store
 from proxy.telemetry import Telemetry
-from tests.rows import draft, list_price
+from tests.rows import NOW, draft, list_price
 
 
 @pytest.fixture(autouse=True)
@@ -378,8 +378,8 @@ def test_rebuild_index_saves_every_vector_of_sql_and_of_the_model_in_use(
         store = await open_store(None, data_dir, price=list_price)
         signature = np.zeros(WIDTH, "<u8").tobytes()
         for name in "abc":
-            await store.entries.put(draft(name, signature=signature))
-        await store.entries.put(draft("other", signature=signature, embedder="e2"))
+            await store.entries.put(draft(name, signature=signature), NOW)
+        await store.entries.put(draft("other", signature=signature, embedder="e2"), NOW)
         await store.close()
 
     asyncio.run(fill())

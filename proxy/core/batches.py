@@ -153,6 +153,7 @@ class Part:
     state: str = "creating"  # "creating" | "running" | "ended"
     lines: int = 0
     created_ms: int = 0
+    purge: int = 0  # number of the newest one when it was handed in
 
 
 @dataclass(slots=True)

@@ -31,7 +31,9 @@ from proxy.core.hedging import Budget, Times
 from proxy.core.jsontext import members, set_member
 from proxy.core.model import Answer
 from proxy.core.plan import Lane
+from proxy.core.purges import Began, Purges, asked_ms, marks_of
 from proxy.core.query import Query
+from proxy.hot import HotRow
 from proxy.lanes.attempt import Attempt, LocalResponse, Peeked, whole_of
 from proxy.lanes.predict import MECHANISM as PREDICTED
 from proxy.lanes.predict import Predictor
@@ -66,6 +68,7 @@ class Forwarder:
         facts: Callable[[Query], Facts],
         predictor: Predictor,
         prefixes: PrefixMarks,
+        purges: Purges,
     ) -> None:
         self.times = Times()
         self.budget = Budget(lanes.hedge.max_extra_load)
@@ -74,6 +77,7 @@ class Forwarder:
         self._facts = facts
         self._predictor = predictor
         self._prefixes = prefixes
+        self._purges = purges
         self._chat = OpenAIChat()
 
     async def open(self, fetch: Fetch) -> ports.UpstreamResponse:
@@ -359,10 +363,18 @@ class Forwarder:
 
     # -- what stands in ---------------------------------------------------------------------------------------------
 
+    def _stale(self, fetch: Fetch) -> HotRow | None:
+        """The expired entry that was found, unless it was purged since."""
+        if (stale := fetch.lookup.stale) is None:
+            return None
+        draft = stale.row.entry.draft
+        asked = Began(stale.found.purge, round(asked_ms(draft)))
+        return None if self._purges.overtook(marks_of(draft), asked) else stale.row
+
     async def _stand_in(self, fetch: Fetch, lanes: frozenset[Lane], status: int) -> ports.UpstreamResponse | None:
         """A stale entry, else the edge, else None."""
         query = fetch.asked
-        if Lane.STALE_IF_ERROR in lanes and (row := fetch.lookup.stale) is not None:
+        if Lane.STALE_IF_ERROR in lanes and (row := self._stale(fetch)) is not None:
             template = query.dialect.render(row.answer, stream=query.stream, wants_usage=True, usage_mode="original")
             body = template.fill(fetch.client.request_id, fetch.client.ts_ms // 1000)
             fetch.attempt, fetch.usage = None, row.entry.draft.usage

@@ -27,6 +27,7 @@ FLUSH_S = 0.25
 RETRY_S = 1.0
 BATCH = 512
 WAITING = 10_000
+PURGED = 100_000  # ids of entries: comparisons with them may be under way
 KEPT = 200_000  # comparisons; older ones go
 PIECE = 1_000
 _FLAGS = ("served", "near_same")
@@ -41,6 +42,7 @@ class Comparisons:
         self._writer_id = uuid.uuid4().hex
         self._waiting: list[tuple[Comparison | None, int, int]] = []
         self._flushing: asyncio.Task[None] | None = None
+        self._purged: dict[int, None] = {}  # entry ids, oldest out first
         make = sqlite.insert if database.dialect == "sqlite" else postgresql.insert
         self._refuse = make(refused_pair).on_conflict_do_nothing()
 
@@ -79,7 +81,7 @@ class Comparisons:
             self._flushing.cancel()
 
     async def _write(self, connection: AsyncConnection, batch: Sequence[tuple[Comparison | None, int, int]]) -> None:
-        rows = [self._row(found) for found, _, _ in batch if found is not None]
+        rows = [self._row(one) for one, _, _ in batch if one is not None and one.entry_id not in self._purged]
         joined = [{"member": entry_id, "group": group_id} for _, entry_id, group_id in batch if entry_id != group_id]
         if rows:
             await connection.execute(insert(audit), rows)
@@ -196,15 +198,13 @@ class Comparisons:
                 return
             last = rows[-1][0]
 
-    async def forget(self, entry_ids: Sequence[int]) -> None:
-        """Remove what was learned from entries that were purged: their words are in it, as digests."""
-        change = delete(audit).where(audit.c.entry_id == bindparam("gone"))
-
-        async def act(connection: AsyncConnection) -> None:
-            await connection.execute(change, [{"gone": entry_id} for entry_id in entry_ids])
-
-        if entry_ids:
-            await self._writer.run(act)
+    def forget(self, entry_ids: Sequence[int]) -> None:
+        """Write nothing down any more that is learned from entries which were purged: their words are in it, as
+        digests. What was written went with them."""
+        for entry_id in entry_ids:
+            self._purged[entry_id] = None
+        while len(self._purged) > PURGED:
+            del self._purged[next(iter(self._purged))]
 
     async def housekeep(self) -> None:
         """Keep the newest KEPT rows."""

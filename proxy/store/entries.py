@@ -12,7 +12,8 @@ import hashlib
 import json
 import logging
 import struct
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -24,10 +25,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.core.errors import CacheFault
 from proxy.core.model import Draft, Entry, Usage
+from proxy.core.purges import Began, Purge, Purges, Selector, marks_of
 from proxy.ports import Stored
 from proxy.store.engine import Database
-from proxy.store.schema import entry, entry_tag
-from proxy.store.selection import Filters, Listed, Page, Selector, filter_condition, page_limit, purge_condition
+from proxy.store.purges import PurgeLog
+from proxy.store.schema import audit, entry, entry_tag
+from proxy.store.selection import Filters, Listed, Page, filter_condition, page_limit, purge_condition
 from proxy.store.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -45,6 +48,8 @@ _COLUMNS = (
 
 
 class _Put(NamedTuple):
+    draft: Draft
+    began: Began
     row: dict[str, Any]
     may_replace: bool  # False when its fingerprint was never stored
 
@@ -88,12 +93,21 @@ class Entries:
     """EntryStore over SQL. `limit_entries` and `limit_bytes` are kept by `housekeep`, least recently used first out."""
 
     def __init__(
-        self, database: Database, writer: Writer, *, limit_entries: int = 100_000, limit_bytes: int = 1 << 30
+        self,
+        database: Database,
+        writer: Writer,
+        *,
+        limit_entries: int = 100_000,
+        limit_bytes: int = 1 << 30,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
         self._writer = writer
         self._limit_entries = limit_entries
         self._limit_bytes = limit_bytes
+        self._clock = clock
+        self._purges = PurgeLog(database, writer)
+        self._is_wiped = True  # nothing that was purged is left in SQLite's log
         self._known: set[int] | None = None
         self._used: dict[int, int] = {}
         self._put_work = self._put_many  # one bound method, so that the writer sees equal work
@@ -106,6 +120,7 @@ class Entries:
 
     async def load(self) -> None:
         """Read what must be in memory before the first lookup. Raises CacheFault."""
+        await self.follow()
         if self._database.dialect != "sqlite":
             return
         known: set[int] = set()
@@ -117,6 +132,15 @@ class Entries:
             if len(rows) < 20_000:
                 break
         self._known = known
+
+    @property
+    def purges(self) -> Purges:
+        """What was purged, as far as it is known here."""
+        return self._purges.known
+
+    async def follow(self) -> None:
+        """Take up what other processes have purged. Raises CacheFault."""
+        await self._purges.read()
 
     async def fingerprints(self) -> set[int] | None:
         """First eight bytes, big-endian, of every fingerprint; the store's own set, kept up by `put`.
@@ -167,8 +191,9 @@ class Entries:
         log.error("entry does not match its checksum; treated as absent", extra={"entry": rows[0][0]})
         return None
 
-    async def put(self, draft: Draft) -> Stored:
-        """Commit, replacing an entry of the same fingerprint under a new id.
+    async def put(self, draft: Draft, began: Began) -> Stored | None:
+        """Commit, replacing an entry of the same fingerprint under a new id; None when a purge that was made since
+        `began` reaches it, and then nothing is stored or replaced.
 
         Raises CacheFault: store_busy at once when the queue is full, store_full, store_down, or store_refused for text
         that no database keeps (NUL, lone surrogates) and counters beyond 64 bits.
@@ -184,14 +209,20 @@ class Entries:
             known, before = int.from_bytes(draft.fingerprint[:8], "big"), len(self._known)
             self._known.add(known)  # before the commit: a put that is cancelled while waiting may still commit
             may_replace = len(self._known) == before
-        entry_id, replaced = await self._writer.submit(self._put_work, _Put(row, may_replace))
+        stored = await self._writer.submit(self._put_work, _Put(draft, began, row, may_replace))
+        if stored is None:
+            return None
+        entry_id, replaced = stored
         return Stored(Entry(entry_id, draft, row["checksum"]), replaced)
 
     async def _put_many(self, connection: AsyncConnection, puts: Sequence[_Put]) -> Sequence[Any]:
-        """Insert in rounds of distinct fingerprints, in fingerprint order so that replicas never deadlock."""
+        """Insert what no purge has overtaken, in rounds of distinct fingerprints, in fingerprint order so that replicas
+        never deadlock. Decided here, because no purge is made while this transaction lasts."""
+        await self._purges.catch_up(connection)
         rows = [put.row for put in puts]
         results: list[Any] = [None] * len(rows)
-        left = sorted(range(len(rows)), key=lambda index: (rows[index]["fingerprint"], index))
+        may = [i for i, put in enumerate(puts) if not self.purges.overtook(marks_of(put.draft), put.began)]
+        left = sorted(may, key=lambda index: (rows[index]["fingerprint"], index))
         while left:
             seen: set[bytes] = set()
             now: list[int] = []
@@ -272,17 +303,28 @@ class Entries:
     async def quarantine(self, entry_id: int, on: bool = True) -> bool:
         """Keep an entry from every lookup, or undo it; False when there is none. Raises CacheFault.
 
-        The caller takes the id out of the index and the hot rows, or puts it back.
+        Kept from lookups, it counts as purged for what is under way. The caller takes the id out of the index and the
+        hot rows, or puts it back.
         """
-        change = update(entry).where(entry.c.id == entry_id).values(quarantined=int(on))
+        change = update(entry).where(entry.c.id == entry_id).values(quarantined=int(on)).returning(entry.c.fingerprint)
 
-        async def act(connection: AsyncConnection) -> bool:
-            return (await connection.execute(change)).rowcount > 0
+        async def act(connection: AsyncConnection) -> list[Purge] | None:
+            await self._purges.catch_up(connection, alone=on)
+            changed = list(await connection.scalars(change))
+            if not changed:
+                return None
+            return [await self._record(connection, Selector(ids=(entry_id,)), changed)] if on else []
 
-        return await self._writer.run(act)
+        made = await self._writer.run(act)
+        self.purges.learn(made or ())
+        return made is not None
 
     async def purge(self, selector: Selector, *, dry_run: bool = True) -> tuple[int, ...]:
-        """Ids selected, and unless `dry_run` removed, with the text gone from SQLite's log. Raises CacheFault."""
+        """Ids selected, and unless `dry_run` removed, with what was learned from them, and with the text gone from
+        SQLite's log as soon as nobody reads it. What began before it and would be selected is not stored after it.
+
+        Raises CacheFault, and then nothing is removed.
+        """
         condition = purge_condition(selector)
         if condition is None:
             return ()
@@ -290,19 +332,42 @@ class Entries:
             rows = await self._database.rows(select(entry.c.id).where(condition).order_by(entry.c.id))
             return tuple(row[0] for row in rows)
 
-        async def act(connection: AsyncConnection) -> tuple[int, ...]:
-            return tuple(sorted(await connection.scalars(delete(entry).where(condition).returning(entry.c.id))))
+        async def act(connection: AsyncConnection) -> tuple[list[int], list[Purge]]:
+            await self._purges.catch_up(connection, alone=True)
+            learned = delete(audit).where(audit.c.entry_id.in_(select(entry.c.id).where(condition)))
+            await connection.execute(learned)
+            gone = delete(entry).where(condition).returning(entry.c.id, entry.c.fingerprint)
+            removed = (await connection.execute(gone)).all()
+            names_nothing = selector.ids and not removed
+            made = [] if names_nothing else [await self._record(connection, selector, [row[1] for row in removed])]
+            return sorted(row[0] for row in removed), made
 
-        removed = await self._writer.run(act)
+        removed, made = await self._writer.run(act)
+        self.purges.learn(made)
         if removed:
-            await self._writer.checkpoint()
-        return removed
+            await self._wipe()
+        return tuple(removed)
+
+    async def _record(self, connection: AsyncConnection, selector: Selector, fingerprints: Sequence[bytes]) -> Purge:
+        everywhere = () if selector.everything else fingerprints  # which reaches them all by itself
+        return await self._purges.record(connection, selector, everywhere, int(self._clock() * 1000))
+
+    async def _wipe(self) -> None:
+        """Empty SQLite's log of deleted text, or leave it to the next `housekeep`: the rows are gone all the same."""
+        try:
+            self._is_wiped = await self._writer.checkpoint()
+        except CacheFault as fault:
+            self._is_wiped = False
+            log.warning("deleted text is still in the database's log", extra={"reason": fault.code})
 
     async def housekeep(self, now_ms: int, *, stale_for_ms: int = 0) -> tuple[int, ...]:
         """Write down uses, expire, evict to the bounds; the ids removed. Call every few seconds. Raises CacheFault.
 
         `stale_for_ms`: how long an expired row is kept for stale serving.
         """
+        await self._purges.housekeep(now_ms)
+        if not self._is_wiped:
+            await self._wipe()
         used, self._used = self._used, {}
         if used:
             await self._writer.run(lambda connection: _write_uses(connection, used))

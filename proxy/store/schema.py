@@ -22,7 +22,7 @@ from sqlalchemy import (
     text,
 )
 
-HEAD = "0006"
+HEAD = "0008"
 """The revision this code reads and writes; a test compares it with the newest migration."""
 
 metadata = MetaData(
@@ -87,6 +87,16 @@ entry_tag = Table(
     Column("tag", Text, primary_key=True),
     Column("entry_id", _Id, ForeignKey("entry.id", ondelete="CASCADE"), primary_key=True, autoincrement=False),
     Index(None, "entry_id"),
+)
+
+purge = Table(
+    "purge",
+    metadata,
+    # What was purged, in the order of the commits. The newest row always stays, so that no number is given twice.
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("ts", BigInteger, nullable=False),
+    Column("selector", Text, nullable=False),  # JSON
+    Column("removed", LargeBinary, nullable=False),  # first eight bytes of each fingerprint, sorted
 )
 
 request = Table(
@@ -355,6 +365,7 @@ batch_part = Table(
     Column("state", Text, nullable=False),
     Column("lines", Integer, nullable=False),
     Column("created_ms", BigInteger, nullable=False),
+    Column("purge", BigInteger, nullable=False, server_default="0"),  # the newest one when it was handed in
     Index(None, "provider_id"),
     CheckConstraint("state IN ('creating', 'running', 'ended')", name="state"),
 )

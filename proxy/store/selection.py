@@ -1,4 +1,4 @@
-"""What an operator can point at: a selector for purges, filters and pages for browsing, as SQL conditions."""
+"""What an operator can point at, as SQL conditions: a purge's selector, filters and pages for browsing."""
 
 from __future__ import annotations
 
@@ -9,25 +9,10 @@ from typing import Any
 from sqlalchemy import ColumnElement, or_, select, true
 
 from proxy.core.errors import BadRequest
+from proxy.core.purges import Selector
 from proxy.store.schema import entry, entry_tag
 
 PAGE_LIMIT = 1_000
-
-
-@dataclass(frozen=True, slots=True)
-class Selector:
-    """Entries to purge: those that meet every condition given. An empty one selects nothing; `everything` is explicit.
-
-    `writer` is a request id or a tenant digest; `older_than_ms` an instant: entries made before it.
-    """
-
-    ids: tuple[int, ...] = ()
-    tags: tuple[str, ...] = ()  # any of them
-    namespace: str | None = None
-    model: str | None = None
-    older_than_ms: int | None = None
-    writer: str | None = None
-    everything: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +55,7 @@ class Page:
 
 
 def purge_condition(selector: Selector) -> ColumnElement[bool] | None:
-    """The SQL condition of a selector; None when it selects nothing."""
+    """`core.purges.reaches` as SQL, over what is stored; None for a selector that selects nothing."""
     if selector.everything:
         return true()
     conditions: list[ColumnElement[bool]] = []
@@ -83,7 +68,7 @@ def purge_condition(selector: Selector) -> ColumnElement[bool] | None:
     if selector.model is not None:
         conditions.append(entry.c.model == selector.model)
     if selector.older_than_ms is not None:
-        conditions.append(entry.c.created_ms < selector.older_than_ms)
+        conditions.append(entry.c.created_ms - entry.c.total_ms < selector.older_than_ms)  # `purges.asked_ms`
     if selector.writer is not None:
         conditions.append(or_(entry.c.request_id == selector.writer, entry.c.tenant == selector.writer))
     return _all(conditions) if conditions else None

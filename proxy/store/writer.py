@@ -93,10 +93,12 @@ class Writer:
         result: T = await self.submit(alone, None)
         return result
 
-    async def checkpoint(self) -> None:
-        """Empty SQLite's write-ahead log, so that deleted text is gone from it too. Raises CacheFault."""
-        if self._database.dialect == "sqlite":
-            await self.submit(_checkpoint, None)
+    async def checkpoint(self) -> bool:
+        """Empty SQLite's write-ahead log, so that deleted text is gone from it too; False when others hold it.
+
+        Raises CacheFault.
+        """
+        return self._database.dialect != "sqlite" or bool(await self.submit(_checkpoint, None))
 
     async def close(self) -> None:
         """Finish what waits, then close the connection."""
@@ -147,8 +149,7 @@ class Writer:
             self._connection = await self._database.writer.connect()
         items = [job.item for job in jobs]
         if jobs[0].work is _checkpoint:
-            await _checkpoint(self._connection, items)
-            return [None] * len(jobs)
+            return await _checkpoint(self._connection, items)
         async with transaction(self._connection):
             return await jobs[0].work(self._connection, items)
 
@@ -189,5 +190,6 @@ def _fail(jobs: list[_Job], fault: CacheFault) -> None:
 async def _checkpoint(connection: AsyncConnection, items: Sequence[Any]) -> Sequence[Any]:
     raw = await connection.get_raw_connection()
     driver: Any = raw.driver_connection
-    await (await driver.execute("PRAGMA wal_checkpoint(TRUNCATE)")).close()
-    return [None] * len(items)
+    async with driver.execute("PRAGMA wal_checkpoint(TRUNCATE)") as cursor:
+        is_busy, *_ = await cursor.fetchone()
+    return [not is_busy] * len(items)

@@ -8,7 +8,7 @@ import pytest
 
 from proxy.store.store import open_store
 from tests.pg import pg_server, pg_url
-from tests.rows import HOUR_MS, NOON_MS, digest, draft, list_price
+from tests.rows import HOUR_MS, NOON_MS, NOW, digest, draft, list_price
 from tests.store_fakes import FakeEntryStore
 
 __all__ = ["pg_server", "pg_url"]
@@ -26,7 +26,7 @@ async def entries(request, tmp_path):
 
 
 async def test_what_is_put_is_found(entries):
-    stored = await entries.put(draft(tags=("a", "b")))
+    stored = await entries.put(draft(tags=("a", "b")), NOW)
     assert stored.entry.id > 0
     assert stored.replaced == ()
     assert await entries.find(digest("a")) == stored.entry
@@ -39,15 +39,15 @@ async def test_what_was_never_put_is_none(entries):
 
 
 async def test_a_second_put_of_a_fingerprint_replaces_the_first_under_a_new_id(entries):
-    old = await entries.put(draft())
-    new = await entries.put(draft(answer=b"new"))
+    old = await entries.put(draft(), NOW)
+    new = await entries.put(draft(answer=b"new"), NOW)
     assert new.entry.id > old.entry.id
     assert new.replaced == (old.entry.id,)
     assert await entries.get(old.entry.id) is None
 
 
 async def test_touch_changes_only_the_end_of_freshness(entries):
-    stored = await entries.put(draft())
+    stored = await entries.put(draft(), NOW)
     await entries.touch(stored.entry.id, NOON_MS + 7 * HOUR_MS)
     assert (await entries.get(stored.entry.id)).draft == draft(expires_ms=NOON_MS + 7 * HOUR_MS)
     await entries.touch(999, NOON_MS)
@@ -55,8 +55,8 @@ async def test_touch_changes_only_the_end_of_freshness(entries):
 
 async def test_many_are_found_at_once(entries):
     names = [f"n{i}" for i in range(700)]  # more than one batch of the writer
-    stored = await asyncio.gather(*[entries.put(draft(name)) for name in names])
-    await entries.put(draft("other"))
+    stored = await asyncio.gather(*[entries.put(draft(name), NOW) for name in names])
+    await entries.put(draft("other"), NOW)
     found = await entries.find_many([digest(name) for name in ["never", *names[::2], "neither"]])
     assert sorted(entry.id for entry in found) == sorted(kept.entry.id for kept in stored[::2])
     assert {entry.draft.fingerprint: entry for entry in found}[digest("n0")] == stored[0].entry
@@ -65,12 +65,12 @@ async def test_many_are_found_at_once(entries):
 
 
 async def test_an_entry_asked_for_twice_is_found_once(entries):
-    stored = await entries.put(draft())
+    stored = await entries.put(draft(), NOW)
     assert list(await entries.find_many([digest("a"), digest("a")])) == [stored.entry]
 
 
 async def test_use_is_noted_without_asking_whether_it_is_there(entries):
-    stored = await entries.put(draft())
+    stored = await entries.put(draft(), NOW)
     entries.mark_used(stored.entry.id, NOON_MS)
     entries.mark_used(999, NOON_MS)
     assert await entries.get(stored.entry.id) == stored.entry

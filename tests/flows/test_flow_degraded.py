@@ -185,8 +185,8 @@ async def test_a_purge_while_an_answer_is_being_stored_wins(ibid, up, monkeypatc
     stored, purged = asyncio.Event(), asyncio.Event()
     put = store.put
 
-    async def slow_put(draft):
-        done = await put(draft)
+    async def slow_put(draft, began):
+        done = await put(draft, began)
         if not stored.is_set():
             stored.set()
             await purged.wait()

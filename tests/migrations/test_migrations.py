@@ -18,7 +18,7 @@ from proxy.store.engine import open_database, transaction
 from proxy.store.entries import checksum_of
 from proxy.store.schema import HEAD, VIEWS, entry, metadata
 from proxy.store.store import migrate_store, open_store
-from tests.rows import digest, draft, hit, list_price, outcome
+from tests.rows import NOW, digest, draft, hit, list_price, outcome
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -81,7 +81,7 @@ async def test_a_failed_migration_leaves_the_database_as_it_was(url, tmp_path):
 
 async def test_migrating_a_current_database_keeps_its_rows(url, tmp_path):
     store = await open_store(url, tmp_path / "data", price=list_price)
-    await store.entries.put(draft())
+    await store.entries.put(draft(), NOW)
     store.ledger.record(hit())
     await store.close()
     done = await migrate_store(url, tmp_path / "data")

@@ -6,10 +6,11 @@ import pytest
 
 from proxy.core.errors import CacheFault
 from proxy.core.model import Comparison
+from proxy.core.purges import Selector
 from proxy.ports import RefusedPair
 from proxy.store import comparisons as room
 from proxy.store.comparisons import Comparisons
-from tests.rows import NOON_MS, digest, draft, hit
+from tests.rows import NOON_MS, NOW, digest, draft, hit
 
 
 def comparison(name: str = "q", **changes: object) -> Comparison:
@@ -42,8 +43,8 @@ async def test_another_process_sees_that_it_did_not_write_them(store):
 
 
 async def test_a_group_is_noted_with_the_comparison_and_read_back(store):
-    first = (await store.entries.put(draft("a"))).entry
-    second = (await store.entries.put(draft("b"))).entry
+    first = (await store.entries.put(draft("a"), NOW)).entry
+    second = (await store.entries.put(draft("b"), NOW)).entry
     store.comparisons.record(comparison(), second.id, first.id)
     store.comparisons.record(None, first.id, first.id)
     await store.comparisons.flush()
@@ -76,7 +77,7 @@ async def test_a_pair_is_refused_once_and_allowed_again(store):
 
 
 async def test_near_misses_and_audits_are_listed_newest_first_with_the_stored_question(store):
-    made = await store.entries.put(draft())
+    made = await store.entries.put(draft(), NOW)
     store.comparisons.record(comparison("near", entry_id=made.entry.id, served=False, source="forward", standing=""))
     store.comparisons.record(comparison("audited", entry_id=made.entry.id))
     store.comparisons.record(comparison("gone", entry_id=999))
@@ -90,10 +91,16 @@ async def test_near_misses_and_audits_are_listed_newest_first_with_the_stored_qu
 
 
 async def test_what_was_learned_from_purged_entries_goes_with_them(store):
-    store.comparisons.record(comparison("a", entry_id=1))
-    store.comparisons.record(comparison("b", entry_id=2))
+    """What was written, and what is written after the purge."""
+    gone, left = [(await store.entries.put(draft(name), NOW)).entry.id for name in ("a", "b")]
+    store.comparisons.record(comparison("a", entry_id=gone))
+    store.comparisons.record(comparison("b", entry_id=left))
     await store.comparisons.flush()
-    await store.comparisons.forget([1, 3])
+    ids = await store.entries.purge(Selector(ids=(gone,)), dry_run=False)
+    assert [seen.comparison.request_id for seen in await store.comparisons.newest("e1", 9)] == ["b"]
+    store.comparisons.record(comparison("late", entry_id=gone))
+    store.comparisons.forget(ids)
+    await store.comparisons.flush()
     assert [seen.comparison.request_id for seen in await store.comparisons.newest("e1", 9)] == ["b"]
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from proxy.core.errors import CacheFault, ConfigError
-from proxy.store.selection import Selector
+from proxy.core.purges import Selector
 from proxy.store.store import migrate_store, open_store
-from tests.rows import digest, draft, hit, list_price
+from tests.rows import NOW, digest, draft, hit, list_price
 
 
 async def reopen(data_dir: Path, url: str | None = None):
@@ -27,7 +27,7 @@ async def reopen(data_dir: Path, url: str | None = None):
 
 async def test_files_are_private_and_the_writer_is_durable(tmp_path):
     store = await reopen(tmp_path / "data")
-    await store.entries.put(draft())
+    await store.entries.put(draft(), NOW)
     assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
     for file in (tmp_path / "data").iterdir():
         assert file.stat().st_mode & 0o077 == 0, file
@@ -64,7 +64,7 @@ async def test_a_directory_that_cannot_be_written_is_refused():
 
 async def test_a_corrupt_database_is_kept_aside_and_a_fresh_one_serves(tmp_path):
     store = await reopen(tmp_path)
-    await asyncio.gather(*(store.entries.put(draft(f"q{n}", answer=b"x" * 5_000)) for n in range(50)))
+    await asyncio.gather(*(store.entries.put(draft(f"q{n}", answer=b"x" * 5_000), NOW) for n in range(50)))
     await store.close()
     with (tmp_path / "ibid.db").open("r+b") as file:
         for page in range(2, 30):
@@ -75,7 +75,7 @@ async def test_a_corrupt_database_is_kept_aside_and_a_fresh_one_serves(tmp_path)
     assert store.database.quarantined.name.startswith("ibid.db.corrupt-")
     assert store.database.quarantined.exists()
     assert await store.entries.find(digest("q1")) is None
-    await store.entries.put(draft())
+    await store.entries.put(draft(), NOW)
     await store.close()
 
 
@@ -130,16 +130,16 @@ async def test_a_password_in_the_url_is_never_repeated(tmp_path, url, caplog):
 
 
 async def test_a_locked_database_fails_puts_with_a_fault_and_recovers_by_itself(sqlite_store):
-    await sqlite_store.entries.put(draft("before"))
+    await sqlite_store.entries.put(draft("before"), NOW)
     blocker = sqlite3.connect(sqlite_store.database.path, isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
     with pytest.raises(CacheFault) as fault:
-        await sqlite_store.entries.put(draft())
+        await sqlite_store.entries.put(draft(), NOW)
     assert fault.value.code == "store_down"
     assert (await sqlite_store.entries.find(digest("before"))).draft == draft("before"), "reads go on"
     started = time.monotonic()
     with pytest.raises(CacheFault):
-        await sqlite_store.entries.put(draft())
+        await sqlite_store.entries.put(draft(), NOW)
     assert time.monotonic() - started < 0.2, "while it is down nobody waits"
     blocker.execute("ROLLBACK")
     blocker.close()
@@ -152,7 +152,7 @@ async def test_a_full_database_says_so_and_recovers_by_itself(sqlite_store):
 
     await sqlite_store.writer.run(lambda connection: limit(connection, 1))  # SQLite keeps at least what is used
     with pytest.raises(CacheFault) as fault:
-        await sqlite_store.entries.put(draft(answer=b"x" * 200_000))
+        await sqlite_store.entries.put(draft(answer=b"x" * 200_000), NOW)
     assert fault.value.code == "store_full"
     assert sqlite_store.state == "full"
     await recovered(sqlite_store)
@@ -162,7 +162,7 @@ async def recovered(store):
     async with asyncio.timeout(5):
         while True:
             try:
-                await store.entries.put(draft())
+                await store.entries.put(draft(), NOW)
                 break
             except CacheFault:
                 await asyncio.sleep(0.1)
@@ -171,7 +171,7 @@ async def recovered(store):
 
 
 async def test_a_restarted_postgresql_is_found_again(pg_store, pg_server):
-    await pg_store.entries.put(draft("before"))
+    await pg_store.entries.put(draft("before"), NOW)
     await pg_store.entries.find(digest("before"))
     pg_server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() "
                       "AND backend_type = 'client backend'")  # fmt: skip
@@ -188,12 +188,12 @@ async def test_a_restarted_postgresql_is_found_again(pg_store, pg_server):
 async def put_until_it_fails(store):
     async with asyncio.timeout(5):
         while True:
-            await store.entries.put(draft())
+            await store.entries.put(draft(), NOW)
             await asyncio.sleep(0.05)
 
 
 async def test_a_postgresql_gone_read_only_is_a_fault_and_then_well_again(pg_store, pg_server):
-    await pg_store.entries.put(draft("before"))
+    await pg_store.entries.put(draft("before"), NOW)
     pg_server.execute("ALTER SYSTEM SET default_transaction_read_only = on")
     pg_server.execute("SELECT pg_reload_conf()")
     try:
@@ -207,13 +207,13 @@ async def test_a_postgresql_gone_read_only_is_a_fault_and_then_well_again(pg_sto
 
 async def test_closing_finishes_what_was_queued(tmp_path):
     store = await reopen(tmp_path)
-    puts = [asyncio.ensure_future(store.entries.put(draft(f"q{n}"))) for n in range(300)]
+    puts = [asyncio.ensure_future(store.entries.put(draft(f"q{n}"), NOW)) for n in range(300)]
     store.ledger.record(hit())
     await asyncio.sleep(0)
     await store.close()
     assert len({stored.entry.id for stored in await asyncio.gather(*puts)}) == 300
     with pytest.raises(CacheFault):
-        await store.entries.put(draft())
+        await store.entries.put(draft(), NOW)
     again = await reopen(tmp_path)
     assert (await again.entries.stats()).entries == 300
     assert len(await again.entries.purge(Selector(everything=True))) == 300
@@ -228,7 +228,7 @@ from tests.rows import draft, list_price
 async def main():
     store = await open_store(None, Path(sys.argv[1]), price=list_price)
     async def put(n):
-        made = await store.entries.put(draft(f"{sys.argv[2]}-{n}"))
+        made = await store.entries.put(draft(f"{sys.argv[2]}-{n}"), NOW)
         print(json.dumps([made.entry.id, f"{sys.argv[2]}-{n}"]), flush=True)
     for start in range(0, 100_000, 50):
         await asyncio.gather(*(put(n) for n in range(start, start + 50)))

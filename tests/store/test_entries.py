@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from proxy.core.errors import BadRequest, CacheFault
 from proxy.core.model import Draft
+from proxy.core.purges import Selector
 from proxy.store.entries import checksum_of
-from proxy.store.selection import Filters, Selector
-from tests.rows import HOUR_MS, NOON_MS, digest, draft, hit
+from proxy.store.selection import Filters
+from tests.rows import HOUR_MS, NOON_MS, NOW, digest, draft, hit
 
 OTHER = {
     "scope": digest("x"), "fingerprint": digest("y"), "tenant": "u" * 64, "namespace": "n", "upstream": "other",
@@ -30,7 +31,7 @@ def test_the_checksum_covers_every_field_that_decides_what_is_served(name):
 
 
 async def test_a_put_is_found_whole_by_fingerprint_and_by_id(store):
-    made = await store.entries.put(draft(tags=("doc:1", "team:a")))
+    made = await store.entries.put(draft(tags=("doc:1", "team:a")), NOW)
     assert made.replaced == ()
     assert await store.entries.find(digest("a")) == made.entry
     assert await store.entries.get(made.entry.id) == made.entry
@@ -44,8 +45,8 @@ async def test_unknown_identities_are_absent(store):
 
 
 async def test_the_same_fingerprint_gets_a_new_id_and_names_the_one_it_replaced(store):
-    first = await store.entries.put(draft())
-    second = await store.entries.put(draft(answer=b"newer"))
+    first = await store.entries.put(draft(), NOW)
+    second = await store.entries.put(draft(answer=b"newer"), NOW)
     assert second.entry.id > first.entry.id
     assert second.replaced == (first.entry.id,)
     assert await store.entries.get(first.entry.id) is None
@@ -53,14 +54,15 @@ async def test_the_same_fingerprint_gets_a_new_id_and_names_the_one_it_replaced(
 
 
 async def test_an_id_is_never_reused_even_after_the_last_row_is_gone(store):
-    first = await store.entries.put(draft())
+    first = await store.entries.put(draft(), NOW)
     await store.entries.purge(Selector(everything=True), dry_run=False)
-    assert (await store.entries.put(draft())).entry.id > first.entry.id
+    after = NOW._replace(purge=store.entries.purges.newest)
+    assert (await store.entries.put(draft(), after)).entry.id > first.entry.id
 
 
 async def test_concurrent_puts_share_commits_and_twins_keep_one_row(store):
     before = store.writer.commits
-    made = await asyncio.gather(*(store.entries.put(draft(f"q{number % 100}")) for number in range(200)))
+    made = await asyncio.gather(*(store.entries.put(draft(f"q{number % 100}"), NOW) for number in range(200)))
     assert store.writer.commits - before <= 5
     assert len({stored.entry.id for stored in made}) == 200
     replaced = {gone for stored in made for gone in stored.replaced}
@@ -72,7 +74,7 @@ async def test_concurrent_puts_share_commits_and_twins_keep_one_row(store):
 @pytest.mark.parametrize("bad", [{"prompt": "a\x00b"}, {"prompt": "\ud800"}, {"created_ms": 1 << 70}])
 async def test_what_no_database_keeps_is_refused_alone(store, bad):
     results = await asyncio.gather(
-        store.entries.put(draft("good")), store.entries.put(draft("bad", **bad)), return_exceptions=True
+        store.entries.put(draft("good"), NOW), store.entries.put(draft("bad", **bad), NOW), return_exceptions=True
     )
     assert results[0].entry.id > 0
     assert isinstance(results[1], CacheFault)
@@ -82,7 +84,7 @@ async def test_what_no_database_keeps_is_refused_alone(store, bad):
 async def test_a_full_queue_refuses_at_once(sqlite_store):
     sqlite_store.writer._limit = 3
     results = await asyncio.gather(
-        *(sqlite_store.entries.put(draft(f"q{n}")) for n in range(10)), return_exceptions=True
+        *(sqlite_store.entries.put(draft(f"q{n}"), NOW) for n in range(10)), return_exceptions=True
     )
     busy = [result for result in results if isinstance(result, CacheFault)]
     assert len(busy) == 7
@@ -90,7 +92,7 @@ async def test_a_full_queue_refuses_at_once(sqlite_store):
 
 
 async def test_a_row_edited_behind_our_back_is_absent_and_counted(sqlite_store):
-    made = await sqlite_store.entries.put(draft())
+    made = await sqlite_store.entries.put(draft(), NOW)
     other = sqlite3.connect(sqlite_store.database.path)
     other.execute("UPDATE entry SET answer = x'00' WHERE id = ?", (made.entry.id,))
     other.commit()
@@ -101,13 +103,13 @@ async def test_a_row_edited_behind_our_back_is_absent_and_counted(sqlite_store):
 
 
 async def test_touch_moves_the_end_of_freshness_and_keeps_the_row_sound(store):
-    made = await store.entries.put(draft())
+    made = await store.entries.put(draft(), NOW)
     await store.entries.touch(made.entry.id, NOON_MS + 9 * HOUR_MS)
     assert (await store.entries.get(made.entry.id)).draft.expires_ms == NOON_MS + 9 * HOUR_MS
 
 
 async def test_quarantine_hides_an_entry_until_it_is_undone(store):
-    entry_id = (await store.entries.put(draft())).entry.id
+    entry_id = (await store.entries.put(draft(), NOW)).entry.id
     assert await store.entries.quarantine(entry_id)
     assert await store.entries.find(digest("a")) is None
     assert (await store.entries.ids("e1")).tolist() == []
@@ -122,7 +124,7 @@ async def test_purge_takes_exactly_what_each_selector_names(store):
         "tagged": {"tags": ("doc:1", "doc:1", "x")}, "named": {"namespace": "ns"}, "model": {"model": "m2"},
         "old": {"created_ms": NOON_MS - HOUR_MS}, "writer": {"request_id": "r-9"}, "tenant": {"tenant": "z" * 64},
     }.items():  # fmt: skip
-        ids[name] = (await store.entries.put(draft(name, **changes))).entry.id
+        ids[name] = (await store.entries.put(draft(name, **changes), NOW)).entry.id
     for selector, wanted in [
         (Selector(), ()),
         (Selector(tags=("doc:1", "nope")), (ids["tagged"],)),
@@ -130,7 +132,8 @@ async def test_purge_takes_exactly_what_each_selector_names(store):
         (Selector(namespace="ns"), (ids["named"],)),
         (Selector(namespace="ns", model="m2"), ()),
         (Selector(model="m2"), (ids["model"],)),
-        (Selector(older_than_ms=NOON_MS), (ids["old"],)),
+        (Selector(older_than_ms=NOON_MS - 813), (ids["old"],)),
+        (Selector(older_than_ms=NOON_MS - 812), tuple(sorted(ids.values()))),  # asked for 812.5 ms before it was there
         (Selector(writer="r-9"), (ids["writer"],)),
         (Selector(writer="z" * 64), (ids["tenant"],)),
         (Selector(ids=(ids["old"], 999)), (ids["old"],)),
@@ -144,7 +147,7 @@ async def test_purge_takes_exactly_what_each_selector_names(store):
 
 
 async def test_a_purged_text_is_gone_from_the_database_file_and_its_log(sqlite_store):
-    await sqlite_store.entries.put(draft(prompt="CANARY-PROMPT", answer=b"CANARY-ANSWER"))
+    await sqlite_store.entries.put(draft(prompt="CANARY-PROMPT", answer=b"CANARY-ANSWER"), NOW)
     await sqlite_store.entries.purge(Selector(everything=True), dry_run=False)
     path = sqlite_store.database.path
     for file in path.parent.glob("ibid.db*"):
@@ -153,7 +156,7 @@ async def test_a_purged_text_is_gone_from_the_database_file_and_its_log(sqlite_s
 
 async def test_search_pages_newest_first_and_reads_wildcards_literally(store):
     for number in range(5):
-        await store.entries.put(draft(f"q{number}", prompt=f"100% of {number}", model="m" if number else "other"))
+        await store.entries.put(draft(f"q{number}", prompt=f"100% of {number}", model="m" if number else "other"), NOW)
     first = await store.entries.search(Filters(), limit=3)
     rest = await store.entries.search(Filters(), limit=3, cursor=first.cursor)
     ids = [line.id for line in (*first.entries, *rest.entries)]
@@ -175,9 +178,9 @@ async def test_a_bad_limit_or_cursor_names_its_parameter(sqlite_store, bad):
 
 
 async def test_vectors_come_in_blocks_of_one_embedder_in_id_order(store):
-    made = [await store.entries.put(draft(f"q{number}")) for number in range(5)]
-    await store.entries.put(draft("other", embedder="e2"))
-    await store.entries.put(draft("none", embedding=None, embedder=None, signature=None))
+    made = [await store.entries.put(draft(f"q{number}"), NOW) for number in range(5)]
+    await store.entries.put(draft("other", embedder="e2"), NOW)
+    await store.entries.put(draft("none", embedding=None, embedder=None, signature=None), NOW)
     blocks = [block async for block in store.entries.vectors("e1", chunk=2)]
     assert [len(block.ids) for block in blocks] == [2, 2, 1]
     ids = np.concatenate([block.ids for block in blocks])
@@ -193,14 +196,14 @@ async def test_vectors_come_in_blocks_of_one_embedder_in_id_order(store):
 
 
 async def test_expired_entries_are_swept_at_their_boundary_and_not_before(store):
-    entry_id = (await store.entries.put(draft(expires_ms=NOON_MS))).entry.id
+    entry_id = (await store.entries.put(draft(expires_ms=NOON_MS), NOW)).entry.id
     assert await store.entries.housekeep(NOON_MS - 1) == ()
     assert await store.entries.housekeep(NOON_MS, stale_for_ms=1) == ()
     assert await store.entries.housekeep(NOON_MS) == (entry_id,)
 
 
 async def test_eviction_keeps_what_was_used_and_obeys_both_bounds(store):
-    ids = [(await store.entries.put(draft(f"q{number}"))).entry.id for number in range(4)]
+    ids = [(await store.entries.put(draft(f"q{number}"), NOW)).entry.id for number in range(4)]
     store.ledger.record(hit(entry_id=ids[0], ts_ms=NOON_MS + 120_000))
     await store.ledger.flush()
     store.entries._limit_entries = 2

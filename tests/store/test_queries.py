@@ -14,13 +14,13 @@ from proxy.store.named_queries import NAMED
 from proxy.store.queries import Queries
 from proxy.store.schema import VIEWS
 from proxy.store.views import DESCRIBED
-from tests.rows import NOON_MS, call, draft, hit, outcome
+from tests.rows import NOON_MS, NOW, call, draft, hit, outcome
 
 DAY_MS = 86_400_000
 
 
 async def fill(store):
-    await store.entries.put(draft())
+    await store.entries.put(draft(), NOW)
     for number in range(60):
         ts_ms = NOON_MS - (number % 3) * DAY_MS
         common = {"ts_ms": ts_ms, "tenant": "ab"[number % 2] * 64, "tag": ("", "eval")[number % 2]}
@@ -255,7 +255,7 @@ async def test_requests_are_listed_newest_first_and_filtered(store):
 async def test_feedback_on_what_nobody_knows_is_not_recorded(store):
     assert await store.feedback(verdict="wrong", ts_ms=1, request_id="nobody") is None
     assert await store.feedback(verdict="wrong", ts_ms=1, entry_id=77) is None
-    made = await store.entries.put(draft())
+    made = await store.entries.put(draft(), NOW)
     assert await store.feedback(verdict="wrong", ts_ms=1, entry_id=made.entry.id) == made.entry.id
     store.ledger.record(hit("just-now", entry_id=made.entry.id))
     assert await asyncio.wait_for(store.feedback(verdict="right", ts_ms=1, request_id="just-now"), 5) == made.entry.id

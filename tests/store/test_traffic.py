@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from proxy.store.traffic import read_traffic
-from tests.rows import call, draft, hit, outcome
+from tests.rows import NOW, call, draft, hit, outcome
 from tests.store.test_comparisons import comparison
 
 
 async def test_a_question_costs_what_it_would_have_without_ibid_and_an_audited_one_what_its_audit_did(store):
     for name in ("asked", "audited", "unbooked"):
-        await store.entries.put(draft(name))
+        await store.entries.put(draft(name), NOW)
     store.ledger.record(outcome("r-asked"))
     audit = call("again", purpose="audit")
     store.ledger.record(outcome("r-audited", cache_status="AUDIT", calls=(audit,), usage=None))
@@ -23,7 +23,7 @@ async def test_a_question_costs_what_it_would_have_without_ibid_and_an_audited_o
 
 
 async def test_the_newest_questions_come_oldest_first_with_the_groups_they_joined_or_differ_from(store):
-    first, second, third = [(await store.entries.put(draft(name))).entry for name in "abc"]
+    first, second, third = [(await store.entries.put(draft(name), NOW)).entry for name in "abc"]
     store.comparisons.record(comparison("b", fingerprint=second.draft.fingerprint), second.id, first.id)
     other = comparison("c", fingerprint=third.draft.fingerprint, group_id=first.id, p_same=0.1)
     store.comparisons.record(other, third.id, third.id)
