@@ -300,7 +300,12 @@ async def open_edges(settings: Settings, log_writer: logs.LogWriter | None, stac
     forward = settings.forward
     upstreams = Upstreams(
         [upstream_address(name, upstream) for name, upstream in settings.upstreams.items()],
-        UpstreamLimits(forward.connect_timeout_s, forward.first_byte_timeout_s, forward.idle_timeout_s),
+        UpstreamLimits(
+            forward.connect_timeout_s,
+            forward.first_byte_timeout_s,
+            forward.idle_timeout_s,
+            memo_bytes=settings.limits.memo_bytes,
+        ),
         extra_headers=extra_headers(settings),
     )
     await upstreams.start()
@@ -555,6 +560,7 @@ def watch(app: App, handler: ClientHandler, pulse: Pulse, edges: Edges) -> None:
     limits = app.settings.limits
     gauge("ibid_in_flight", "Client requests being answered", lambda: limits.in_flight - handler.admission.free)
     gauge("ibid_queue_length", "Waiting work", lambda: handler.admission.queued, queue="admission")
+    gauge("ibid_queue_length", "Waiting work", lambda: len(handler.arriving), queue="bodies")
     gauge("ibid_queue_length", "Waiting work", lambda: app.store.ledger.waiting, queue="ledger")
     gauge("ibid_queue_length", "Waiting work", lambda: app.store.writer.waiting, queue="store")
     if (batches := handler.batches) is not None:

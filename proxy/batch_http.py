@@ -121,7 +121,7 @@ class BatchApi:
     async def _upload(self, request: web.BaseRequest, asked: Passing, _id: str) -> web.StreamResponse:
         """A file of ours if its purpose says so, which may come behind the file; else all of it goes upstream."""
         content_type = request.headers.get("Content-Type", "")
-        body = body_stream(request, self._limits)
+        body = body_stream(request, self._limits, asked.arrival)
         if not content_type.lower().startswith("multipart/form-data") or not body:
             return await self._pass(request, asked._replace(body=body))
         boundary = boundary_of(content_type)
@@ -205,7 +205,7 @@ class BatchApi:
     # -- OpenAI's batches -------------------------------------------------------------------------------------------
 
     async def _create(self, request: web.BaseRequest, asked: Passing, _id: str) -> web.StreamResponse:
-        raw = await read_body(request, self._limits)
+        raw = await read_body(request, self._limits, asked.arrival)
         said = jsontext.parse(raw, self._limits.json_depth)
         file_id = said.get("input_file_id")
         if isinstance(file_id, str) and not is_own(file_id):
@@ -276,7 +276,7 @@ class BatchApi:
         writer = FileWriter(self._store, file)
         await writer.begin()
         try:
-            total = await self._receive_requests(request, writer)
+            total = await self._receive_requests(request, asked, writer)
             await writer.end()
         except BaseException:
             await writer.drop()
@@ -288,9 +288,9 @@ class BatchApi:
         await self.engine.begin(job, asked.headers)
         return _json(asked, message_batch(job, _base(request)))
 
-    async def _receive_requests(self, request: web.BaseRequest, writer: FileWriter) -> int:
+    async def _receive_requests(self, request: web.BaseRequest, asked: Passing, writer: FileWriter) -> int:
         items, known, size = Items(self.engine.line_limit_bytes), set[str](), 0
-        body = body_stream(request, self._limits)
+        body = body_stream(request, self._limits, asked.arrival)
         if not body:
             raise BadRequest("requests: Field required", code="missing_required_parameter", param="requests")
         limit = min(REQUESTS_LIMIT, self.engine.max_lines)

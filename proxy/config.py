@@ -28,6 +28,7 @@ from proxy.core.plan import (
 from proxy.lanesettings import LANES, AliasSettings, LaneSettings, PolicySettings
 from proxy.settings import (
     DEFAULT_UPSTREAMS,
+    LIMITS_BOUNDS,
     POLICY,
     RULES_BOUNDS,
     SECTIONS,
@@ -169,15 +170,20 @@ def _limits(document: Document) -> Limits:
         value = getattr(limits, spec.name)
         if value == 0 and spec.name != "queued":
             document.fail("limits", spec.name, "must be above 0: nothing would ever be served")
+    _check_bounds(document, "limits", limits, LIMITS_BOUNDS)
     return limits
 
 
 def _rules(document: Document) -> Rules:
     rules = _section(document, "cache", Rules)
-    for name, (least, most) in RULES_BOUNDS.items():
-        if not least <= getattr(rules, name) <= most:
-            document.fail("cache", name, f"must be between {least:g} and {most:g}")
+    _check_bounds(document, "cache", rules, RULES_BOUNDS)
     return rules
+
+
+def _check_bounds(document: Document, section: str, values: object, bounds: Mapping[str, tuple[float, float]]) -> None:
+    for name, (least, most) in bounds.items():
+        if not least <= getattr(values, name) <= most:
+            document.fail(section, name, f"must be between {least:g} and {most:g}")
 
 
 def _upstreams(document: Document, flags: Flags, environ: Mapping[str, str]) -> Mapping[str, UpstreamSettings]:

@@ -20,6 +20,7 @@ from proxy.batch_files import FileWriter
 from proxy.batch_lines import Answered, refusal
 from proxy.books import Client
 from proxy.core.batches import BatchFile, Deferred, Job, read_reply, spell_reply
+from proxy.core.dialects.routes import without_key
 from proxy.core.errors import BadRequest, CacheFault, IbidError, UpstreamError
 from proxy.core.plan import DEFER_FROM_S
 from proxy.core.query import Query
@@ -75,7 +76,7 @@ class DeferredCalls:
         call = Deferred(
             id=self._engine.new_name("def_"),
             tenant=query.tenant,
-            path_qs=without_key(path_qs),
+            path_qs=_without_credential(path_qs),
             headers=shown,
             needs_owner=needs_owner,
             body=query.body,
@@ -304,11 +305,10 @@ def _refused(status: int, body: bytes) -> UpstreamError:
     )
 
 
-def without_key(path_qs: str) -> str:
+def _without_credential(path_qs: str) -> str:
     """A path whose query holds no credential; it travels in a header, which is in memory alone."""
     path, mark, query = path_qs.partition("?")
-    shown = "&".join(pair for pair in query.split("&") if pair.partition("=")[0] != "key")
-    return path + mark + shown if shown else path
+    return path + without_key(mark + query)
 
 
 def requests_line(custom_id: str, body: bytes) -> bytes:

@@ -1,35 +1,40 @@
 """web.Request → Query, Reply → web.Response: the client listener's handler.
 
-Identical bytes from identical headers are the same question, so what was read from them is remembered: headers once per
-distinct header block, bodies once per distinct body. Everything remembered is a pure function of those bytes.
+Every head is checked. Then identical bytes from identical headers are the same question, so what was read of them is
+remembered: targets, callers, bodies, each by all that decides it, within `limits.memo_bytes`, and only of requests that
+were answered. A body that is still arriving has a place of its own, see `core.arrival`; a turn is taken once it is
+whole, and what memory answers needs none.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
 from aiohttp import web
 from aiohttp.hdrs import METH_PATCH, METH_POST, METH_PUT, UPGRADE
 
 from proxy.batch_http import BatchApi
 from proxy.books import Client
-from proxy.core import identity, jsontext
+from proxy.callers import Callers, Lines
+from proxy.core import jsontext
+from proxy.core.arrival import Arrival, Room
 from proxy.core.dialects.dialect import JSON, Dialect
 from proxy.core.dialects.routes import Routes
 from proxy.core.directives import held_headers
 from proxy.core.errors import BadRequest, CacheFault, IbidError, UpstreamError
+from proxy.core.memo import Memo, size_of
 from proxy.core.model import Limits
 from proxy.core.plan import Lane
 from proxy.core.query import Query
 from proxy.embeddings import Embeddings
-from proxy.incoming import error_response, query_of, read_body, target_of
+from proxy.incoming import address_of, body_at_hand, check_head, error_response, query_of, read_body, target_of
 from proxy.keys import Grant, KeyRing
 from proxy.listener import Admission
 from proxy.passing import Passing, PassThrough, model_in_path, passing, tells_cost
@@ -44,7 +49,9 @@ log = logging.getLogger(__name__)
 
 WHOLE_LIMIT_BYTES = 1024 * 1024
 MEMO_BODY_BYTES = 16 * 1024
-MEMO_ENTRIES = 2048
+TARGET_BYTES = 2048
+QUERY_BYTES = 4096
+"""Of a Target and of a Query, but for the texts in them."""
 HEARTBEAT_S = 15.0
 
 
@@ -70,6 +77,7 @@ class ClientHandler:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.admission = Admission(limits.in_flight, limits.queued, limits.queue_timeout_s)
+        self.arriving = Room(limits)
         self.streams: set[LiveStream] = set()
         self.batches: BatchApi | None = None  # set by `app.assemble`, for it reads its lines through this handler
         self._pipeline = pipeline
@@ -80,17 +88,13 @@ class ClientHandler:
         self.passing = PassThrough(upstream, ledger, telemetry, limits, clock)
         self._telemetry = telemetry
         self._limits = limits
-        self._secret = secret
         self.keys = key_ring
-        self._extra_headers = extra_headers
-        self._anonymous = anonymous
-        self._keyless = keyless
         self._clock = clock
-        self._targets: dict[str, Target] = {}
-        self._callers: dict[tuple[tuple[bytes, bytes], ...], Caller] = {}
-        self._without_key: dict[tuple[tuple[bytes, bytes], ...], Caller] = {}
-        self._queries: dict[tuple[Target, Caller, bytes], Query] = {}
-        self._of_lines: dict[tuple[str, tuple[tuple[bytes, bytes], ...], str], Caller] = {}
+        self._callers = Callers(
+            secret, key_ring, extra_headers, limits.memo_bytes, anonymous=anonymous, keyless=keyless
+        )
+        self._targets: Memo[str, Target] = Memo(limits.memo_bytes)
+        self._queries: Memo[tuple[Target, Caller, bytes], Query] = Memo(limits.memo_bytes)
         self._id_prefix = os.urandom(10).hex()
         self._id_count = int.from_bytes(os.urandom(3), "big")
 
@@ -98,12 +102,10 @@ class ClientHandler:
         self._id_count += 1
         request_id = f"{self._id_prefix}{self._id_count:012x}"
         try:
-            if not self.admission.try_enter():
-                await self.admission.enter()
+            check_head(request)
             try:
                 return await self._answer(request, request_id)
             finally:
-                self.admission.leave()
                 if self.keys.held:
                     self.keys.let_go(request_id)
         except IbidError as error:
@@ -118,64 +120,88 @@ class ClientHandler:
 
     def _speech_of(self, request: web.BaseRequest) -> Dialect:
         target = self._targets.get(request.raw_path)
+        if target is None:
+            with contextlib.suppress(BadRequest):
+                target = self._read_target(request)
         if target is not None and target.dialect is not None:
             return target.dialect
         return self._routes.of_errors(request.raw_path, request.headers)
 
     async def _answer(self, request: web.BaseRequest, request_id: str) -> web.StreamResponse:
         started_s = time.perf_counter()
+        headers = request.raw_headers
         target = self._targets.get(request.raw_path) or self._read_target(request)
-        caller = None if target.is_virtual else self._callers.get(request.raw_headers)
-        if caller is None:
-            caller = self._read_caller(request, target)
+        caller = self._callers.find(headers, target) or self._callers.read(headers, target)
         if target.dialect is None:
-            asked = passing(
-                request, request_id=request_id, path=target.path, path_qs=target.path_qs, tenant=caller.tenant,
-                headers=caller.headers, started_s=started_s, key_id=caller.key_id, team=caller.team,
-            )  # fmt: skip
-            grant = caller.grant
-            if target.place is not None and self.batches is not None:
-                if grant is not None:
-                    self.keys.check(grant)
-                    asked = asked._replace(admit=partial(self._admit_passing, request, grant))
-                return await self.batches.answer(request, target.place, asked)
-            if grant is not None:
-                asked = await self._admit_passing(request, grant, asked)
-            return await self.passing.answer(request, asked)
+            return await self._pass(request, request_id, started_s, target, caller)
         if request.method != METH_POST:
             raise BadRequest("Use POST here.", code="method_not_allowed", status=405)
         if not caller.is_json:
             raise BadRequest("Content-Type must be application/json.", code="unsupported_media_type", status=415)
-        body = await read_body(request, self._limits)
+        body = body_at_hand(request, self._limits)
+        if body is None:
+            with self._place(request, caller) as arrival:
+                body = await read_body(request, self._limits, arrival)
         query = self._queries.get((target, caller, body))
+        is_new = query is None
         if query is None:
             query = self.read_query(target, caller, body)
-            if len(body) <= MEMO_BODY_BYTES:
-                _remember(self._queries, (target, caller, body), query)
+        grant = caller.grant
         if caller.is_deferring and self.batches is not None:
-            if caller.grant is not None:
-                self.keys.check_query(caller.grant, query)
-            return await self.batches.defer(query, target.path_qs, caller.headers)
+            if grant is not None:
+                self.keys.check_query(grant, query)
+            async with self._turn():
+                return await self.batches.defer(query, target.path_qs, caller.headers)
         client = Client(
             request_id, int(self._clock() * 1000), started_s, query.path_qs, caller.headers, caller.is_retry
         )
-        reply: Replay | Relay | None
-        grant = caller.grant
-        if grant is not None and (spent := self.keys.admit(grant, query, request_id, client.ts_ms)) is not None:
-            reply = await self._recall_only(query, client, spent)
-        elif query.batch is not None:
-            reply = await self._embeddings.answer(query, client)
-        else:
-            reply = self._pipeline.recall(query, client)
-        if reply is None and query.controls.deadline_s is not None:
-            return await self._answer_patiently(request, query, client)
-        if reply is None:
-            reply = await self._pipeline.answer(query, client)
-        if isinstance(reply, Replay):
+        spent = None if grant is None else self.keys.admit(grant, query, request_id, client.ts_ms)
+        replay = None if spent is not None or query.batch is not None else self._pipeline.recall(query, client)
+        if replay is not None and replay.paced is None:
+            if is_new:
+                self._remember(request, target, caller, body, query)
+            return answer_at_once(request, replay)
+        if not self.admission.try_enter():
+            await self.admission.enter()
+        try:
+            if replay is None and spent is None and query.batch is None and query.controls.deadline_s is not None:
+                return await self._answer_patiently(request, query, client)
+            reply = replay or await self._reply(query, client, spent)
+            if is_new and (isinstance(reply, Replay) or reply.status < 400):
+                self._remember(request, target, caller, body, query)
+            if isinstance(reply, Relay):
+                return await self._relay(request, reply)
             if reply.paced is not None:
                 return await self._pace(request, reply, reply.paced)
             return answer_at_once(request, reply)
-        return await self._relay(request, reply)
+        finally:
+            self.admission.leave()
+
+    async def _reply(self, query: Query, client: Client, spent: BadRequest | None) -> Replay | Relay:
+        if spent is not None:
+            return await self._recall_only(query, client, spent)
+        if query.batch is not None:
+            return await self._embeddings.answer(query, client)
+        return await self._pipeline.answer(query, client)
+
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        if not self.admission.try_enter():
+            await self.admission.enter()
+        try:
+            yield
+        finally:
+            self.admission.leave()
+
+    @contextlib.contextmanager
+    def _place(self, request: web.BaseRequest, caller: Caller) -> Iterator[Arrival]:
+        """Room for a body that is still arriving. Raises Busy."""
+        owners = (("tenant", caller.tenant), ("address", address_of(request)))
+        arrival = self.arriving.enter(owners, asyncio.get_running_loop().time())
+        try:
+            yield arrival
+        finally:
+            arrival.leave()
 
     async def _recall_only(self, query: Query, client: Client, spent: BadRequest) -> Replay | Relay:
         """What the cache has, for a key whose money is spent. Raises `spent` when it has nothing."""
@@ -189,6 +215,34 @@ class ClientHandler:
                 raise
             raise spent from None
 
+    async def _pass(
+        self, request: web.BaseRequest, request_id: str, started_s: float, target: Target, caller: Caller
+    ) -> web.StreamResponse:
+        """A request that no dialect claims. Its body passes while it is answered, so it takes a turn at once, and a
+        place beside it until its body is whole."""
+        asked = passing(
+            request, request_id=request_id, path=target.path, path_qs=target.path_qs, tenant=caller.tenant,
+            headers=caller.headers, started_s=started_s, key_id=caller.key_id, team=caller.team,
+        )  # fmt: skip
+        with contextlib.nullcontext() if request.content.is_eof() else self._place(request, caller) as arrival:
+            async with self._turn():
+                response = await self._pass_on(request, target, caller.grant, asked._replace(arrival=arrival))
+        if response.status < 400:
+            self._remember_caller(request, target, caller)
+        return response
+
+    async def _pass_on(
+        self, request: web.BaseRequest, target: Target, grant: Grant | None, asked: Passing
+    ) -> web.StreamResponse:
+        if target.place is not None and self.batches is not None:
+            if grant is not None:
+                self.keys.check(grant)
+                asked = asked._replace(admit=partial(self._admit_passing, request, grant))
+            return await self.batches.answer(request, target.place, asked)
+        if grant is not None:
+            asked = await self._admit_passing(request, grant, asked)
+        return await self.passing.answer(request, asked)
+
     async def _admit_passing(self, request: web.BaseRequest, grant: Grant, asked: Passing) -> Passing:
         """As `KeyRing.admit` for what passes through. A key held to some models must name one of them where that may
         cost something; then the body is read whole, to find it."""
@@ -199,7 +253,7 @@ class ClientHandler:
             model = model_in_path(asked.path, asked.path_qs if is_socket else "")
             if model is None and request.content_type == "application/json" and "batch" not in asked.path.lower():
                 if not isinstance(body, bytes):
-                    body = await read_body(request, self._limits)
+                    body = await read_body(request, self._limits, asked.arrival)
                 named = jsontext.parse(body, self._limits.json_depth).get("model")
                 model = named if isinstance(named, str) else None
             model = model or ""
@@ -214,65 +268,40 @@ class ClientHandler:
     # -- reading --------------------------------------------------------------------------------------------------
 
     def _read_target(self, request: web.BaseRequest) -> Target:
-        target = self.target(target_of(request), query_of(request))
-        if request.raw_path.startswith("/"):
-            _remember(self._targets, request.raw_path, target)
-        return target
+        return self._reader.target(target_of(request), query_of(request))
 
     def target(self, path: str, query: str = "") -> Target:
         """Where a path leads, and the query behind it, its question mark included."""
         return self._reader.target(path, query)
-
-    def _read_caller(self, request: web.BaseRequest, target: Target) -> Caller:
-        headers = request.raw_headers
-        known, anonymous = self._callers, self._anonymous
-        in_header = any(name.lower() == b"x-goog-api-key" for name, _ in headers)
-        if target.key and (target.is_virtual or not in_header):
-            headers = (*headers, (b"x-goog-api-key", target.key))
-        elif target.is_keyless and self._keyless:
-            known, anonymous = self._without_key, True
-        if (found := known.get(headers)) is not None:
-            return found
-        who = identity.credential(headers, anonymous=anonymous)
-        grant = self.keys.grant(who)
-        caller = Caller(
-            identity.tenant_of(self._secret, who) if grant is None else grant.live.tenant,
-            headers if grant is None else identity.without_credentials(headers),
-            identity.scope_headers(headers, self._extra_headers),
-            is_json=request.content_type == "application/json",
-            is_retry=request.headers.get("x-stainless-retry-count", "0") not in ("", "0"),
-            grant=grant,
-            is_deferring="respond-async" in request.headers.get("Prefer", ""),
-        )
-        _remember(known, headers, caller)
-        return caller
-
-    def read_query(self, target: Target, caller: Caller, raw: bytes) -> Query:
-        """The question in a body. Raises BadRequest."""
-        query = self._reader.read(target, caller, raw)
-        if len(raw) <= MEMO_BODY_BYTES:
-            _remember(self._queries, (target, caller, raw), query)
-        return query
-
-    def read_line(
-        self, path_qs: str, tenant: str, headers: tuple[tuple[bytes, bytes], ...], raw: bytes, key_id: str = ""
-    ) -> Query:
-        """The question in a body that came in a batch, or came earlier, with this virtual key. Raises BadRequest."""
-        caller = self._of_lines.get((tenant, headers, key_id))
-        if caller is None:
-            scope_headers = identity.scope_headers(headers, self._extra_headers)
-            grant = self.keys.grant_of(key_id) if key_id else None
-            caller = Caller(tenant, headers, scope_headers, is_json=True, is_retry=False, grant=grant)
-            _remember(self._of_lines, (tenant, headers, key_id), caller)
-        return self.read_query(self.target_of(path_qs), caller, raw)
 
     def target_of(self, path_qs: str) -> Target:
         """The target of a path that was asked for before."""
         if (target := self._targets.get(path_qs)) is None:
             path, mark, query = path_qs.partition("?")
             target = self.target(path, mark + query)
-            _remember(self._targets, path_qs, target)
+            self._targets.put(path_qs, target, 2 * size_of(target[:3]) + TARGET_BYTES)
         return target
+
+    def read_query(self, target: Target, caller: Caller, raw: bytes) -> Query:
+        """The question in a body. Raises BadRequest."""
+        return self._reader.read(target, caller, raw)
+
+    def read_line(self, path_qs: str, tenant: str, headers: Lines, raw: bytes, key_id: str = "") -> Query:
+        """The question in a body that came in a batch, or came earlier, with this virtual key. Raises BadRequest."""
+        return self.read_query(self.target_of(path_qs), self._callers.of_line(tenant, headers, key_id), raw)
+
+    def _remember(self, request: web.BaseRequest, target: Target, caller: Caller, body: bytes, query: Query) -> None:
+        """What was read of a request that was answered."""
+        self._remember_caller(request, target, caller)
+        if len(body) <= MEMO_BODY_BYTES:
+            self._queries.put((target, caller, body), query, _size_of_query(query))
+
+    def _remember_caller(self, request: web.BaseRequest, target: Target, caller: Caller) -> None:
+        if self._callers.find(request.raw_headers, target) is not caller:
+            self._callers.remember(request.raw_headers, target, caller)
+        raw_path = request.raw_path
+        if self._targets.get(raw_path) is None and raw_path.startswith("/"):
+            self._targets.put(raw_path, target, 2 * size_of((raw_path, *target[:3])) + TARGET_BYTES)
 
     def dialect_of(self, path_qs: str) -> Dialect:
         """Which dialect speaks on a path that has one."""
@@ -476,12 +505,8 @@ def _swallow_connection_loss(task: asyncio.Future[None]) -> None:
         log.warning("heartbeat failed", exc_info=fault)
 
 
-K = TypeVar("K")
-V = TypeVar("V")
-
-
-def _remember(memo: dict[K, V], key: K, value: V) -> None:
-    """Keep at most MEMO_ENTRIES, oldest out first."""
-    memo[key] = value
-    if len(memo) > MEMO_ENTRIES:
-        del memo[next(iter(memo))]
+def _size_of_query(query: Query) -> int:
+    """What a memo holds for a query, its key included."""
+    texts = (query.prompt, query.body, query.forward_body)
+    parts = () if query.batch is None else (query.batch.inputs, query.batch.fingerprints)
+    return size_of(texts) + size_of(parts) + QUERY_BYTES

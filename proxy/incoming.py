@@ -6,11 +6,12 @@ Nothing here decides about caching. Rules and codes are those of the fault catal
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import re
 import secrets
 import zlib
 from collections.abc import AsyncIterator
-from functools import lru_cache
+from functools import partial
 from typing import NoReturn
 from urllib.parse import unquote
 
@@ -19,13 +20,14 @@ from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
 from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import RequestPayloadError
 
+from proxy.core.arrival import Arrival
 from proxy.core.dialects.dialect import Dialect
 from proxy.core.dialects.openai_chat import OpenAIChat
 from proxy.core.errors import BadRequest, IbidError
 from proxy.core.model import Limits
 
 _SEGMENTS = re.compile(r"(?:/[A-Za-z0-9._~!$&'()*+,=:@%-]+)*/?")
-_HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]*")
+_HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _KNOWN_WORDS = frozenset(
     "v1 v1beta openai api chat completions responses embeddings models files batches messages".split()
@@ -38,22 +40,34 @@ _UNTOLD = OpenAIChat()
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-# --- the target -----------------------------------------------------------------------------------------------------
+# --- the head -------------------------------------------------------------------------------------------------------
+
+
+def check_head(request: web.BaseRequest) -> None:
+    """What must hold of every request, whatever is remembered of its path. Raises BadRequest: method_not_allowed (405),
+    bad_request (400, Host or framing)."""
+    if request.method in _NO_TUNNEL:
+        raise BadRequest(f"{request.method} is not supported.", code="method_not_allowed", status=405)
+    if _HOST.fullmatch(request.headers.get(hdrs.HOST, "")) is None:
+        raise BadRequest("The Host header is not valid.")
+    if request.version < HttpVersion11:
+        _check_old_version(request)
+
+
+def address_of(request: web.BaseRequest) -> str:
+    """Whose connection it is: the peer's address, and of IPv6 the network that one subscriber has (RFC 6177)."""
+    remote = request.remote or ""
+    if ":" not in remote:
+        return remote
+    return str(ipaddress.IPv6Network((remote.partition("%")[0], 64), strict=False))
 
 
 def target_of(request: web.BaseRequest) -> str:
     """The path asked for, without its query: absolute, no empty or dot segment, escapes left as they were sent.
 
     An absolute-form target is reduced to its path and never opens a connection to the host it names (RFC 9112 §3.2.2).
-    Raises BadRequest: unknown_url (404), method_not_allowed (405), bad_request (400, Host or framing).
+    Raises BadRequest: unknown_url (404), method_not_allowed (405, the asterisk form).
     """
-    if request.method in _NO_TUNNEL:
-        raise BadRequest(f"{request.method} is not supported.", code="method_not_allowed", status=405)
-    headers = request.headers
-    if not _host_is_clean(headers.get(hdrs.HOST, "")):
-        raise BadRequest("The Host header is not valid.")
-    if request.version < HttpVersion11:
-        _check_old_version(request)
     return _safe_path(_origin_form(request.raw_path).partition("?")[0])
 
 
@@ -84,12 +98,6 @@ def _origin_form(target: str) -> str:
     return path if path.startswith("/") else "/" + path
 
 
-@lru_cache(maxsize=512)
-def _host_is_clean(host: str) -> bool:
-    return _HOST.fullmatch(host) is not None
-
-
-@lru_cache(maxsize=512)
 def _safe_path(path: str) -> str:
     """The path itself, once it is sure that no server reads another path from the same bytes. Raises unknown_url."""
     if _SEGMENTS.fullmatch(path) is None or not path:
@@ -117,77 +125,93 @@ def _refuse_path() -> NoReturn:
 # --- the body -------------------------------------------------------------------------------------------------------
 
 
-async def read_body(request: web.BaseRequest, limits: Limits) -> bytes:
-    """The whole body, decoded. A small body that has already arrived costs no timer and no wait.
+def body_at_hand(request: web.BaseRequest, limits: Limits) -> bytes | None:
+    """A plain body that has arrived whole already, b"" included; None when its bytes are awaited or encoded."""
+    payload = request.content
+    if not payload.is_eof() or payload.total_bytes > limits.body_bytes or hdrs.CONTENT_ENCODING in request.headers:
+        return None
+    if not payload.total_bytes:
+        return b""
+    if payload.total_bytes <= SMALL_BYTES and len(payload._buffer) == 1:
+        return payload._buffer.popleft()  # below aiohttp's low-water mark, so nothing waits to be resumed
+    return payload.read_nowait()
+
+
+async def read_body(request: web.BaseRequest, limits: Limits, arrival: Arrival | None = None) -> bytes:
+    """The whole body, decoded. One that is at hand costs no timer and no wait; `arrival` is left once it is whole.
 
     Raises BadRequest: request_too_large (413, on the declared, received and decoded size), request_timeout (408),
-    unsupported_encoding (415), invalid_encoding and bad_request (400).
+    unsupported_encoding (415), invalid_encoding and bad_request (400); and Busy.
     """
-    payload = request.content
-    headers = request.headers
-    if payload.is_eof() and payload.total_bytes <= limits.body_bytes and hdrs.CONTENT_ENCODING not in headers:
-        if not payload.total_bytes:
-            return b""
-        if payload.total_bytes <= SMALL_BYTES and len(payload._buffer) == 1:
-            return payload._buffer.popleft()  # below aiohttp's low-water mark, so nothing waits to be resumed
-        return payload.read_nowait()
-    codings = [c.strip().lower() for c in headers.get(hdrs.CONTENT_ENCODING, "").split(",")]
+    if (whole := body_at_hand(request, limits)) is not None:
+        return whole
+    codings = [c.strip().lower() for c in request.headers.get(hdrs.CONTENT_ENCODING, "").split(",")]
     codings = [c for c in codings if c not in ("", "identity")]
     if len(codings) > 1 or (codings and codings[0] not in ("gzip", "x-gzip", "deflate")):
         message = f"Content-Encoding {', '.join(codings)[:80]!r} is not supported; use gzip, deflate or none."
         raise BadRequest(message, code="unsupported_encoding", status=415)
     if (request.content_length or 0) > limits.body_bytes:
         _refuse_size(limits)
-    body = await _collect(request, payload, limits)
+    body = await _collect(request, limits, arrival or Arrival(limits))
     return _decode(codings[0], body, limits) if codings else body
 
 
-def body_stream(request: web.BaseRequest, limits: Limits) -> bytes | AsyncIterator[bytes] | None:
+def body_stream(
+    request: web.BaseRequest, limits: Limits, arrival: Arrival | None = None
+) -> bytes | AsyncIterator[bytes] | None:
     """A body to pass through, encoded as it was sent: None without one, bytes when all of a plain one
-    is here, else a stream.
+    is here, else a stream, which leaves `arrival` at its end.
 
-    The stream is bounded only by silence: request_timeout after `body_timeout_s` without a byte.
+    The stream raises request_timeout (408) when its bytes do not keep up, see `Arrival`.
     """
-    payload = request.content
     if not request.body_exists:
         return None
-    is_plain = hdrs.CONTENT_ENCODING not in request.headers  # the coding travels with a stream only
-    if payload.is_eof() and payload.total_bytes <= limits.body_bytes and is_plain:
-        return payload.read_nowait() if payload.total_bytes else b""
-    return _stream(request, payload, limits)
+    if (whole := body_at_hand(request, limits)) is not None:  # the coding travels with a stream only
+        return whole
+    return _stream(request, arrival or Arrival(limits))
 
 
-async def _stream(request: web.BaseRequest, payload: StreamReader, limits: Limits) -> AsyncIterator[bytes]:
-    _ask_to_continue(request, payload)
-    while True:
-        try:
-            async with asyncio.timeout(limits.body_timeout_s):
-                chunk = await payload.readany()
-        except TimeoutError:
-            _refuse_slowness(request)
-        except RequestPayloadError as error:
-            raise BadRequest("The request body is not framed as its headers say.") from error
-        if not chunk:
-            return
+async def _stream(request: web.BaseRequest, arrival: Arrival) -> AsyncIterator[bytes]:
+    _ask_to_continue(request, request.content)
+    while chunk := await _next(request, arrival):
         yield chunk
+    arrival.leave()
 
 
-async def _collect(request: web.BaseRequest, payload: StreamReader, limits: Limits) -> bytes:
-    _ask_to_continue(request, payload)
+async def _collect(request: web.BaseRequest, limits: Limits, arrival: Arrival) -> bytes:
+    loop = asyncio.get_running_loop()
+    _ask_to_continue(request, request.content)
     pieces: list[bytes] = []
     size = 0
+    while chunk := await _next(request, arrival):
+        size += len(chunk)
+        if size > limits.body_bytes:
+            _refuse_size(limits)
+        arrival.hold(len(chunk), loop.time())
+        pieces.append(chunk)
+    arrival.leave()
+    return b"".join(pieces)
+
+
+async def _next(request: web.BaseRequest, arrival: Arrival) -> bytes:
+    """The next bytes of a body; b"" at its end."""
+    loop = asyncio.get_running_loop()
+    chunk = b""
+    began_s = loop.time()
     try:
-        async with asyncio.timeout(limits.body_timeout_s):
-            while chunk := await payload.readany():
-                size += len(chunk)
-                if size > limits.body_bytes:
-                    _refuse_size(limits)
-                pieces.append(chunk)
+        async with asyncio.timeout(arrival.waits(began_s)) as timeout:
+            arrival.wake = partial(_end, timeout)
+            chunk = await request.content.readany()
     except TimeoutError:
-        _refuse_slowness(request)
+        request.protocol._lingering_time = 0.0  # the wait is over: answer and close, do not drain
+        message = "The request body did not arrive in time."
+        raise BadRequest(message, code="request_timeout", status=408, should_retry=True) from None
     except RequestPayloadError as error:
         raise BadRequest("The request body is not framed as its headers say.") from error
-    return b"".join(pieces)
+    finally:
+        arrival.wake = None
+        arrival.came(len(chunk), loop.time())
+    return chunk
 
 
 def _ask_to_continue(request: web.BaseRequest, payload: StreamReader) -> None:
@@ -219,9 +243,9 @@ def _refuse_size(limits: Limits) -> NoReturn:
     raise BadRequest(message, code="request_too_large", status=413)
 
 
-def _refuse_slowness(request: web.BaseRequest) -> NoReturn:
-    request.protocol._lingering_time = 0.0  # the wait is over: answer and close, do not drain
-    raise BadRequest("The request body did not arrive in time.", code="request_timeout", status=408, should_retry=True)
+def _end(timeout: asyncio.Timeout) -> None:
+    if not timeout.expired():
+        timeout.reschedule(asyncio.get_running_loop().time())
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

@@ -133,6 +133,12 @@ class KeyRing:
         check_standing(live.key, digest, self._now_ms())
         return Grant(live, digest)
 
+    def opens(self, grant: Grant) -> bool:
+        """Whether `grant`, asked again, would say the same."""
+        key = grant.live.key
+        is_over = key.revoked_ms is not None or (key.expires_ms is not None and self._now_ms() >= key.expires_ms)
+        return not is_over and self._by_digest.get(grant.digest) is grant.live
+
     def _now_ms(self) -> int:
         return int(self._clock() * 1000)
 

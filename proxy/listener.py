@@ -231,6 +231,7 @@ class ClientServer(web.Server):
 
     def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
         self.open_count -= 1
+        self._watched.discard(handler)  # it holds its last request
         super().connection_lost(handler, exc)
 
     def watch(self, connection: ClientConnection) -> None:

@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, unquote
 from aiohttp import WSCloseCode, WSMsgType, web
 from aiohttp.hdrs import METH_GET, SEC_WEBSOCKET_PROTOCOL, UPGRADE
 
+from proxy.core.arrival import Arrival
 from proxy.core.dialects import anthropic_record, gemini_answer, ollama_answer, openai_record, responses_record
 from proxy.core.dialects.routes import family_of
 from proxy.core.directives import verdict_headers
@@ -59,6 +60,7 @@ class Passing(NamedTuple):
     team: str = ""
     body: bytes | AsyncIterator[bytes] | None = None  # where it was read before it was known to pass through
     admit: Callable[[Passing], Awaitable[Passing]] | None = None  # asked first, where it is not yet known to pass
+    arrival: Arrival | None = None  # of a body that was not whole when the request was read
 
 
 class Glance:
@@ -110,7 +112,7 @@ class PassThrough:
             self._telemetry.lookup(outcome)
 
     async def _forward(self, request: web.BaseRequest, asked: Passing, entry: _Entry) -> web.StreamResponse:
-        body = body_stream(request, self._limits) if asked.body is None else asked.body
+        body = body_stream(request, self._limits, asked.arrival) if asked.body is None else asked.body
         answer = await self._upstream.open(entry.upstream, request.method, asked.path_qs, asked.headers, body)
         entry.status = answer.status
         entry.first_byte_s = time.perf_counter()

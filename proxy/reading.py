@@ -15,10 +15,12 @@ from proxy.core.answer import to_json
 from proxy.core.batches import Place, place_of
 from proxy.core.dialects.dialect import Dialect
 from proxy.core.dialects.fields import CACHE_TWIN
-from proxy.core.dialects.routes import Routes, family_of, key_in, without_key
+from proxy.core.dialects.routes import Routes, family_of, keys_in, without_key
 from proxy.core.directives import controls_of
+from proxy.core.errors import BadRequest
 from proxy.core.facts import Facts
-from proxy.core.model import Controls, Level, Limits, Rules
+from proxy.core.memo import Memo, size_of
+from proxy.core.model import Batch, Controls, Level, Limits, Rules
 from proxy.core.plan import (
     ALIASES,
     DEFAULT_PLAN,
@@ -36,7 +38,9 @@ from proxy.core.query import Batch, Query
 from proxy.keys import Grant
 from proxy.ports import Upstream
 
-FORMS = 16_384
+MODEL_LIMIT = 2048
+"""Characters of a model's name: it is a label of metrics, a column of the ledger, and part of many keys in memory."""
+
 _TIERS: Mapping[object, str] = {None: "default", "auto": "default", "standard": "default", "standard_only": "default"}
 """Names of the tier that everyone gets."""
 
@@ -50,9 +54,8 @@ class Target(NamedTuple):
     dialect: Dialect | None = None  # without one the request passes through
     model: str = ""  # where the path says it
     stream: bool = False  # likewise
-    key: bytes = b""  # a credential in the query, as Gemini allows
+    keys: tuple[bytes, ...] = ()  # credentials in the query, as Gemini allows
     is_keyless: bool = False  # of a dialect whose own server asks for no credential
-    is_virtual: bool = False  # the credential in the query is a key of ours, and `path_qs` is without it
     place: Place | None = None  # in the batch API
 
 
@@ -122,14 +125,13 @@ class Reader:
         self._limits = limits
         self._steering = steering or Steering()
         self._extra_headers = extra_headers
-        self._forms: dict[tuple[object, ...], int] = {}
+        self._forms: Memo[tuple[object, ...], int] = Memo(limits.memo_bytes)
         self._numbers = itertools.count(1)
 
     def target(self, path: str, query: str = "") -> Target:
         """Where a path leads, and the query behind it, its question mark included."""
-        key = key_in(query)
-        is_virtual = keys.is_virtual(key)
-        if is_virtual:
+        found = keys_in(query)
+        if any([keys.is_virtual(key) for key in found]):  # a key of ours goes nowhere
             query = without_key(query)
         route = self._routes.find(path, query)
         return Target(
@@ -139,9 +141,8 @@ class Reader:
             route.dialect,
             route.model,
             route.stream,
-            key,
+            found,
             is_keyless=family_of(path, {}) == "ollama",
-            is_virtual=is_virtual,
             place=place_of(path),
         )
 
@@ -150,6 +151,9 @@ class Reader:
         body = jsontext.parse(raw, self._limits.json_depth)
         target, raw, body, edit = self._without_alias(target, raw, body)
         facts = _facts(target, body)
+        if len(facts.model) > MODEL_LIMIT:
+            message = f"Invalid value for 'model': expected at most {MODEL_LIMIT} characters."
+            raise BadRequest(message, code="invalid_value", param="model")
         controls = _controls(caller, body.get(CACHE_TWIN))
         plan = self._plan(facts, controls, caller, edit)
         upstream = self._upstream.route(target.path, {}, facts.model)
@@ -281,9 +285,8 @@ class Reader:
         """A number for what decides how a hit is told and booked; never one for two."""
         form = self._forms.get(asked)
         if form is None:
-            if len(self._forms) >= FORMS:
-                self._forms.clear()
-            form = self._forms[asked] = next(self._numbers)
+            form = next(self._numbers)
+            self._forms.put(asked, form, size_of(asked))
         return form
 
 

@@ -210,13 +210,19 @@ LIMITS_WHY: Mapping[str, str] = {
     "headers": "header lines of one request",
     "header_line_bytes": "longest header line",
     "header_timeout_s": "time to send the whole head; ends slow senders",
-    "body_timeout_s": "longest silence inside a request body",
+    "body_timeout_s": "how long a request body may be silent, or in all behind body_bytes_per_s",
+    "body_bytes_per_s": "least rate of a request body; a slower one is cut after body_timeout_s",
+    "upload_timeout_s": "longest wait for one request body in all, however fast",
+    "bodies": "request bodies arriving at once, at most half of in_flight; whole ones need no place",
+    "body_share": "part of those places for one credential or address, once three quarters are taken",
+    "bodies_bytes": "memory for bodies that are still arriving, together",
     "keep_alive_s": "idle time before a client's connection is closed",
     "connections": "open client connections",
     "in_flight": "requests worked on at once",
     "queued": "requests waiting for a turn; beyond it 503 at once",
     "queue_timeout_s": "longest wait for a turn",
     "write_stall_s": "longest time a client may leave an answer unread",
+    "memo_bytes": "memory for what was read of repeated requests, in each of the places that remember it",
 }
 
 RULES_WHY: Mapping[str, str] = {
@@ -237,6 +243,11 @@ RULES_WHY: Mapping[str, str] = {
     "alpha": "chance that the bound on the error rate is ever too low",
     "answer_limit_bytes": "longer answers are not stored",
     "prompt_limit_bytes": "longer prompts are not looked up",
+}
+
+LIMITS_BOUNDS: Mapping[str, tuple[float, float]] = {
+    "body_share": (0.001, 1.0),
+    "memo_bytes": (64 * 1024, 1024 * MIB),
 }
 
 RULES_BOUNDS: Mapping[str, tuple[float, float]] = {

@@ -27,15 +27,18 @@ from aiohttp.streams import StreamReader
 from yarl import URL
 
 from proxy.breaker import Breaker
-from proxy.core.dialects.routes import family_of
+from proxy.core.dialects.routes import family_of, without_key
 from proxy.core.errors import BadRequest, ConfigError, UpstreamError
 from proxy.core.identity import CREDENTIALS, forwardable
+from proxy.core.memo import Memo, size_of
 
 RETRY_PAUSE_S = 0.05
 WRITTEN_AT_ONCE_BYTES = 1 << 20  # above it aiohttp warns of a stalled loop
-ADDRESSES_KEPT = 1024
+ROUTES_KEPT = 1024
 NAMES_KEPT = 1024
-PATTERNS_KEPT = 256
+URL_BYTES = 2048
+PATTERN_BYTES = 8192
+"""Of a URL and of a pattern, but for the texts in them."""
 
 _DROPPED = frozenset(
     # hop-by-hop (RFC 9110 §7.6.1), then what describes this connection, the other origin, or another client's session
@@ -72,6 +75,7 @@ class UpstreamLimits:
     first_byte_s: float = 600.0
     idle_s: float = 120.0  # between two pieces of a body
     keep_alive_s: float = 15.0
+    memo_bytes: int = 8 * 1024 * 1024  # of each memo
 
 
 DEFAULTS = (
@@ -95,7 +99,7 @@ class Address:
 
     __slots__ = ("_host", "_is_complete", "_known", "_root", "breaker", "key", "name", "place")
 
-    def __init__(self, configured: UpstreamAddress, breaker: Breaker) -> None:
+    def __init__(self, configured: UpstreamAddress, breaker: Breaker, memo_bytes: int) -> None:
         self.name = configured.name
         self.breaker = breaker
         self.key: tuple[bytes, bytes] | None = None
@@ -117,7 +121,7 @@ class Address:
         path = path.removesuffix("/v1")
         self._is_complete = _VERSION.search(path) is not None
         self._root = self.place = str(base.origin()) + path
-        self._known: dict[str, URL] = {}
+        self._known: Memo[str, URL] = Memo(memo_bytes)
 
     def with_key(
         self, headers: Sequence[tuple[bytes, bytes]], path_qs: str
@@ -126,17 +130,16 @@ class Address:
         assert self.key is not None
         others = [header for header in headers if header[0].lower() not in CREDENTIALS]
         path, mark, query = path_qs.partition("?")
-        kept = "&".join(pair for pair in query.split("&") if not pair.startswith("key="))
-        return (*others, self.key), path + mark + kept if kept else path
+        return (*others, self.key), path + without_key(mark + query)
 
     def url_of(self, path_qs: str) -> URL:
         """The URL to ask for what a client asked of us. Its scheme, host and port are always the configured ones."""
-        url = self._known.get(path_qs)
-        if url is None:
-            if len(self._known) >= ADDRESSES_KEPT:
-                self._known.clear()
-            url = self._known[path_qs] = self._join(path_qs)
-        return url
+        return self._known.get(path_qs) or self._join(path_qs)
+
+    def remember(self, path_qs: str, url: URL) -> None:
+        """That an upstream answered there."""
+        if self._known.get(path_qs) is not url:
+            self._known.put(path_qs, url, 6 * len(path_qs) + URL_BYTES)
 
     def _join(self, path_qs: str) -> URL:
         if _PLAIN_TARGET.fullmatch(path_qs) is None or "#" in path_qs:
@@ -340,7 +343,7 @@ class Upstreams:
             if configured.name in self._addresses:
                 raise ConfigError(f"upstream {configured.name!r} is configured twice")
             breaker = Breaker(configured.name, self.loop.time)
-            self._addresses[configured.name] = Address(configured, breaker)
+            self._addresses[configured.name] = Address(configured, breaker, self._limits.memo_bytes)
             if configured.models:
                 self._by_model.append(configured)
             else:
@@ -351,7 +354,9 @@ class Upstreams:
         self._timeout = aiohttp.ClientTimeout(total=None, connect=self._limits.connect_s)
         self._session: aiohttp.ClientSession | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._patterns: dict[tuple[str, URL, tuple[tuple[bytes, bytes], ...], bool], _Pattern] = {}
+        self._patterns: Memo[tuple[str, URL, tuple[tuple[bytes, bytes], ...], bool], _Pattern] = Memo(
+            self._limits.memo_bytes
+        )
         self._opening: set[_Waiting] = set()
         self._reading: set[OpenResponse] = set()
 
@@ -379,7 +384,7 @@ class Upstreams:
         family = family_of(path, headers)
         found = self._routes.get((family, model))
         if found is None:
-            if len(self._routes) >= ADDRESSES_KEPT:
+            if len(self._routes) >= ROUTES_KEPT:
                 self._routes.clear()
             named = (one.name for one in self._by_model if one.dialect == family and _is_one_of(model, one.models))
             found = next(named, None) or self._by_dialect.get(family, self._fallback)
@@ -430,6 +435,8 @@ class Upstreams:
             raise
         finally:
             self._opening.discard(waiting)
+        if opened.status < 400:
+            address.remember(path_qs, url)
         if opened.status >= 500:
             breaker.failed(is_probe)
         else:
@@ -506,9 +513,7 @@ class Upstreams:
         key = (method, url, tuple(headers), body is None)
         pattern = self._patterns.get(key)
         if pattern is None:
-            if len(self._patterns) >= PATTERNS_KEPT:
-                self._patterns.clear()
-            pattern = self._patterns[key] = _Pattern(self._session, *key, self._extra_headers)
+            pattern = _Pattern(self._session, *key, self._extra_headers)
         try:
             connection = await self._session.connector.connect(pattern.request, [], self._timeout)
         except TimeoutError as error:
@@ -528,6 +533,8 @@ class Upstreams:
             message, content = await protocol.read()
             while 100 <= message.code < 200 and message.code != 101:
                 message, content = await protocol.read()
+            if message.code < 400 and self._patterns.get(key) is None:
+                self._patterns.put(key, pattern, size_of(key[2]) + 6 * len(pattern.head) + PATTERN_BYTES)
             return OpenResponse(self, message.code, message, content, connection, connection)
         except BaseException:
             connection.close()

@@ -39,15 +39,15 @@ NEVER_FORWARDED = frozenset(
         b"expect",
         b"forwarded",
         b"host",
+        b"http2-settings",
         b"keep-alive",
-        b"proxy-authorization",
-        b"proxy-connection",
         b"te",
         b"trailer",
         b"transfer-encoding",
         b"upgrade",
     }
 )
+NEVER_FORWARDED_PREFIXES = (b"proxy-", b"sec-websocket-")
 """Hop-by-hop (RFC 9110 §7.6.1), addressing and framing: not even configuration can add these."""
 
 DELIVERY_HEADERS = frozenset(
@@ -77,7 +77,7 @@ _BEARER = re.compile(rb"[Bb][Ee][Aa][Rr][Ee][Rr] +([A-Za-z0-9!#$%&*+\-./:=?@^_{|
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """The credential headers of one request, (lower-case name, secret), in order of name. Never printed."""
+    """Every credential of one request, (lower-case name of its carrier, secret), in order. Never printed."""
 
     secrets: tuple[tuple[bytes, bytes], ...] = field(repr=False)
 
@@ -89,12 +89,15 @@ def _refuse(message: str) -> BadRequest:
     return BadRequest(message, status=401, code="invalid_api_key", should_retry=False)
 
 
-def credential(headers: Iterable[tuple[bytes, bytes]], *, anonymous: bool = False) -> Credential:
-    """The credential the client brings, for an upstream that will check it.
+def credential(
+    headers: Iterable[tuple[bytes, bytes]], queried: Collection[bytes] = (), *, anonymous: bool = False
+) -> Credential:
+    """The credential the client brings, for an upstream that will check it. `queried`: those in the query.
 
-    Authorization must be a Bearer; several different credential headers count together (some SDKs send two). Raises
-    BadRequest (401, `invalid_api_key`) when none is there, one is there twice, empty, over 4 KiB, or holds what no key
-    holds; the message never quotes it. With `anonymous`, none at all gives ANONYMOUS.
+    Authorization must be a Bearer. All that a request carries count together, for nobody but the upstream knows which
+    of them it will look at. Raises BadRequest (401, `invalid_api_key`) when none is there, a header is there twice,
+    or one is empty, over 4 KiB, or holds what no key holds; the message never quotes it. With `anonymous`, none at all
+    gives ANONYMOUS.
     """
     found: dict[bytes, bytes] = {}
     for raw_name, value in headers:
@@ -104,20 +107,25 @@ def credential(headers: Iterable[tuple[bytes, bytes]], *, anonymous: bool = Fals
         shown = name.decode("ascii")
         if name in found:
             raise _refuse(f"The header {shown} was sent twice.")
-        if len(value) > CREDENTIAL_LIMIT_BYTES:
-            raise _refuse(f"The header {shown} is longer than {CREDENTIAL_LIMIT_BYTES} bytes.")
         if name == b"authorization":
-            match = _BEARER.fullmatch(value)
+            match = _BEARER.fullmatch(value) if len(value) <= CREDENTIAL_LIMIT_BYTES else None
             if match is None:
-                raise _refuse("The header authorization is not 'Bearer' and a key.")
+                raise _refuse(
+                    f"The header authorization is not 'Bearer' and a key of {CREDENTIAL_LIMIT_BYTES} bytes at most."
+                )
             found[name] = match[1]
-        elif _SECRET.fullmatch(value) is None:
-            raise _refuse(f"The header {shown} is not a key.")
         else:
-            found[name] = value
-    if not found and not anonymous:
+            found[name] = _checked(value, f"header {shown}")
+    secrets = [*found.items(), *[(b"key", _checked(value, "parameter key")) for value in {*queried}]]
+    if not secrets and not anonymous:
         raise _refuse("No API key: send 'Authorization: Bearer ...' or 'x-api-key'.")
-    return Credential(tuple(sorted(found.items())))
+    return Credential(tuple(sorted(secrets)))
+
+
+def _checked(secret: bytes, carrier: str) -> bytes:
+    if len(secret) > CREDENTIAL_LIMIT_BYTES or _SECRET.fullmatch(secret) is None:
+        raise _refuse(f"The {carrier} is not a key, or longer than any.")
+    return secret
 
 
 def tenant_of(secret: bytes, who: Credential) -> str:
@@ -159,7 +167,7 @@ def forwardable(headers: Iterable[tuple[bytes, bytes]], extra: Collection[str] =
     for spelled, name, value in received:
         if not (name in FORWARDED or name.startswith(FORWARDED_PREFIXES) or name in wanted):
             continue
-        if name in NEVER_FORWARDED or name in named:
+        if name in NEVER_FORWARDED or name in named or name.startswith(NEVER_FORWARDED_PREFIXES):
             continue
         try:
             kept.append((spelled.decode("ascii"), value.decode("utf-8")))

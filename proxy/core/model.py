@@ -287,12 +287,18 @@ class Limits:
     header_line_bytes: int = 8190
     header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0
+    body_bytes_per_s: int = 4096
+    upload_timeout_s: float = 3600.0
+    bodies: int = 512
+    body_share: float = 0.25
+    bodies_bytes: int = 256 * 1024 * 1024
     keep_alive_s: float = 75.0
     connections: int = 4096
     in_flight: int = 1024
     queued: int = 256
     queue_timeout_s: float = 10.0
     write_stall_s: float = 60.0
+    memo_bytes: int = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from proxy.core.dialects.anthropic_record import COUNTED_LAST
 from proxy.core.dialects.dialect import Dialect, rfc3339
 from proxy.core.dialects.responses_filter import EVENT_LINE_BYTES
-from proxy.core.dialects.routes import CHAT_PATH, Routes, family_of, key_in
+from proxy.core.dialects.routes import CHAT_PATH, Routes, family_of, keys_in, without_key
 from proxy.core.errors import BadRequest, Busy, UpstreamError
 from proxy.core.eventstream import LINE_LIMIT_BYTES
 from proxy.core.fingerprint import fingerprint_of, scope_of
@@ -607,9 +607,12 @@ def test_paths_lead_to_their_dialect(path: str, query: str, family: str | None, 
     assert "alt" not in route.scope_query
 
 
-def test_a_key_in_the_query_is_found_and_decoded() -> None:
-    assert key_in("?alt=sse&key=a%2Bb") == b"a+b"
-    assert key_in("?monkey=1") == key_in("") == b""
+def test_every_key_in_the_query_is_found_and_decoded_however_it_is_spelled() -> None:
+    assert keys_in("?alt=sse&key=a%2Bb") == (b"a+b",)
+    assert keys_in("?key=a&k%65y=b&key=") == (b"a", b"b")
+    assert keys_in("?monkey=1") == keys_in("") == keys_in("?key") == ()
+    assert without_key("?k%65y=a&alt=sse&key=b&key") == "?alt=sse"
+    assert without_key("?key=a") == without_key("") == ""
 
 
 def test_where_paths_coincide_the_version_header_decides() -> None:

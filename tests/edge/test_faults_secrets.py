@@ -194,13 +194,14 @@ FORGED = [
 async def test_no_field_of_a_request_forges_or_bloats_a_log_line(
     logged: Running, log_stream: tuple[logs.LogWriter, io.StringIO]
 ) -> None:
-    sent = 0
+    sent = answered = 0
     for name in FORGED:
         body = question(f"A question with an odd model, number {sent}?", model=name, user=name[:1000])
         reply = await logged.ask(
             body, "User-Agent: " + name[:7000].encode("ascii", "ignore").decode().translate(BLANKS)
         )
         assert reply.status in (200, 400)
+        answered += reply.status == 200
         sent += 1
         await logged.ask(b"", method="GET", target="/v1/files/%0a%0dforged%1b%5b2J", content_type=None)
         await logged.ask(b"{", f"X-{sent}: 1")
@@ -217,7 +218,7 @@ async def test_no_field_of_a_request_forges_or_bloats_a_log_line(
         assert fields["event"] != "forged"
         assert all(len(str(value).encode()) <= 1010 for value in fields.values())
         lookups += fields["event"] == "lookup"
-    assert lookups >= sent
+    assert lookups >= answered == sent - 1, "all but the name of a million characters"
 
 
 BLANKS = {code: " " for code in (*range(32), 127)}
@@ -251,7 +252,8 @@ async def test_no_secret_shows_in_log_database_metrics_admin_or_errors(
             outputs.append((await logged.ask(body, *headers, credential=line)).raw)
         outputs.append((await logged.ask(credential=f"{line}\r\n{line}")).raw)
         outputs.append((await logged.ask(credential=f"{line}'; DROP TABLE entry;--")).raw)
-        outputs.append((await logged.ask(b"", method="GET", target="/v1/models", credential=line)).raw)
+        for _ in range(4):  # so many that the circuit stays closed
+            outputs.append((await logged.ask(b"", method="GET", target="/v1/models", credential=line)).raw)
         up.script(Raw(b"", "rst"))
         outputs.append((await logged.ask(b"", method="GET", target="/v1/models", credential=line)).raw)
         outputs.append((await logged.ask(b"", method="TRACE", target="/v1/models", credential=line)).raw)

@@ -20,7 +20,7 @@ from aiohttp import web
 
 from proxy.core.errors import Busy, IbidError
 from proxy.core.model import Limits
-from proxy.incoming import body_stream, error_response, query_of, read_body, target_of
+from proxy.incoming import body_stream, check_head, error_response, query_of, read_body, target_of
 from proxy.listener import Admission, Listener, start
 from tests.edge.rawclient import RawClient, get, post
 
@@ -48,6 +48,7 @@ class App:
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         try:
+            check_head(request)
             path = target_of(request)
             self.executed.append(path)
             self.entered.set()

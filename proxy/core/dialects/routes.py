@@ -96,19 +96,22 @@ class Routes:
         return self._errors.get(family_of(path, headers), self._chat)
 
 
-def key_in(query: str) -> bytes:
-    """The `key` parameter of a query, in which Gemini takes a credential; b"" without one."""
-    for pair in query[1:].split("&") if "key=" in query else ():
-        name, _, value = pair.partition("=")
-        if name == "key":
-            return unquote_to_bytes(value)
-    return b""
+def keys_in(query: str) -> tuple[bytes, ...]:
+    """The `key` parameters of a query, in which Gemini takes a credential, in whatever escapes they are spelled."""
+    if "=" not in query:
+        return ()
+    pairs = [pair.partition("=") for pair in query[1:].split("&")]
+    return tuple([unquote_to_bytes(value) for name, _, value in pairs if value and _is_key(name)])
 
 
 def without_key(query: str) -> str:
     """A query less its `key` parameters; "" when nothing else is in it."""
-    kept = "&".join([pair for pair in query[1:].split("&") if pair.partition("=")[0] != "key"])
+    kept = "&".join([pair for pair in query[1:].split("&") if not _is_key(pair.partition("=")[0])])
     return "?" + kept if kept else ""
+
+
+def _is_key(name: str) -> bool:
+    return name == "key" or ("%" in name and unquote_to_bytes(name) == b"key")
 
 
 def family_of(path: str, headers: Mapping[str, str]) -> str:
