@@ -283,6 +283,8 @@ class Pipeline:
         lookup.steps_ms["search"] = (searched - embedded) * 1e3
         place = Place(query.scope, query.controls.namespace, query.tenant, query.fingerprint)
         max_error = policy.error_bound(self.rules, query.controls)
+        if found:
+            await self.auditor.evidence.read(place)
         opinion = self.judge.consider(place, signature, [Candidate(*proposed) for proposed in found], max_error)
         lookup.opinion = opinion
         self.judge.see(place, signature)
@@ -332,7 +334,7 @@ class Pipeline:
         row = row if row is not None else self.warm(entry, purges)
         if (reason := policy.unfit(row.answer, query)) is not None:
             return reason
-        if self.judge.is_refused(query.fingerprint, draft.fingerprint):
+        if await self.auditor.is_refused(query.fingerprint, draft.fingerprint):
             return "refused_before"
         asked = time.perf_counter()
         against = await self.ask_guard(chosen, opinion, query.prompt, draft.prompt)
