@@ -372,6 +372,7 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks, finishing: Tasks) -
     embeddings = Embeddings(
         pipeline=pipeline,
         store=edges.store.entries,
+        semantic_misses_per_min=settings.cache.semantic_misses_per_min,
         books=books,
         upstream=edges.upstreams,
         telemetry=edges.telemetry,

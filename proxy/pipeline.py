@@ -20,6 +20,7 @@ from proxy.audits import Auditor
 from proxy.books import Books, Client, Fetch, Lookup, draft_of
 from proxy.collapse import Flight, Seat
 from proxy.core import freshness, policy
+from proxy.core.allowance import Allowance
 from proxy.core.answer import decode_answer
 from proxy.core.dialects.dialect import JSON, Recording, Template, UsageMode
 from proxy.core.directives import stale_headers, usd, verdict_headers
@@ -84,9 +85,11 @@ class Pipeline:
         pace: Pace = "instant",
         finisher: Finisher | None = None,
         model_aliases: Mapping[str, Collection[str]] | None = None,
+        semantic_misses_per_min: int = 0,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.rules = rules
+        self._misses = Allowance(semantic_misses_per_min)
         self.hot = hot
         self.embedder = embedder
         self.index = index
@@ -128,7 +131,7 @@ class Pipeline:
             self.errands.foresee(query, client)
         if (flight := self._joinable(query)) is not None:
             return await self._join(flight, query, client)
-        lookup = await self._look_up(query, client)
+        lookup = await self._look_up(query, client, is_capped=True)
         match lookup.verdict:
             case Hit() as hit if not query.controls.shadow:
                 assert lookup.row is not None
@@ -203,7 +206,8 @@ class Pipeline:
         self.auditor.remember(client.request_id, query.fingerprint, row.entry.id)
         return self._serve(query, client, row, Hit(row.entry, Tier.SEMANTIC, alias.similarity, alias.probability), None)
 
-    async def _look_up(self, query: Query, client: Client) -> Lookup:
+    async def _look_up(self, query: Query, client: Client, *, is_capped: bool = False) -> Lookup:
+        """`is_capped`: semantic misses count against the key's allowance; a batch's lines do not."""
         eligibility, controls = query.eligibility, query.controls
         if eligibility.level is Level.NONE:
             return Lookup(Bypass(eligibility.reason or "bypass"))
@@ -213,7 +217,10 @@ class Pipeline:
                 return lookup
             if self.compares(query):
                 unfit = lookup.verdict.reason
-                await self._find_alike(query, client, lookup)
+                if not is_capped or self._may_compare(query, client, lookup):
+                    await self._find_alike(query, client, lookup)
+                if is_capped and lookup.opinion is not None and not isinstance(lookup.verdict, Hit):
+                    self._misses.count(_prober(query), client.started_s)
                 if isinstance(lookup.verdict, Miss) and unfit in policy.UNFIT:
                     lookup.verdict = Miss(unfit)
         except ports.CACHE_FAULTS as fault:
@@ -226,6 +233,13 @@ class Pipeline:
         if not controls.read and not isinstance(lookup.verdict, Bypass):
             lookup.verdict = Bypass("refresh" if controls.refresh else "no_cache")
         return lookup
+
+    def _may_compare(self, query: Query, client: Client, lookup: Lookup) -> bool:
+        """Whether the key has semantic misses left; whoever sends near copies in bulk maps what is stored."""
+        if self._misses.has_room(_prober(query), client.started_s):
+            return True
+        lookup.verdict = Miss("too_many_misses")
+        return False
 
     async def _find_exact(self, query: Query, client: Client, lookup: Lookup) -> bool:
         started = time.perf_counter()
@@ -741,6 +755,10 @@ class Pipeline:
 
 def _content_type(query: Query) -> str:
     return f"{query.dialect.stream_type}; charset=utf-8" if query.stream else JSON
+
+
+def _prober(query: Query) -> str:
+    return query.key_id or query.tenant
 
 
 def _may_route(query: Query) -> bool:

@@ -89,6 +89,11 @@ class Cache:
     judge_model: str | None = option(None, "chat model of the same upstream that compares answers; unset: none")
 
 
+    semantic_misses_per_min: int = option(
+        600,
+        "semantic misses of one key; beyond it exact hits only, so that nobody maps the cache; 0: no bound",
+        least=0,
+    )
 @dataclass(frozen=True, slots=True)
 class Stream:
     """How streamed hits go out, and what becomes of a call that every client has left."""
