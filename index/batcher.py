@@ -1,8 +1,9 @@
 """The embedder's owner: concurrent texts in, unit vectors out, one thread, bounded everywhere.
 
 States of a text: known (in the LRU: answered on the loop) → in flight (one job, however many callers ask for it) →
-answered, refused or abandoned. The loop owns everything except `_waiting`, which loop and owner thread share under
-`_turn`; the owner thread takes from it, encodes without the lock, and hands results back with `call_soon_threadsafe`.
+answered, refused or abandoned. Tenants take turns (`index.turns`). The loop owns everything except `_waiting`, which
+loop and owner thread share under `_turn`; the owner thread takes from it, encodes without the lock, and hands results
+back with `call_soon_threadsafe`.
 
 Two deadlines. `encode_deadline_s` bounds one call of the model: when it passes, every job fails with EmbedderFault
 and new texts are refused at once until the call returns. `queue_deadline_s` bounds the wait before a call begins: past
@@ -40,6 +41,7 @@ from index.embedder import Backend, OnnxBackend, TokenStates, TorchBackend, Vect
 from index.errors import EmbedderFault, IndexRoomError, ModelFault, Overloaded, TextTooLong
 from index.guard.head import MAX_KEPT, MAX_TOKENS, Guard, load_guard
 from index.model import locate
+from index.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +61,11 @@ STATES_BYTES = 32 << 20
 class _Job:
     """One text in flight. `waiters` belong to the loop, `ids` to the owner thread."""
 
-    __slots__ = ("asked_s", "digest", "ids", "text", "waiters")
+    __slots__ = ("asked_s", "digest", "ids", "tenant", "text", "waiters")
 
-    def __init__(self, digest: bytes, text: str, asked_s: float) -> None:
+    def __init__(self, digest: bytes, tenant: str, text: str, asked_s: float) -> None:
         self.digest = digest
+        self.tenant = tenant
         self.text = text
         self.asked_s = asked_s
         self.ids: list[int] | None = None
@@ -72,10 +75,11 @@ class _Job:
 class _Verification:
     """One asked text and those it is compared with, in flight; the asked one is first."""
 
-    __slots__ = ("asked_s", "digest", "texts", "waiters")
+    __slots__ = ("asked_s", "digest", "tenant", "texts", "waiters")
 
-    def __init__(self, digest: bytes, texts: Sequence[tuple[bytes, str]], asked_s: float) -> None:
+    def __init__(self, digest: bytes, tenant: str, texts: Sequence[tuple[bytes, str]], asked_s: float) -> None:
         self.digest = digest
+        self.tenant = tenant
         self.texts = texts
         self.asked_s = asked_s
         self.waiters: list[asyncio.Future[list[float]]] = []
@@ -158,7 +162,7 @@ class EmbedderOwner:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended: asyncio.Event = asyncio.Event()
         self._turn = threading.Condition()
-        self._waiting: dict[bytes, _Job | _Verification] = {}
+        self._waiting: Turns[_Job | _Verification] = Turns()
         self._closing = False
         self._busy_since: float | None = None  # written by the owner thread, read by the watch
         self._thread = threading.Thread(target=self._own, name="ibid-embedder", daemon=True)
@@ -210,7 +214,7 @@ class EmbedderOwner:
         loop = self._ready_loop()
         job = self._jobs.get(digest)
         if job is None:
-            job = self._enqueue(_Job(digest, text, monotonic()))
+            job = self._enqueue(_Job(digest, tenant, text, monotonic()))
         else:
             self.joined += 1
         assert isinstance(job, _Job)
@@ -237,7 +241,7 @@ class EmbedderOwner:
         loop = self._ready_loop()
         job = self._jobs.get(digest)
         if job is None:
-            job = self._enqueue(_Verification(digest, texts, monotonic()))
+            job = self._enqueue(_Verification(digest, tenant, texts, monotonic()))
         else:
             self.joined += 1
         assert isinstance(job, _Verification)
@@ -279,15 +283,25 @@ class EmbedderOwner:
 
     def _enqueue(self, job: J) -> J:
         if len(self._jobs) >= self._limit:
-            self.overloaded += 1
-            raise Overloaded(f"{self._limit} texts in flight")
+            self._make_room(job.tenant)
         self._jobs[job.digest] = job
         with self._turn:
-            self._waiting[job.digest] = job
+            self._waiting.add(job)
             self._turn.notify()
         if self._watch is None:
             self._arm(min(self._encode_deadline_s, self._queue_deadline_s))
         return job
+
+    def _make_room(self, tenant: str) -> None:
+        """Another tenant with more waiting gives way, by its newest. Raises Overloaded when there is none."""
+        self.overloaded += 1
+        full = Overloaded(f"{self._limit} texts in flight")
+        with self._turn:
+            late = self._waiting.gives_way(tenant)
+            if late is None:
+                raise full
+            self._waiting.drop(late)
+        self._fail([late], full)
 
     def _settle(self, job: _Job | _Verification, waiter: asyncio.Future[Any]) -> None:
         """A caller has its result, or gave up; a job nobody waits for is not done."""
@@ -299,8 +313,8 @@ class EmbedderOwner:
         if job.waiters or self._jobs.get(job.digest) is not job:
             return
         with self._turn:
-            if self._waiting.get(job.digest) is job:
-                del self._waiting[job.digest]
+            if job in self._waiting:
+                self._waiting.drop(job)
                 del self._jobs[job.digest]
 
     def _answer(self, jobs: Sequence[_Job], vectors: Vector) -> None:
@@ -377,10 +391,10 @@ class EmbedderOwner:
             self._fail(list(self._jobs.values()), fault)
             return
         with self._turn:
-            late = [job for job in self._waiting.values() if now - job.asked_s >= self._queue_deadline_s]
+            late = [job for job in self._waiting if now - job.asked_s >= self._queue_deadline_s]
             for job in late:
-                del self._waiting[job.digest]
-            oldest = min((job.asked_s for job in self._waiting.values()), default=now)
+                self._waiting.drop(job)
+            oldest = min((job.asked_s for job in self._waiting), default=now)
         if late:
             self.overloaded += len(late)
             self._fail(late, Overloaded(f"waited {self._queue_deadline_s:g} s for the model"))
@@ -407,19 +421,18 @@ class EmbedderOwner:
             self._tell(self._end)
 
     def _take(self) -> list[_Job] | _Verification | None:
-        """The oldest job and, where the backend allows, those of its length; [] to look again; None to stop."""
+        """The job whose turn it is and, where the backend allows, those of its length; [] to look again; None to
+        stop."""
         with self._turn:
             while not self._waiting and not self._closing:
                 self._turn.wait()
             if self._closing:
                 return None
-            oldest = next(iter(self._waiting.values()))
-            if isinstance(oldest, _Verification):
-                del self._waiting[oldest.digest]
-                return oldest
-            ahead = LOOK_AHEAD if self._backend.batch_limit > 1 else 1
-            first = [job for job, _ in zip(self._waiting.values(), range(ahead), strict=False)]
-        ready = [job for job in first if isinstance(job, _Job) and self._count(job)]
+            ahead = self._waiting.ahead(LOOK_AHEAD if self._backend.batch_limit > 1 else 1)
+            if isinstance(first := ahead[0], _Verification):
+                self._waiting.take(first)
+                return first
+        ready = [job for job in ahead if isinstance(job, _Job) and self._count(job)]
         self._busy_since = None
         if not ready:
             return []
@@ -427,9 +440,9 @@ class EmbedderOwner:
         room = max(1, min(self._backend.batch_limit, CALL_TOKENS // max(length, 1)))
         batch = [job for job in ready if len(job.ids or ()) == length][:room]
         with self._turn:
-            batch = [job for job in batch if self._waiting.get(job.digest) is job]
+            batch = [job for job in batch if job in self._waiting]
             for job in batch:
-                del self._waiting[job.digest]
+                self._waiting.take(job)
         return batch
 
     def _count(self, job: _Job) -> bool:
@@ -447,8 +460,8 @@ class EmbedderOwner:
         else:
             return True
         with self._turn:
-            if self._waiting.get(job.digest) is job:
-                del self._waiting[job.digest]
+            if job in self._waiting:
+                self._waiting.drop(job)
         self._tell(self._refuse, [job], error)
         return False
 

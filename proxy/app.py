@@ -325,14 +325,15 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks, finishing: Tasks) -
     ledger = MeteredLedger(edges.store.ledger, ring)
     books = Books(ledger, edges.prices, edges.telemetry)
     model = settings.cache.judge_model
+    identity = "" if embedder is None else embedder.identity
     auditor = Auditor(
-        judge=Judge(settings.rules, Learner, LEVELS, SENSITIVITY),
+        judge=Judge(settings.rules, Learner, LEVELS, SENSITIVITY, partial(edges.store.comparisons.note, identity)),
         entries=edges.store.entries,
         comparisons=edges.store.comparisons,
         comparer=None if embedder is None else Comparer(embedder.embed, lambda: embedder.queue_length),
         arbiter=Arbiter(model=model, upstream=edges.upstreams, books=books) if model else None,
         verify=embedder.verify if embedder is not None and embedder.can_verify and settings.rules.pair_guard else None,
-        embedder="" if embedder is None else embedder.identity,
+        embedder=identity,
         hot=hot,
         tasks=tasks,
         telemetry=edges.telemetry,
@@ -375,6 +376,7 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks, finishing: Tasks) -
         pace=settings.stream.pace,
         finisher=Finisher(settings.stream.on_leave, finishing, settings.rules.answer_limit_bytes),
         model_aliases=aliases_of(settings.forward.model_aliases),
+        semantic_misses_per_min=settings.cache.semantic_misses_per_min,
     )
     embeddings = Embeddings(
         pipeline=pipeline,

@@ -32,8 +32,19 @@ from proxy.core.answer import decode_answer
 from proxy.core.model import Answer, Comparison, Entry
 from proxy.core.query import Query
 from proxy.core.risk import Standing
+from proxy.evidence import Evidence
 from proxy.hot import HotRow, HotRows
-from proxy.judge import LEARN_FROM, SAME_FROM, WRONG_BELOW, Judge, Judged, Opinion, Place, comparison, signature_from
+from proxy.judge import (
+    LEARN_FROM,
+    SAME_FROM,
+    WRONG_BELOW,
+    Judge,
+    Judged,
+    Opinion,
+    comparison,
+    place_of,
+    signature_from,
+)
 from proxy.tasks import Tasks
 from proxy.telemetry import Telemetry
 
@@ -93,6 +104,7 @@ class Auditor:
         chance: Callable[[], float] = random.random,
     ) -> None:
         self.judge = judge
+        self.evidence = Evidence(judge, comparisons, embedder, tasks)
         self._entries = entries
         self._comparisons = comparisons
         self._comparer = comparer
@@ -295,6 +307,7 @@ class Auditor:
         known = await self._comparisons.judged(request_id, entry_id)
         p_same = 1.0 if verdict == "right" else 0.0
         for seen in known:
+            await self.evidence.read(place_of(seen.comparison))
             self.judge.correct(seen.comparison, p_same)
             await self._comparisons.correct(seen.id, p_same, "feedback")
         if not known and hit is not None and hit.opinion is not None and hit.judged is not None:
@@ -340,6 +353,7 @@ class Auditor:
         for seen in await self._comparisons.newest(self._embedder, LOADED):
             self._relearn(seen.comparison)
             self._last_row = seen.id
+        await self.evidence.read_all()
 
     async def follow(self) -> None:
         """Learn what other replicas wrote since. Raises CacheFault."""
@@ -354,11 +368,17 @@ class Auditor:
                 self._relearn(seen.comparison)
 
     def _relearn(self, found: Comparison) -> None:
-        place = Place(found.scope, found.namespace, found.tenant, found.fingerprint)
+        place = place_of(found)
         self.judge.see(place, signature_from(found.signature))
         if found.served:
-            self.judge.serve(place, found.weight)
-        self.judge.apply(found)
+            self.judge.serve(place, found.weight, own=False)
+        self.judge.apply(found, own=False)
+
+    async def is_refused(self, asked: bytes, kept: bytes) -> bool:
+        """Whether the entry of fingerprint `kept` must not be served for `asked`. Raises CacheFault."""
+        if self.judge.is_refused(asked, kept):
+            return True
+        return not self.judge.knows_all_refused and await self._comparisons.is_refused(asked, kept)
 
     def status(self) -> dict[str, Any]:
         """For the admin: evidence by level, refused pairs, work under way."""

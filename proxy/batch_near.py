@@ -123,11 +123,12 @@ class Alike:
             similarity, vetoes = pipeline.index.compare(vector, signature, scope.row(row), own.astype("<u8").tobytes())
             candidates.append(Candidate(-1 - row, similarity, vetoes, own))  # no entry has such an id
         max_error = policy.error_bound(pipeline.rules, query.controls)
+        await pipeline.auditor.evidence.read(_place(query))
         opinion = pipeline.judge.consider(_place(query), signature, candidates, max_error)
         while (chosen := opinion.chosen) is not None:
             row = -1 - chosen.candidate.entry_id
             kept = scope.lines[row][1]
-            if pipeline.judge.is_refused(query.fingerprint, kept.fingerprint):
+            if await pipeline.auditor.is_refused(query.fingerprint, kept.fingerprint):
                 against = "refused_before"
             else:
                 against = await pipeline.ask_guard(chosen, opinion, query.prompt, kept.prompt)

@@ -121,9 +121,10 @@ class Explainer:
             vector = await embedder.embed(query.prompt, query.tenant)
             signature = embedder.signature(query.prompt)
             found = await index.search(query.scope, vector, signature, now_ms, CANDIDATES)
+            place = Place(query.scope, query.controls.namespace, query.tenant, query.fingerprint)
+            await self._pipeline.auditor.evidence.read(place)
         except ports.CACHE_FAULTS as fault:
             return None, getattr(fault, "reason", "store_down")
-        place = Place(query.scope, query.controls.namespace, query.tenant, query.fingerprint)
         max_error = policy.error_bound(self._pipeline.rules, query.controls)
         candidates = [Candidate(*proposed) for proposed in found]
         opinion = self._pipeline.judge.consider(place, signature, candidates, max_error)
@@ -132,7 +133,7 @@ class Explainer:
             entry = await self._store.entries.get(judged.candidate.entry_id)
             if entry is None:
                 opinion.refused[judged.candidate.entry_id] = "gone"
-            elif self._pipeline.judge.is_refused(query.fingerprint, entry.draft.fingerprint):
+            elif await self._pipeline.auditor.is_refused(query.fingerprint, entry.draft.fingerprint):
                 opinion.refused[judged.candidate.entry_id] = "refused_before"
             else:
                 kept[judged.candidate.entry_id] = entry.draft.prompt

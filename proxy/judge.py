@@ -6,14 +6,19 @@ account must have room in the scope and in the level used.
 
 What the judge knows derives from rows of the audit table (`Comparison`): a restart or another replica learns by
 applying them again, in their order.
+
+Memory is bounded, and what narrows outlives it. A judge with `note` tells every change of a level's tally, so that a
+level that was dropped can be read back (`unread`, `restore`); until that is done nothing is served on its account.
 """
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -23,15 +28,17 @@ from proxy import ports
 from proxy.core import risk
 from proxy.core.model import Candidate, Comparison, Miss, NearMiss, Rules
 from proxy.core.policy import ALWAYS, GUARDS, HARD
-from proxy.core.risk import Account, Standing, Thresholds
+from proxy.core.risk import Account, LevelName, Standing, Tally, Thresholds
 
 THICK: Final = 100
 REVIEW_EVERY: Final = 40  # labels
 LEARN_FROM: Final = 0.60  # similarity; what is less alike teaches nothing
 SAME_FROM: Final = 0.80  # probability from which an entry joins the group of the one it was compared with
 WRONG_BELOW: Final = 0.50  # probability of being the same under which a decision counts as wrong
-SCOPES, NAMESPACES, TENANTS = 256, 64, 64
+LIMITS: Final[Mapping[str, int]] = MappingProxyType({"scope": 256, "namespace": 64, "tenant": 64, "installation": 1})
+"""Levels in memory, of each kind; the least recently used leave."""
 GROUPS: Final = 200_000
+REFUSED: Final = 65_536  # refused pairs in memory; the others are looked for in SQL
 GUARD_ASKS: Final = 3  # candidates of a lookup that the pair guard is asked about: each costs time
 PAIR_GUARD: Final = "pair_guard"
 
@@ -45,13 +52,18 @@ class Place(NamedTuple):
     fingerprint: bytes
 
     @property
-    def levels(self) -> tuple[tuple[str, Any], ...]:
+    def levels(self) -> tuple[LevelName, ...]:
         return (
-            ("scope", self.scope),
-            ("namespace", (self.tenant, self.namespace)),
-            ("tenant", self.tenant),
-            ("installation", ""),
+            LevelName("scope", scope=self.scope),
+            LevelName("namespace", tenant=self.tenant, namespace=self.namespace),
+            LevelName("tenant", tenant=self.tenant),
+            INSTALLATION,
         )
+
+
+INSTALLATION: Final = LevelName("installation")
+Note = Callable[[LevelName, Tally], None]
+"""Takes by how much a level's tally changed. Never raises."""
 
 
 @dataclass(slots=True)
@@ -118,15 +130,25 @@ class Opinion:
 
 
 class Level:
-    """Evidence of one level."""
+    """Evidence of one level. `is_whole`: what is written down of it is part of its account."""
 
-    __slots__ = ("account", "learner", "stale", "thresholds")
+    __slots__ = ("account", "is_whole", "labelled", "learner", "stale", "thresholds")
 
-    def __init__(self, learner: ports.Learner) -> None:
+    def __init__(self, learner: ports.Learner, *, is_whole: bool) -> None:
         self.learner = learner
+        self.is_whole = is_whole
+        self.labelled = 0  # decisions that are evidence, ever
         self.account = Account()
         self.thresholds: dict[float, Thresholds] = {}
         self.stale = 0  # labels since the thresholds were derived
+
+    @property
+    def tally(self) -> Tally:
+        account = self.account
+        return Tally(
+            self.labelled, account.hits, account.audited, account.counted_wrong, account.would_be,
+            account.would_be_wrong, account.start, account.start_wrong,
+        )  # fmt: skip
 
     def bounds(self, max_error: float, alpha: float, levels: Sequence[float]) -> Thresholds:
         found = self.thresholds.get(max_error)
@@ -158,23 +180,26 @@ class Judge:
     """
 
     def __init__(
-        self, rules: Rules, new_learner: ports.NewLearner, levels: Sequence[float], sensitivity: float = 1.0
+        self,
+        rules: Rules,
+        new_learner: ports.NewLearner,
+        levels: Sequence[float],
+        sensitivity: float = 1.0,
+        note: Note | None = None,
+        limits: Mapping[str, int] = LIMITS,
     ) -> None:
         self.rules = rules
+        self._note = note
         self.sensitivity = sensitivity
         self.epoch = 0  # rises when something was narrowed: what was remembered of earlier verdicts is void
-        self._new_learner = new_learner
+        self.new_learner = new_learner
         self._steps = levels
-        self._levels: dict[str, OrderedDict[Any, Level]] = {
-            "scope": OrderedDict(),
-            "namespace": OrderedDict(),
-            "tenant": OrderedDict(),
-            "installation": OrderedDict(),
-        }
-        self._limits = {"scope": SCOPES, "namespace": NAMESPACES, "tenant": TENANTS, "installation": 1}
+        self._levels: dict[str, OrderedDict[LevelName, Level]] = {kind: OrderedDict() for kind in limits}
+        self._limits = limits
         self._groups: OrderedDict[int, int] = OrderedDict()  # of entries whose group is not their own id
-        self._refused: set[tuple[bytes, bytes]] = set()
-        self.feature_names: Sequence[str] = self._level("installation", "").learner.names
+        self._refused: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
+        self.knows_all_refused = True  # no refused pair was dropped from memory
+        self.feature_names: Sequence[str] = self._level(INSTALLATION).learner.names
 
     # -- judging ----------------------------------------------------------------------------------------------------
 
@@ -184,13 +209,14 @@ class Judge:
         """Judge candidates (descending similarity, each with its signature). `max_error` may only be tighter than the
         rules' own."""
         max_error *= self.sensitivity
-        scope = self._level("scope", place.scope)
+        scope = self._level(place.levels[0])
         name, level = self._evidence(place)
-        bounds = level.bounds(max_error, self.rules.alpha, self._steps) if name else Thresholds()
-        has_room = scope.account.has_room(max_error) and level.account.has_room(max_error)
+        is_known = not self.unread(place)
+        bounds = level.bounds(max_error, self.rules.alpha, self._steps) if name and is_known else Thresholds()
+        has_room = is_known and scope.account.has_room(max_error) and level.account.has_room(max_error)
         if not candidates:
             return Opinion(place, signature, max_error, name, bounds, has_room, [])
-        start_rate = max(scope.account.start_rate, self._start_evidence(place).start_rate)
+        start_rate = max(scope.account.start_rate, self._start_evidence(place).start_rate) if is_known else 1.0
         groups = np.array([self.group_of(c.entry_id) for c in candidates], np.int64)
         similarities = np.array([c.similarity for c in candidates], np.float32)
         found = level.learner.consider(signature, np.stack([c.signature for c in candidates]), similarities, groups)
@@ -241,46 +267,48 @@ class Judge:
         for level in self._all(place):
             level.learner.see(signature)
 
-    def serve(self, place: Place, count: float = 1.0) -> None:
-        """A semantic hit was served."""
-        for level in self._all(place):
-            level.account.hits += count
+    def serve(self, place: Place, count: float = 1.0, *, own: bool = True) -> None:
+        """A semantic hit was served; not `own`: by another process, or before the start."""
+        for name in place.levels:
+            with self._changing(name, own) as level:
+                level.account.hits += count
 
-    def apply(self, found: Comparison) -> None:
+    def apply(self, found: Comparison, *, own: bool = True) -> None:
         """A comparison came out: learn from it, at every level."""
-        place = Place(found.scope, found.namespace, found.tenant, found.fingerprint)
-        row = np.frombuffer(found.features, np.float32).astype(np.float64)
-        words = np.frombuffer(found.words, np.int16).astype(np.int64)
         is_wrong = found.p_same < WRONG_BELOW
         is_evidence = found.weight > 0.0
-        for level in self._all(place):
-            level.learner.learn(row, words, found.group_id, float(is_wrong), found.weight)
-            if is_evidence:
-                level.account.label(
-                    float(is_wrong),
-                    found.weight,
-                    served=found.served,
-                    would_be=bool(found.standing),
-                    near_same=found.near_same,
-                )
-                level.review(self.rules.alpha, self._steps, wrong=is_wrong)
+        for name in place_of(found).levels:
+            with self._changing(name, own) as level:
+                learn(level.learner, found)
+                if is_evidence:
+                    level.labelled += 1
+                    if level.labelled == THICK > level.learner.labelled and self._note is not None:
+                        level.is_whole = False  # it was dropped in between: its learner has to see the others as well
+                    level.account.label(
+                        float(is_wrong),
+                        found.weight,
+                        served=found.served,
+                        would_be=bool(found.standing),
+                        near_same=found.near_same,
+                    )
+                    level.review(self.rules.alpha, self._steps, wrong=is_wrong)
         self.epoch += is_evidence and is_wrong
 
     def correct(self, found: Comparison, p_same: float) -> None:
         """Someone who knows says otherwise than this comparison, which was applied before."""
         if found.weight <= 0.0:
             return
-        place = Place(found.scope, found.namespace, found.tenant, found.fingerprint)
-        for level in self._all(place):
-            level.account.correct(
-                float(found.p_same < WRONG_BELOW),
-                float(p_same < WRONG_BELOW),
-                found.weight,
-                served=found.served,
-                would_be=bool(found.standing),
-                near_same=found.near_same,
-            )
-            level.review(self.rules.alpha, self._steps, wrong=p_same < WRONG_BELOW)
+        for name in place_of(found).levels:
+            with self._changing(name) as level:
+                level.account.correct(
+                    float(found.p_same < WRONG_BELOW),
+                    float(p_same < WRONG_BELOW),
+                    found.weight,
+                    served=found.served,
+                    would_be=bool(found.standing),
+                    near_same=found.near_same,
+                )
+                level.review(self.rules.alpha, self._steps, wrong=p_same < WRONG_BELOW)
         self.epoch += p_same < WRONG_BELOW
 
     def enter(self, place: Place, entry_id: int, group_id: int) -> None:
@@ -301,18 +329,49 @@ class Judge:
     def refuse(self, asked: bytes, kept: bytes) -> None:
         """Never serve the entry of fingerprint `kept` for the question of fingerprint `asked` again."""
         self.epoch += 1
-        self._refused.add((asked, kept))
+        self._refused[(asked, kept)] = None
+        if len(self._refused) > REFUSED:
+            self._refused.popitem(last=False)
+            self.knows_all_refused = False
 
     def allow(self, asked: bytes, kept: bytes) -> None:
         """Undo `refuse`."""
-        self._refused.discard((asked, kept))
+        self._refused.pop((asked, kept), None)
 
     def is_refused(self, asked: bytes, kept: bytes) -> bool:
+        """Whether memory has it; while not `knows_all_refused`, SQL may have it all the same."""
         return (asked, kept) in self._refused
 
     @property
     def refused_pairs(self) -> int:
         return len(self._refused)
+
+    # -- what is written down -----------------------------------------------------------------------------------------
+
+    def unread(self, place: Place | None = None) -> list[LevelName]:
+        """Levels that something may be written down of that is not known: of a place, or of all in memory."""
+        if self._note is None:
+            return []
+        if place is None:
+            return [name for levels in self._levels.values() for name, level in levels.items() if not level.is_whole]
+        found = ((name, self._levels[name.kind].get(name)) for name in place.levels)
+        return [name for name, level in found if level is None or not level.is_whole]
+
+    def lacks_rows(self, name: LevelName, written: Tally) -> bool:
+        """Whether a level has labels enough to be judged by, and its learner has not seen them."""
+        level = self._levels[name.kind].get(name)
+        return written.labelled >= THICK and (level is None or level.learner.labelled < THICK)
+
+    def restore(self, name: LevelName, written: Tally, learner: ports.Learner | None = None) -> None:
+        """Take what is written down of a level, which is all that was noted of it so far; and a learner of its
+        comparisons, where its own lacks them."""
+        level = self._level(name)
+        level.labelled = int(written.labelled)
+        level.account = Account(*written[1:])
+        level.thresholds.clear()
+        if learner is not None:
+            level.learner = learner
+        level.is_whole = True
 
     # -- looking in -------------------------------------------------------------------------------------------------
 
@@ -321,13 +380,13 @@ class Judge:
         rows = []
         max_error, alpha = self.rules.max_error_rate * self.sensitivity, self.rules.alpha
         for kind in kinds:
-            for key, level in self._levels[kind].items():
+            for name, level in self._levels[kind].items():
                 bounds, account = level.bounds(max_error, alpha, self._steps), level.account
                 rows.append(
                     {
                         "level": kind,
-                        "name": key.hex()[:16] if isinstance(key, bytes) else "/".join(key) if key else "",
-                        "labelled": level.learner.labelled,
+                        "name": name.shown,
+                        "labelled": level.labelled,
                         "hits": round(account.hits, 1),
                         "audited": account.audited,
                         "wrong": round(account.counted_wrong, 3),
@@ -348,7 +407,7 @@ class Judge:
         counts = level.learner.levels()
         return {
             "level": name or "none",
-            "labelled": level.learner.labelled,
+            "labelled": level.labelled,
             "max_error": max_error,
             "sensitivity": self.sensitivity,
             "alpha": self.rules.alpha,
@@ -368,33 +427,60 @@ class Judge:
 
     def _evidence(self, place: Place) -> tuple[str, Level]:
         """The finest level with enough labels; ("", the scope's) when none has."""
-        for kind, key in place.levels:
-            level = self._levels[kind].get(key)
-            if level is not None and level.learner.labelled >= THICK:
-                return kind, level
-        return "", self._level("scope", place.scope)
+        for name in place.levels:
+            level = self._levels[name.kind].get(name)
+            if level is not None and level.labelled >= THICK:
+                return name.kind, level
+        return "", self._level(place.levels[0])
 
     def _start_evidence(self, place: Place) -> Account:
         """What is known of the start region: the finest level with enough of it, else the installation's."""
-        for kind, key in place.levels:
-            level = self._levels[kind].get(key)
-            if level is not None and (kind == "installation" or level.account.start >= risk.START_LABELS):
+        for name in place.levels:
+            level = self._levels[name.kind].get(name)
+            if level is not None and (name == INSTALLATION or level.account.start >= risk.START_LABELS):
                 return level.account
         return Account()
 
     def _all(self, place: Place) -> list[Level]:
-        return [self._level(kind, key) for kind, key in place.levels]
+        return [self._level(name) for name in place.levels]
 
-    def _level(self, kind: str, key: Any) -> Level:
-        levels = self._levels[kind]
-        level = levels.get(key)
+    @contextmanager
+    def _changing(self, name: LevelName, own: bool = True) -> Iterator[Level]:
+        """A level whose tally changes inside, which is noted when it is ours to tell."""
+        level = self._level(name)
+        before = level.tally
+        yield level
+        if own and self._note is not None:
+            self._note(name, level.tally.minus(before))
+
+    def _level(self, name: LevelName) -> Level:
+        levels = self._levels[name.kind]
+        level = levels.get(name)
         if level is None:
-            if len(levels) >= self._limits[kind]:
+            if len(levels) >= self._limits[name.kind]:
                 levels.popitem(last=False)
-            level = levels[key] = Level(self._new_learner())
+            level = levels[name] = Level(self.new_learner(), is_whole=self._note is None)
         else:
-            levels.move_to_end(key)
+            levels.move_to_end(name)
         return level
+
+
+def place_of(found: Comparison) -> Place:
+    """Where a comparison was made."""
+    return Place(found.scope, found.namespace, found.tenant, found.fingerprint)
+
+
+def learn(learner: ports.Learner, found: Comparison) -> None:
+    """Have a learner learn from a comparison."""
+    row = np.frombuffer(found.features, np.float32).astype(np.float64)
+    words = np.frombuffer(found.words, np.int16).astype(np.int64)
+    learner.learn(row, words, found.group_id, float(found.p_same < WRONG_BELOW), found.weight)
+
+
+def teach(learner: ports.Learner, found: Comparison) -> None:
+    """`learn`, of a question that this learner has not seen."""
+    learner.see(signature_from(found.signature))
+    learn(learner, found)
 
 
 def comparison(

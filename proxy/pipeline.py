@@ -20,6 +20,7 @@ from proxy.audits import Auditor
 from proxy.books import Books, Client, Fetch, Lookup, Stale, draft_of
 from proxy.collapse import Flight, Seat
 from proxy.core import freshness, policy
+from proxy.core.allowance import Allowance
 from proxy.core.answer import decode_answer
 from proxy.core.dialects.dialect import JSON, Recording, Template, UsageMode
 from proxy.core.directives import stale_headers, verdict_headers
@@ -74,9 +75,11 @@ class Pipeline:
         pace: Pace = "instant",
         finisher: Finisher | None = None,
         model_aliases: Mapping[str, Collection[str]] | None = None,
+        semantic_misses_per_min: int = 0,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.rules = rules
+        self._misses = Allowance(semantic_misses_per_min)
         self.hot = hot
         self.embedder = embedder
         self.index = index
@@ -119,7 +122,7 @@ class Pipeline:
             self.errands.foresee(query, client)
         if (flight := self._joinable(query)) is not None:
             return await self._join(flight, query, client)
-        lookup = await self._look_up(query, client)
+        lookup = await self._look_up(query, client, is_capped=True)
         match lookup.verdict:
             case Hit() as hit if not query.controls.shadow:
                 assert lookup.row is not None
@@ -194,7 +197,8 @@ class Pipeline:
         self.auditor.remember(client.request_id, query.fingerprint, row.entry.id)
         return self._serve(query, client, row, Hit(row.entry, Tier.SEMANTIC, alias.similarity, alias.probability), None)
 
-    async def _look_up(self, query: Query, client: Client) -> Lookup:
+    async def _look_up(self, query: Query, client: Client, *, is_capped: bool = False) -> Lookup:
+        """`is_capped`: semantic misses count against the key's allowance; a batch's lines do not."""
         eligibility, controls = query.eligibility, query.controls
         if eligibility.level is Level.NONE:
             return Lookup(Bypass(eligibility.reason or "bypass"))
@@ -204,7 +208,10 @@ class Pipeline:
                 return lookup
             if self.compares(query):
                 unfit = lookup.verdict.reason
-                await self._find_alike(query, client, lookup)
+                if not is_capped or self._may_compare(query, client, lookup):
+                    await self._find_alike(query, client, lookup)
+                if is_capped and lookup.opinion is not None and not isinstance(lookup.verdict, Hit):
+                    self._misses.count(_prober(query), client.started_s)
                 if isinstance(lookup.verdict, Miss) and unfit in policy.UNFIT:
                     lookup.verdict = Miss(unfit)
         except ports.CACHE_FAULTS as fault:
@@ -217,6 +224,13 @@ class Pipeline:
         if not controls.read and not isinstance(lookup.verdict, Bypass):
             lookup.verdict = Bypass("refresh" if controls.refresh else "no_cache")
         return lookup
+
+    def _may_compare(self, query: Query, client: Client, lookup: Lookup) -> bool:
+        """Whether the key has semantic misses left; whoever sends near copies in bulk maps what is stored."""
+        if self._misses.has_room(_prober(query), client.started_s):
+            return True
+        lookup.verdict = Miss("too_many_misses")
+        return False
 
     async def _find_exact(self, query: Query, client: Client, lookup: Lookup) -> bool:
         started = time.perf_counter()
@@ -276,6 +290,8 @@ class Pipeline:
         lookup.steps_ms["search"] = (searched - embedded) * 1e3
         place = Place(query.scope, query.controls.namespace, query.tenant, query.fingerprint)
         max_error = policy.error_bound(self.rules, query.controls)
+        if found:
+            await self.auditor.evidence.read(place)
         opinion = self.judge.consider(place, signature, [Candidate(*proposed) for proposed in found], max_error)
         lookup.opinion = opinion
         self.judge.see(place, signature)
@@ -325,7 +341,7 @@ class Pipeline:
         row = row if row is not None else self.warm(entry, purges)
         if (reason := policy.unfit(row.answer, query)) is not None:
             return reason
-        if self.judge.is_refused(query.fingerprint, draft.fingerprint):
+        if await self.auditor.is_refused(query.fingerprint, draft.fingerprint):
             return "refused_before"
         asked = time.perf_counter()
         against = await self.ask_guard(chosen, opinion, query.prompt, draft.prompt)
@@ -760,6 +776,10 @@ class Pipeline:
 
 def _content_type(query: Query) -> str:
     return f"{query.dialect.stream_type}; charset=utf-8" if query.stream else JSON
+
+
+def _prober(query: Query) -> str:
+    return query.key_id or query.tenant
 
 
 def _may_route(query: Query) -> bool:

@@ -19,7 +19,7 @@ from proxy.core.keys import Cost, Key
 from proxy.core.model import Comparison, Draft, Entry, Outcome, Usage
 from proxy.core.purges import Began, Purges
 from proxy.core.query import Query
-from proxy.core.risk import Counted
+from proxy.core.risk import Counted, LevelName, Tally
 
 Vector = NDArray[np.float32]
 Signature = NDArray[np.uint64]
@@ -185,6 +185,18 @@ class Comparisons(Protocol):
         """Keep a comparison, and that an entry's answer is the same as another's. Never blocks, never raises."""
         ...
 
+    def note(self, embedder: str, level: LevelName, change: Tally) -> None:
+        """Add to what is written down of a level. Never blocks, never raises."""
+        ...
+
+    async def tallies(self, embedder: str, levels: Sequence[LevelName]) -> Mapping[LevelName, Tally]:
+        """What was noted of each of these levels in all: true at the moment this returns."""
+        ...
+
+    async def of_level(self, embedder: str, level: LevelName, limit: int) -> Sequence[Comparison]:
+        """The last `limit` comparisons of a level, oldest first."""
+        ...
+
     async def newest(self, embedder: str, limit: int) -> Sequence[SeenComparison]:
         """The last `limit` comparisons made with this embedder, oldest first."""
         ...
@@ -205,7 +217,11 @@ class Comparisons(Protocol):
         """Undo `refuse`; whether there was such a pair."""
         ...
 
-    async def refused(self, since_ms: int = 0) -> Sequence[RefusedPair]: ...
+    async def refused(self, since_ms: int = 0) -> Sequence[RefusedPair]:
+        """Pairs refused at or after an instant, a bounded number of the newest, oldest first."""
+        ...
+
+    async def is_refused(self, asked: bytes, kept: bytes) -> bool: ...
 
     async def refused_for(self, request_id: str | None, entry_id: int) -> Sequence[RefusedPair]:
         """Pairs refused on account of this request, or by feedback on this entry."""

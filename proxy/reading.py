@@ -20,7 +20,7 @@ from proxy.core.directives import controls_of
 from proxy.core.errors import BadRequest
 from proxy.core.facts import Facts
 from proxy.core.memo import Memo, size_of
-from proxy.core.model import Batch, Controls, Level, Limits, Rules
+from proxy.core.model import Controls, Level, Limits, Rules
 from proxy.core.plan import (
     ALIASES,
     DEFAULT_PLAN,

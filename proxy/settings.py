@@ -88,6 +88,12 @@ class Cache:
     usage_on_hit: Literal["original", "zero"] = option("original", "usage a hit reports: as stored, or 0")
     judge_model: str | None = option(None, "chat model of the same upstream that compares answers; unset: none")
 
+    semantic_misses_per_min: int = option(
+        600,
+        "semantic misses of one key; beyond it exact hits only, so that nobody maps the cache; 0: no bound",
+        least=0,
+    )
+
 
 @dataclass(frozen=True, slots=True)
 class Stream:

@@ -136,6 +136,39 @@ def thresholds_of(levels: Sequence[float], counts: Counted, max_error: float, al
     return Thresholds(math.inf, provisional)
 
 
+class LevelName(NamedTuple):
+    """One level of evidence: a scope, a tenant's namespace, a tenant, or the installation."""
+
+    kind: str
+    scope: bytes = b""
+    tenant: str = ""
+    namespace: str = ""
+
+    @property
+    def shown(self) -> str:
+        """For people."""
+        return self.scope.hex()[:16] or self.tenant + (f"/{self.namespace}" if self.kind == "namespace" else "")
+
+
+class Tally(NamedTuple):
+    """What a level's evidence amounts to, or by how much it changed: sums, whatever the order."""
+
+    labelled: float = 0.0  # decisions that are evidence
+    hits: float = 0.0  # from here on as in an Account
+    audited: float = 0.0
+    counted_wrong: float = 0.0
+    would_be: float = 0.0
+    would_be_wrong: float = 0.0
+    start: float = 0.0
+    start_wrong: float = 0.0
+
+    def plus(self, change: Tally) -> Tally:
+        return Tally(*(one + other for one, other in zip(self, change, strict=True)))
+
+    def minus(self, before: Tally) -> Tally:
+        return Tally(*(one - other for one, other in zip(self, before, strict=True)))
+
+
 @dataclass(slots=True)
 class Account:
     """What was served in one scope (or a level above it), and how much of it was wrong as far as known.

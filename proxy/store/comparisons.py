@@ -1,26 +1,29 @@
-"""Rows of what the judge learned from: comparisons of answers, refused pairs, groups of entries.
+"""Rows of what the judge learned from: comparisons of answers, refused pairs, groups of entries, tallies of levels.
 
 The judge's memory is derived from these rows, as the index is from the entries: a start applies the newest of them, a
-running process applies those that other replicas wrote since.
+running process applies those that other replicas wrote since. A tally is written as what is added to it, in one
+transaction with the comparisons it counts, so that processes add up and none overwrites another's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, bindparam, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, bindparam, delete, func, insert, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.core.errors import CacheFault
 from proxy.core.model import Comparison
+from proxy.core.risk import LevelName, Tally
 from proxy.ports import RefusedPair, SeenComparison
 from proxy.store.engine import Database
-from proxy.store.schema import audit, entry, refused_pair
+from proxy.store.schema import audit, entry, evidence, refused_pair
 from proxy.store.writer import Writer
 
 FLUSH_S = 0.25
@@ -30,13 +33,19 @@ WAITING = 10_000
 PURGED = 100_000  # ids of entries: comparisons with them may be under way
 KEPT = 200_000  # comparisons; older ones go
 PIECE = 1_000
+PAIRS = 100_000  # refused pairs read at once
+CLEAN_KEPT_MS = 30 * 86_400_000  # a tally that narrows nothing and does not change any more
+CLEAN_LABELS = 100  # from which one narrows: its level is judged by its own evidence alone
 _FLAGS = ("served", "near_same")
 
 
 class Comparisons:
     """Owner: `Store`. Every method raises CacheFault when the database cannot answer."""
 
-    def __init__(self, database: Database, writer: Writer) -> None:
+    def __init__(self, database: Database, writer: Writer, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._changes: dict[tuple[str, LevelName], Tally] = {}  # to be written: of levels changed since, by embedder
+        self._writing = asyncio.Lock()  # held while they are written, and while they are read
         self._database = database
         self._writer = writer
         self._writer_id = uuid.uuid4().hex
@@ -45,6 +54,14 @@ class Comparisons:
         self._purged: dict[int, None] = {}  # entry ids, oldest out first
         make = sqlite.insert if database.dialect == "sqlite" else postgresql.insert
         self._refuse = make(refused_pair).on_conflict_do_nothing()
+        added = make(evidence)
+        self._add = added.on_conflict_do_update(
+            index_elements=list(evidence.primary_key),
+            set_={
+                "changed_ms": added.excluded.changed_ms,
+                **{name: evidence.c[name] + added.excluded[name] for name in Tally._fields},
+            },
+        )
 
     def record(self, found: Comparison | None, entry_id: int = 0, group_id: int = 0) -> None:
         """Keep a comparison, and that an entry's answer is the same as another's; written with others within FLUSH_S.
@@ -54,12 +71,21 @@ class Comparisons:
         self._waiting.append((found, entry_id, group_id))
         if len(self._waiting) > WAITING:
             del self._waiting[0]
+        self._flush_later()
+
+    def note(self, embedder: str, level: LevelName, change: Tally) -> None:
+        """Add to a level's tally, as `record` does its part."""
+        key = embedder, level
+        self._changes[key] = self._changes.get(key, Tally()).plus(change)
+        self._flush_later()
+
+    def _flush_later(self) -> None:
         if self._flushing is None or self._flushing.done():
             self._flushing = asyncio.create_task(self._flush_soon(), name="store-comparisons")
 
     async def _flush_soon(self) -> None:
         await asyncio.sleep(FLUSH_S)
-        while self._waiting:
+        while self._waiting or self._changes:
             try:
                 await self.flush()
             except CacheFault:
@@ -67,32 +93,75 @@ class Comparisons:
 
     async def flush(self) -> None:
         """Write what waits. Raises CacheFault, and then it still waits."""
-        batch = self._waiting[:BATCH]
-        if batch:
-            await self._writer.run(lambda connection: self._write(connection, batch))
+        async with self._writing:
+            batch = self._waiting[:BATCH]
+            changes, self._changes = self._changes, {}
+            if not batch and not changes:
+                return
+            try:
+                await self._writer.run(lambda connection: self._write(connection, batch, changes))
+            except BaseException:
+                for (embedder, level), change in changes.items():
+                    self.note(embedder, level, change)
+                raise
             del self._waiting[: len(batch)]
 
     async def close(self) -> None:
         """Write what waits, if the database takes it."""
         with contextlib.suppress(CacheFault):
-            while self._waiting:
+            while self._waiting or self._changes:
                 await self.flush()
         if self._flushing is not None:
             self._flushing.cancel()
 
-    async def _write(self, connection: AsyncConnection, batch: Sequence[tuple[Comparison | None, int, int]]) -> None:
-        rows = [self._row(one) for one, _, _ in batch if one is not None and one.entry_id not in self._purged]
+    async def _write(
+        self,
+        connection: AsyncConnection,
+        batch: Sequence[tuple[Comparison | None, int, int]],
+        changes: Mapping[tuple[str, LevelName], Tally],
+    ) -> None:
+        rows = [self._row(found) for found, _, _ in batch if found is not None and found.entry_id not in self._purged]
         joined = [{"member": entry_id, "group": group_id} for _, entry_id, group_id in batch if entry_id != group_id]
         if rows:
             await connection.execute(insert(audit), rows)
         if joined:
             change = update(entry).where(entry.c.id == bindparam("member")).values(group_id=bindparam("group"))
             await connection.execute(change, joined)
+        if changes:
+            now_ms = int(self._clock() * 1000)
+            tallies = [
+                {"embedder": key[0], **key[1]._asdict(), "changed_ms": now_ms, **changes[key]._asdict()}
+                for key in sorted(changes)  # in one order, so that replicas never deadlock
+            ]
+            await connection.execute(self._add, tallies)
 
     def _row(self, found: Comparison) -> dict[str, Any]:
         values = {**found._asdict(), "ts": found.ts_ms, "writer": self._writer_id}
         del values["ts_ms"]
         return values | {flag: int(values[flag]) for flag in _FLAGS}
+
+    async def tallies(self, embedder: str, levels: Sequence[LevelName]) -> Mapping[LevelName, Tally]:
+        """What was noted of each of these levels in all, written or not: true at the moment this returns."""
+        c = evidence.c
+        key = tuple_(c.kind, c.scope, c.tenant, c.namespace)
+        statement = select(c.kind, c.scope, c.tenant, c.namespace, *(c[name] for name in Tally._fields)).where(
+            c.embedder == embedder, key.in_([tuple(level) for level in levels])
+        )
+        async with self._writing:
+            found = dict.fromkeys(levels, Tally())
+            for kind, scope, tenant, namespace, *sums in await self._database.rows(statement):
+                found[LevelName(kind, bytes(scope), tenant, namespace)] = Tally(*sums)
+        for level in levels:
+            found[level] = found[level].plus(self._changes.get((embedder, level), Tally()))
+        return found
+
+    async def of_level(self, embedder: str, level: LevelName, limit: int) -> list[Comparison]:
+        """The last `limit` comparisons of a level, written or not, oldest first."""
+        async with self._writing:
+            rows = await self._rows(_in_level(level) & (audit.c.embedder == embedder), newest=limit)
+        written = [self._seen(row).comparison for row in reversed(rows)]
+        waiting = [found for found, _, _ in self._waiting if found is not None and _is_of(found, level)]
+        return (written + waiting)[-limit:]
 
     async def newest(self, embedder: str, limit: int) -> list[SeenComparison]:
         """The last `limit` comparisons made with this embedder, oldest first."""
@@ -165,9 +234,17 @@ class Comparisons:
 
         return await self._writer.run(act)
 
-    async def refused(self, since_ms: int = 0) -> list[RefusedPair]:
-        """Pairs refused at or after an instant."""
-        return await self._pairs(refused_pair.c.ts >= since_ms)
+    async def refused(self, since_ms: int = 0, limit: int = PAIRS) -> list[RefusedPair]:
+        """The last `limit` pairs refused at or after an instant, oldest first."""
+        c = refused_pair.c
+        newest = await self._pairs(c.ts >= since_ms, limit)
+        return newest[::-1]
+
+    async def is_refused(self, asked: bytes, kept: bytes) -> bool:
+        """Whether this very pair was refused."""
+        c = refused_pair.c
+        statement = select(c.ts).where(c.asked == asked, c.kept == kept)
+        return bool(await self._database.rows(statement))
 
     async def refused_for(self, request_id: str | None, entry_id: int) -> list[RefusedPair]:
         """Pairs refused on account of this request, or by feedback on this entry."""
@@ -176,9 +253,10 @@ class Comparisons:
             return await self._pairs(c.request_id == request_id)
         return await self._pairs((c.entry_id == entry_id) & (c.source == "feedback"))
 
-    async def _pairs(self, condition: ColumnElement[bool]) -> list[RefusedPair]:
+    async def _pairs(self, condition: ColumnElement[bool], limit: int = PAIRS) -> list[RefusedPair]:
         c = refused_pair.c
-        statement = select(c.asked, c.kept, c.ts, c.request_id, c.entry_id, c.source).where(condition)
+        columns = (c.asked, c.kept, c.ts, c.request_id, c.entry_id, c.source)
+        statement = select(*columns).where(condition).order_by(c.ts.desc(), c.asked, c.kept).limit(limit)
         return [RefusedPair(bytes(row[0]), bytes(row[1]), *row[2:]) for row in await self._database.rows(statement)]
 
     async def groups(self) -> AsyncIterator[tuple[int, int]]:
@@ -207,7 +285,8 @@ class Comparisons:
             del self._purged[next(iter(self._purged))]
 
     async def housekeep(self) -> None:
-        """Keep the newest KEPT rows."""
+        """Keep the newest KEPT rows, and every tally that narrows anything."""
+        await self._forget_clean()
         ((newest,),) = await self._database.rows(select(func.coalesce(func.max(audit.c.id), 0)))
         old = select(audit.c.id).where(audit.c.id <= newest - KEPT).limit(PIECE)
 
@@ -215,6 +294,19 @@ class Comparisons:
             await connection.execute(delete(audit).where(audit.c.id.in_(old)))
 
         if newest > KEPT:
+            await self._writer.run(act)
+
+    async def _forget_clean(self) -> None:
+        """Drop tallies that leave the judge as free as none would: no wrong label, too few to stand alone, and old."""
+        c = evidence.c
+        no_wrong = (c.counted_wrong == 0) & (c.would_be_wrong == 0) & (c.start_wrong == 0)
+        is_old = c.changed_ms < int(self._clock() * 1000) - CLEAN_KEPT_MS
+        clean = no_wrong & is_old & (c.labelled < CLEAN_LABELS)
+
+        async def act(connection: AsyncConnection) -> None:
+            await connection.execute(delete(evidence).where(clean))
+
+        if await self._database.rows(select(c.kind).where(clean).limit(1)):
             await self._writer.run(act)
 
     async def _rows(self, condition: ColumnElement[bool], newest: int) -> Sequence[Any]:
@@ -228,6 +320,24 @@ class Comparisons:
         for flag in _FLAGS:
             values[flag] = bool(values[flag])
         return SeenComparison(row[0], row[1] == self._writer_id, Comparison(**values))
+
+
+def _in_level(level: LevelName) -> ColumnElement[bool]:
+    """Whether a comparison counts in a level."""
+    if level.kind == "scope":
+        return audit.c.scope == level.scope
+    if level.kind == "namespace":
+        return (audit.c.tenant == level.tenant) & (audit.c.namespace == level.namespace)
+    return audit.c.tenant == level.tenant if level.kind == "tenant" else audit.c.id > 0
+
+
+def _is_of(found: Comparison, level: LevelName) -> bool:
+    """`_in_level`, of one that is not written yet."""
+    if level.kind == "scope":
+        return found.scope == level.scope
+    if level.kind == "installation":
+        return True
+    return found.tenant == level.tenant and (level.kind == "tenant" or found.namespace == level.namespace)
 
 
 def _columns() -> list[Any]:

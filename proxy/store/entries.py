@@ -1,8 +1,8 @@
 """Rows of answers: the truth that the index only hints at.
 
 Every read verifies the row's checksum, so an edited or damaged row is absent rather than wrong. Writes go through the
-one writer and return when they are durable. On SQLite, where this process is the only writer, the fingerprints' first
-eight bytes are kept in memory (about 0.1 KiB an entry), so that a lookup of something never stored costs no SQL.
+one writer and return when they are durable. On SQLite, where this process is the only writer, it is known which
+fingerprints may have a row (`known`), so that a lookup of something never stored costs no SQL.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from proxy.core.model import Draft, Entry, Usage
 from proxy.core.purges import Began, Purge, Purges, Selector, marks_of
 from proxy.ports import Stored
 from proxy.store.engine import Database
+from proxy.store.known import Fingerprints, shortened
 from proxy.store.purges import PurgeLog
 from proxy.store.schema import audit, entry, entry_tag
 from proxy.store.selection import Filters, Listed, Page, filter_condition, page_limit, purge_condition
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 SWEEP_ROWS = 1_000  # rows a single transaction removes: the writer is never held long
 USE_GRAIN_MS = 60_000  # a use is written down at most once a minute
 PREVIEW_CHARACTERS = 200
+KNOWN_SPARE = 65_536  # fingerprints known beyond twice the bound of entries: what a busy minute adds
+KNOWN_PIECE = 20_000
 CHECKED_A_TURN = 64  # rows whose checksum is verified before the loop gets its turn: about 1 ms
 
 _COLUMNS = (
@@ -108,7 +111,7 @@ class Entries:
         self._clock = clock
         self._purges = PurgeLog(database, writer)
         self._is_wiped = True  # nothing that was purged is left in SQLite's log
-        self._known: set[int] | None = None
+        self._known: Fingerprints | None = None  # None where other processes store too
         self._used: dict[int, int] = {}
         self._put_work = self._put_many  # one bound method, so that the writer sees equal work
         self.damaged = 0
@@ -121,17 +124,20 @@ class Entries:
     async def load(self) -> None:
         """Read what must be in memory before the first lookup. Raises CacheFault."""
         await self.follow()
-        if self._database.dialect != "sqlite":
-            return
-        known: set[int] = set()
-        statement = "SELECT substr(fingerprint, 1, 8) FROM entry WHERE fingerprint > ? ORDER BY fingerprint LIMIT 20000"
+        if self._database.dialect == "sqlite":
+            self._known = Fingerprints(2 * self._limit_entries + KNOWN_SPARE)
+            await self._read_known(self._known)
+
+    async def _read_known(self, known: Fingerprints) -> None:
+        statement = "SELECT substr(fingerprint, 1, 8) FROM entry WHERE fingerprint > ? ORDER BY fingerprint LIMIT ?"
         last = b""
-        while rows := await self._database.rows(statement, (last,)):
-            known.update(int.from_bytes(row[0], "big") for row in rows)
-            last = rows[-1][0] + b"\xff" * 24
-            if len(rows) < 20_000:
-                break
-        self._known = known
+        with known.reading() as found:
+            await self._writer.settle()
+            while rows := await self._database.rows(statement, (last, KNOWN_PIECE)):
+                found.update(shortened(row[0]) for row in rows)
+                last = rows[-1][0] + b"\xff" * 24
+                if len(rows) < KNOWN_PIECE:
+                    break
 
     @property
     def purges(self) -> Purges:
@@ -142,23 +148,21 @@ class Entries:
         """Take up what other processes have purged. Raises CacheFault."""
         await self._purges.read()
 
-    async def fingerprints(self) -> set[int] | None:
-        """First eight bytes, big-endian, of every fingerprint; the store's own set, kept up by `put`.
-
-        Ids of rows since gone may linger in it. None on PostgreSQL, where other processes store too.
-        """
-        return self._known
+    @property
+    def fingerprints_known(self) -> int:
+        """How many fingerprints are in memory; 0 on PostgreSQL, where other processes store too."""
+        return 0 if self._known is None else len(self._known)
 
     async def find(self, fingerprint: bytes) -> Entry | None:
         """The entry of this exact identity, or None. Raises CacheFault."""
-        if self._known is not None and int.from_bytes(fingerprint[:8], "big") not in self._known:
+        if self._known is not None and not self._known.may_hold(fingerprint):
             return None
         return self._sound(await self._database.rows(self._find_sql, (fingerprint,)))
 
     async def find_many(self, fingerprints: Sequence[bytes]) -> Sequence[Entry]:
         """The entries of these exact identities that are there, in any order, by one query. Raises CacheFault."""
         known = self._known
-        wanted = {f for f in fingerprints if known is None or int.from_bytes(f[:8], "big") in known}
+        wanted = {f for f in fingerprints if known is None or known.may_hold(f)}
         if not wanted:
             return ()
         columns = [entry.c[name] for name in _COLUMNS]
@@ -204,11 +208,7 @@ class Entries:
             raise CacheFault(f"entry cannot be kept: {type(error).__name__}", code="store_refused") from error
         if "\x00" in draft.prompt or any("\x00" in value for value in (draft.model, draft.namespace, *draft.tags)):
             raise CacheFault("entry cannot be kept: NUL in its text", code="store_refused")
-        may_replace = True
-        if self._known is not None:
-            known, before = int.from_bytes(draft.fingerprint[:8], "big"), len(self._known)
-            self._known.add(known)  # before the commit: a put that is cancelled while waiting may still commit
-            may_replace = len(self._known) == before
+        may_replace = self._known is None or self._known.add(draft.fingerprint)
         stored = await self._writer.submit(self._put_work, _Put(draft, began, row, may_replace))
         if stored is None:
             return None
@@ -383,7 +383,17 @@ class Entries:
             removed.extend(swept)
             if not swept:
                 break
+        await self._trim_known()
         return tuple(removed)
+
+    async def _trim_known(self) -> None:
+        """Forget the fingerprints of rows that are gone, once they are many."""
+        known = self._known
+        if known is None:
+            return
+        ((rows,),) = await self._database.rows(select(func.count()).select_from(entry))
+        if known.is_loose(rows):
+            await self._read_known(known)
 
     async def _remove(self, condition: ColumnElement[bool]) -> list[int]:
         async def act(connection: AsyncConnection) -> list[int]:

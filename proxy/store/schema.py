@@ -228,8 +228,32 @@ audit = Table(
     Index(None, "embedder", "id"),
     Index(None, "request_id"),
     Index(None, "entry_id"),
+    Index(None, "scope", "id"),
+    Index(None, "tenant", "id"),
     CheckConstraint("source IN ('forward', 'audit', 'feedback')", name="source"),
     sqlite_autoincrement=True,
+)
+
+evidence = Table(
+    "evidence",
+    metadata,
+    # What the judge knows of a level, added up over every process: see `proxy.core.risk.Tally`.
+    Column("embedder", Text, primary_key=True),
+    Column("kind", Text, primary_key=True),  # scope, namespace, tenant, installation
+    Column("scope", LargeBinary(32), primary_key=True),  # of a scope, else empty
+    Column("tenant", Text, primary_key=True),  # of a tenant or its namespace, else empty
+    Column("namespace", Text, primary_key=True),
+    Column("changed_ms", BigInteger, nullable=False),
+    Column("labelled", Double, nullable=False),
+    Column("hits", Double, nullable=False),
+    Column("audited", Double, nullable=False),
+    Column("counted_wrong", Double, nullable=False),
+    Column("would_be", Double, nullable=False),
+    Column("would_be_wrong", Double, nullable=False),
+    Column("start", Double, nullable=False),
+    Column("start_wrong", Double, nullable=False),
+    Index(None, "changed_ms"),
+    CheckConstraint("kind IN ('scope', 'namespace', 'tenant', 'installation')", name="kind"),
 )
 
 refused_pair = Table(
@@ -243,6 +267,8 @@ refused_pair = Table(
     Column("entry_id", BigInteger, nullable=False),
     Column("source", Text, nullable=False),
     Index(None, "ts"),
+    Index(None, "request_id"),
+    Index(None, "entry_id"),
 )
 
 route_vote = Table(

@@ -54,6 +54,7 @@ class Writer:
         self._fault: CacheFault | None = None
         self._retry_at = 0.0
         self._closing = False
+        self._performing = False
         self.commits = 0
 
     @property
@@ -93,6 +94,11 @@ class Writer:
         result: T = await self.submit(alone, None)
         return result
 
+    async def settle(self) -> None:
+        """Return once every job given so far is over, those whose caller has gone as well. Raises CacheFault."""
+        if self._jobs or self._performing:
+            await self.submit(_nothing, None)
+
     async def checkpoint(self) -> bool:
         """Empty SQLite's write-ahead log, so that deleted text is gone from it too; False when others hold it.
 
@@ -114,7 +120,9 @@ class Writer:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
+            self._performing = True
             await self._perform(self._take())
+            self._performing = False
 
     def _take(self) -> list[_Job]:
         jobs = [self._jobs.popleft()]
@@ -185,6 +193,10 @@ def _fail(jobs: list[_Job], fault: CacheFault) -> None:
     for job in jobs:
         if not job.done.done():
             job.done.set_exception(CacheFault(fault.message, code=fault.code))
+
+
+async def _nothing(connection: AsyncConnection, items: Sequence[Any]) -> Sequence[Any]:
+    return [None] * len(items)
 
 
 async def _checkpoint(connection: AsyncConnection, items: Sequence[Any]) -> Sequence[Any]:

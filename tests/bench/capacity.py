@@ -101,7 +101,8 @@ def serving(data_dir: Path, upstream: str) -> Iterator[Server]:
     server = Server(0, 0.0, free_port(), free_port())
     command = [sys.executable, "-m", "proxy", "serve", "--upstream", upstream, "--data-dir", str(data_dir)]
     config = data_dir / "bench.toml"
-    config.write_text("[cache]\naudit_share = 0.0\n[store]\nmax_entries = 200_000\n")  # what is asked is stored, too
+    cache = "[cache]\naudit_share = 0.0\nsemantic_misses_per_min = 0\n"
+    config.write_text(f"{cache}[store]\nmax_entries = 200_000\n")  # what is asked is stored, too
     command += ["--config", str(config)]
     command += ["--listen", f"127.0.0.1:{server.port}", "--admin", f"127.0.0.1:{server.admin}"]
     started = time.perf_counter()

@@ -329,7 +329,8 @@ async def main() -> None:
             process([*floors, "proxy", "--port", str(ports.proxy), "--upstream", mock_url], SERVER_CPU, ports.proxy)
         )
         serve = [sys.executable, "-m", "proxy", "serve", "--upstream", mock_url, "--data-dir", str(data_dir)]
-        (data_dir / "bench.toml").write_text("[cache]\naudit_share = 0.0\n")  # an audit is a call that is no client's
+        cache = "[cache]\naudit_share = 0.0\nsemantic_misses_per_min = 0\n"
+        (data_dir / "bench.toml").write_text(cache)  # an audit is a call that is no client's
         serve += ["--config", str(data_dir / "bench.toml")]
         serve += ["--listen", f"127.0.0.1:{ports.ibid}", "--admin", f"127.0.0.1:{ports.admin}"]
         stack.enter_context(process(serve, SERVER_CPU, ports.ibid, {"IBID_ADMIN_TOKEN": "b" * 40}))

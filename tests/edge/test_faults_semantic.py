@@ -20,8 +20,9 @@ import pytest
 from index.batcher import EmbedderOwner
 from index.errors import ModelFault, TextTooLong
 from proxy import app as composition
+from proxy.core.allowance import Allowance
 from proxy.core.errors import ConfigError
-from tests.edge.faults_app import PATIENCE_S, Running, ibid, question, serving, up
+from tests.edge.faults_app import PATIENCE_S, Running, ibid, question, serving, until, up
 from tests.upstream import ScriptedUpstream
 
 __all__ = ["ibid", "up"]  # fixtures
@@ -240,6 +241,47 @@ async def test_a_full_embedder_is_a_bypass_at_once(tmp_path: Path, up: ScriptedU
         model.gate.set()
         assert {reply.status for reply in await asyncio.gather(*asking)} == {200}
         assert ibid.faults()["embedder_busy"] >= 50
+
+
+def bearer(number: int) -> str:
+    return f"Authorization: Bearer sk-{number}"
+
+
+async def test_one_tenants_misses_do_not_keep_another_from_the_embedder(tmp_path: Path, up: ScriptedUpstream) -> None:
+    model = ScriptedModel()
+    async with semantic(tmp_path, up, model, "[embedding]\nqueue = 4\ndeadline_ms = 20000\n") as ibid:
+        embedder, index = ibid.pipeline.embedder, ibid.pipeline.index
+        assert isinstance(embedder, EmbedderOwner)
+        assert index is not None
+        await index.ids()  # its kernels are compiled
+        embedder._queue_deadline_s, model.batch_limit = PATIENCE_S, 1
+        model.gate.clear()
+        flood = [asyncio.create_task(ibid.ask(question(f"Question number {n} of a flood?"))) for n in range(10)]
+        await until(lambda: embedder.overloaded == 6)
+        asked = [asyncio.create_task(ibid.ask(question(ASKED), credential=bearer(n))) for n in range(2)]
+        await until(lambda: embedder.overloaded == 8)  # two of the flood gave way
+        model.gate.set()
+        assert {reply.headers["x-cache-reason"] for reply in await asyncio.gather(*asked)} == {"no_candidate"}
+        assert {reply.status for reply in await asyncio.gather(*flood)} == {200}
+
+
+async def test_near_copies_beyond_the_keys_allowance_are_looked_up_exactly_only(
+    tmp_path: Path, up: ScriptedUpstream
+) -> None:
+    near = [f"How does one reset the password of a home router number {n}?" for n in range(8)]
+    toml = "[cache]\nsemantic_misses_per_min = 5\n"
+    async with semantic(tmp_path, up, ScriptedModel(), toml) as ibid:
+        assert ibid.pipeline.index is not None
+        await ibid.pipeline.index.ids()  # its kernels are compiled
+        ibid.pipeline._misses = Allowance(5, named=1)  # as if thousands of keys were known already
+        replies = [await ibid.ask(question(text)) for text in near]
+        assert [reply.headers["x-cache-reason"] for reply in replies[5:]] == ["too_many_misses"] * 3
+        assert "too_many_misses" not in {reply.headers["x-cache-reason"] for reply in replies[:5]}
+        assert "x-cache-similarity" not in replies[5].headers
+        assert (await ibid.ask(question(near[0]))).headers["x-cache-tier"] == "exact"
+        for number in range(20):  # many another key does not make room for this one
+            await ibid.ask(question(OTHER), credential=bearer(number))
+        assert (await ibid.ask(question(ASKED))).headers["x-cache-reason"] == "too_many_misses"
 
 
 async def test_an_index_that_died_is_a_bypass(tmp_path: Path, up: ScriptedUpstream) -> None:

@@ -15,7 +15,9 @@ from tests.flows.running import Ibid, Reply, running, until
 from tests.upstream import Chat, Json, ScriptedUpstream, Seen
 
 BUDGET = 0.02
-LEARNING: Mapping[str, Mapping[str, Any]] = {"cache": {"max_error_rate": BUDGET, "audit_share": 0.05}}
+LEARNING: Mapping[str, Mapping[str, Any]] = {
+    "cache": {"max_error_rate": BUDGET, "audit_share": 0.05, "semantic_misses_per_min": 0}
+}
 ASKED = "How do I repair a leaking garden hose?"
 REWORDED = "How can I repair a leaking garden hose?"
 

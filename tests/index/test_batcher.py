@@ -192,6 +192,25 @@ async def test_a_full_queue_refuses_at_once_and_grows_no_further() -> None:
         assert len(await asyncio.gather(*asking)) == 3
 
 
+async def test_one_tenants_flood_neither_fills_the_queue_for_another_nor_goes_before_it() -> None:
+    backend = Scripted(batch_limit=1)
+    async with running(backend, queue=16) as owner:
+        backend.hold()
+        flood = [asyncio.create_task(owner.embed(f"flood {i}", "loud")) for i in range(40)]
+        await backend.reached()
+        await settle()
+        assert owner.queue_length == 16
+        others = [asyncio.create_task(owner.embed(f"one {i}", f"quiet {i}")) for i in range(5)]
+        await settle()
+        assert owner.queue_length == 16
+        backend.gate.set()
+        assert all(len(vector) == 8 for vector in await asyncio.gather(*others))
+        done = await asyncio.gather(*flood, return_exceptions=True)
+        assert [isinstance(one, Overloaded) for one in done] == [False] * 11 + [True] * 29  # the newest gave way
+        order = [sum(word.encode()) for word in ("flood", "one")]
+        assert [row[0] for row in backend.encoded[:7]] == [order[0]] * 2 + [order[1]] * 5
+
+
 async def test_a_caller_that_left_is_not_encoded_for_and_frees_its_place() -> None:
     backend = Scripted(batch_limit=1)
     async with running(backend, queue=2) as owner:

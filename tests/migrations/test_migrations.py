@@ -12,7 +12,9 @@ from sqlalchemy import insert, inspect, text
 
 from proxy.core.errors import ConfigError
 from proxy.core.model import Draft
+from proxy.core.risk import Tally
 from proxy.core.saving import REQUEST_COLUMNS, settle
+from proxy.judge import Place
 from proxy.store import migrate
 from proxy.store.engine import open_database, transaction
 from proxy.store.entries import checksum_of
@@ -147,3 +149,36 @@ async def test_requests_of_the_second_revision_belong_to_no_key(url, tmp_path):
         found = (await connection.execute(text("SELECT * FROM request"))).mappings().one()
         assert dict(found) == before
     await database.close()
+
+
+async def test_comparisons_of_the_sixth_revision_are_the_evidence_they_were(url, tmp_path):
+    database = open_database(url, tmp_path / "data")
+    async with database.writer.connect() as connection:
+        async with transaction(connection):
+            await connection.run_sync(lambda sync: migrate.upgrade(sync, "0006"))
+        told = {
+            "ts": 5, "source": "audit", "request_id": "r", "tenant": "t", "namespace": "n", "embedder": "e1",
+            "scope": digest("s"), "fingerprint": digest("q"), "entry_id": 1, "group_id": 1, "similarity": 0.97,
+            "log_odds": 1.0, "standing": "start", "served": 1, "near_same": 1, "p_same": 0.2, "weight": 2.0,
+            "features": b"", "words": b"", "signature": b"", "writer": "w",
+        }  # fmt: skip
+        rows = [
+            told,
+            told | {"p_same": 0.9, "ts": 7},
+            told | {"standing": "", "served": 0, "near_same": 0, "weight": 1.0},
+            told | {"weight": 0.0},
+            told | {"embedder": "e2", "namespace": ""},
+        ]
+        names, marks = ", ".join(told), ", ".join(f":{name}" for name in told)
+        async with transaction(connection):
+            for row in rows:
+                await connection.execute(text(f"INSERT INTO audit ({names}) VALUES ({marks})"), row)
+    await database.close()
+    await migrate_store(url, tmp_path / "data")
+    store = await open_store(url, tmp_path / "data", price=list_price)
+    place = Place(digest("s"), "n", "t", b"")
+    tally = Tally(labelled=3, hits=4, audited=2, counted_wrong=1, would_be=2, would_be_wrong=1, start=4, start_wrong=2)
+    assert [*(await store.comparisons.tallies("e1", place.levels)).values()] == [tally] * 4
+    (namespace,) = (await store.comparisons.tallies("e2", [place.levels[1]])).values()
+    assert namespace == Tally()
+    await store.close()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
+from sqlalchemy import select
 
 from proxy.core.errors import CacheFault
 from proxy.core.model import Comparison
 from proxy.core.purges import Selector
+from proxy.core.risk import LevelName, Tally
 from proxy.ports import RefusedPair
 from proxy.store import comparisons as room
 from proxy.store.comparisons import Comparisons
+from proxy.store.schema import evidence
 from tests.rows import NOON_MS, NOW, digest, draft, hit
 
 
@@ -137,3 +142,88 @@ async def test_an_audited_hit_is_judged_in_the_views_and_its_cost_is_booked(stor
     assert tuple(row) == (1, 1, 1.0, 1.0)
     (band,) = (await store.queries.named("wrong_by_similarity")).rows
     assert tuple(band)[1:] == (1, 1, 1.0)
+
+
+HERE = LevelName("scope", scope=digest("scope"))
+LEVELS = (
+    HERE,
+    LevelName("namespace", tenant="t" * 64, namespace="n"),
+    LevelName("tenant", tenant="t" * 64),
+    LevelName("installation"),
+)
+
+
+async def test_what_is_noted_of_a_level_adds_up_over_processes_written_or_not(store):
+    other = Comparisons(store.database, store.writer)
+    for number in range(3):
+        for level in LEVELS:
+            store.comparisons.note("e1", level, Tally(hits=1.0, counted_wrong=1.0))
+            other.note("e1", level, Tally(labelled=1.0, hits=number))
+        await store.comparisons.flush()
+    assert (await store.comparisons.tallies("e1", [HERE]))[HERE] == Tally(hits=3.0, counted_wrong=3.0)
+    await other.flush()
+    store.comparisons.note("e1", HERE, Tally(start=0.5))
+    found = await store.comparisons.tallies("e1", [*LEVELS, LevelName("tenant", tenant="nobody")])
+    both = Tally(labelled=3.0, hits=6.0, counted_wrong=3.0)
+    assert [*found.values()] == [both._replace(start=0.5), both, both, both, Tally()]
+    assert (await store.comparisons.tallies("another", [HERE]))[HERE] == Tally()
+
+
+async def test_what_is_noted_while_it_is_written_is_told_once(store):
+    async def asked() -> Tally:
+        return (await store.comparisons.tallies("e1", [HERE]))[HERE]
+
+    for number in range(1, 40):
+        store.comparisons.note("e1", HERE, Tally(hits=1.0))
+        writing = asyncio.create_task(store.comparisons.flush())
+        await asyncio.sleep(0)
+        asking = asyncio.create_task(asked())
+        await asyncio.wait([writing, asking])
+        assert asking.result() == Tally(hits=number)
+
+
+async def test_a_note_outlives_a_database_that_does_not_write(store, monkeypatch):
+    async def refuse(*_: object) -> None:
+        raise CacheFault("full", code="store_full")
+
+    store.comparisons.note("e1", HERE, Tally(hits=1.0))
+    with monkeypatch.context() as patched:
+        patched.setattr(store.writer, "run", refuse)
+        with pytest.raises(CacheFault):
+            await store.comparisons.flush()
+    assert (await store.comparisons.tallies("e1", [HERE]))[HERE] == Tally(hits=1.0)
+    await store.comparisons.flush()
+    assert (await store.comparisons.tallies("e1", [HERE]))[HERE] == Tally(hits=1.0)
+
+
+async def test_a_levels_comparisons_come_back_newest_last(store):
+    made = [comparison(f"q{n}", namespace="n" if n % 2 else "", scope=digest(f"s{n % 3}")) for n in range(6)]
+    for one in made[:5]:
+        store.comparisons.record(one)
+    await store.comparisons.flush()
+    store.comparisons.record(made[5])  # still waits
+    of_level = store.comparisons.of_level
+    assert await of_level("e1", LevelName("scope", scope=digest("s2")), 9) == [made[2], made[5]]
+    assert await of_level("e1", LEVELS[1], 9) == [made[1], made[3], made[5]]
+    assert await of_level("e1", LEVELS[2], 9) == made
+    assert await of_level("e1", LEVELS[3], 2) == made[4:]
+
+
+async def test_housekeeping_keeps_every_tally_that_narrows(store):
+    now = NOON_MS / 1000
+    books = Comparisons(store.database, store.writer, clock=lambda: now)
+    kept = {
+        "wrong": Tally(counted_wrong=1.0),
+        "would": Tally(would_be_wrong=1.0),
+        "start": Tally(start_wrong=1.0),
+        "thick": Tally(labelled=float(room.CLEAN_LABELS)),
+    }
+    for name, tally in {**kept, "clean": Tally(labelled=99.0, hits=500.0)}.items():
+        books.note("e1", LevelName("tenant", tenant=name), tally)
+    await books.flush()
+    now += room.CLEAN_KEPT_MS / 1000
+    await books.housekeep()
+    assert len(await store.database.rows(select(evidence.c.tenant))) == 5
+    now += 1
+    await books.housekeep()
+    assert {row[0] for row in await store.database.rows(select(evidence.c.tenant))} == set(kept)

@@ -14,6 +14,7 @@ from proxy.core.errors import BadRequest, CacheFault
 from proxy.core.model import Draft
 from proxy.core.purges import Selector
 from proxy.store.entries import checksum_of
+from proxy.store.known import LOOSE, SLACK, Fingerprints, shortened
 from proxy.store.selection import Filters
 from tests.rows import HOUR_MS, NOON_MS, NOW, digest, draft, hit
 
@@ -211,3 +212,63 @@ async def test_eviction_keeps_what_was_used_and_obeys_both_bounds(store):
     store.entries._limit_bytes = 1
     assert set(await store.entries.housekeep(NOON_MS + 130_000)) == {ids[0], ids[3]}
     assert (await store.entries.stats()).entries == 0
+
+
+async def test_fingerprints_in_memory_go_with_their_rows_however_those_go(sqlite_store):
+    entries = sqlite_store.entries
+    entries._limit_entries = 50
+    for start in range(0, 4_000, 500):
+        await asyncio.gather(*(entries.put(draft(f"q{start + number}")) for number in range(500)))
+        await entries.housekeep(NOON_MS)
+        assert entries.fingerprints_known <= LOOSE * 50 + SLACK + 500
+    assert entries.fingerprints_known <= LOOSE * 50 + SLACK
+    kept = [line.id for line in (await entries.search(Filters(), limit=100)).entries]
+    assert len(kept) == 50
+    for entry_id in kept:
+        row = await entries.get(entry_id)
+        assert (await entries.find(row.draft.fingerprint)).id == entry_id
+
+
+async def test_what_is_stored_while_the_rows_are_read_anew_is_known(sqlite_store):
+    entries, known = sqlite_store.entries, sqlite_store.entries._known
+    await asyncio.gather(*(entries.put(draft(f"old{number}")) for number in range(300)))
+    first = asyncio.create_task(entries.put(draft("given up")))
+    await asyncio.sleep(0)
+    reading = asyncio.create_task(entries._read_known(known))
+    await asyncio.sleep(0)
+    first.cancel()  # its row may be written all the same
+    await asyncio.gather(*(entries.put(draft(f"new{number}")) for number in range(300)), reading)
+    await sqlite_store.writer.settle()
+    rows = await sqlite_store.database.rows("SELECT substr(fingerprint, 1, 8) FROM entry", ())
+    assert len(rows) >= 600
+    assert {row[0] for row in rows} <= {one.to_bytes(8, "big") for one in known._known}
+
+
+STEPS = st.tuples(st.sampled_from(["add", "remove", "begin", "end", "fail"]), st.integers(0, 30))
+
+
+@given(st.lists(STEPS), st.booleans())
+def test_a_fingerprint_that_is_said_to_be_unknown_has_no_row(steps, small):
+    known, rows, reading = Fingerprints(8 if small else 1_000), set(), None
+    with known.reading():
+        pass
+    for step, number in steps:
+        fingerprint = digest(str(number))
+        if step == "add":
+            assert known.add(fingerprint) or fingerprint not in rows
+            rows.add(fingerprint)
+        elif step == "remove":
+            rows.discard(fingerprint)
+        elif step == "begin" and reading is None:
+            reading = known.reading()
+            found, seen = reading.__enter__(), set(rows)
+        elif step in ("end", "fail") and reading is not None:
+            if step == "end":
+                found.update(shortened(one[:8]) for one in seen)
+                reading.__exit__(None, None, None)
+            else:
+                with pytest.raises(CacheFault):
+                    reading.gen.throw(CacheFault("down"))
+            reading = None
+        assert all(known.may_hold(one) for one in rows)
+        assert len(known) <= (8 if small else 1_000)
