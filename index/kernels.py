@@ -36,7 +36,7 @@ def kernel(*, fastmath: set[str] | bool, inline: Literal["never", "always"] = "n
 
 _FAST: Final = {"reassoc", "contract", "arcp"}
 _kernel = kernel(fastmath=_FAST)
-_part = kernel(fastmath=_FAST, inline="always")  # compiled within a kernel: alone it would cost a start more
+_part = kernel(fastmath=_FAST, inline="always")  # compiled within its kernels: alone it costs a start more
 
 
 @_kernel

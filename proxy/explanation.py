@@ -44,7 +44,7 @@ def _told(judged: Judged, opinion: Opinion) -> dict[str, Any]:
         "entry": candidate.entry_id,
         "similarity": round(candidate.similarity, 4),
         "probability": round(judged.probability, 4),
-        "vetoes": [name for bit, name in enumerate(policy.GUARDS) if candidate.vetoes >> bit & 1],
+        "vetoes": list(policy.names(candidate.vetoes)),
         "standing": None if judged.standing is None else judged.standing.value,
         "reason": opinion.refused.get(candidate.entry_id) or judged.reason,
     }

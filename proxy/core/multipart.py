@@ -2,6 +2,9 @@
 
 `Form.feed` takes bytes in any cut and gives the pieces of one file; small fields are kept. Nothing is held back but the
 last bytes that may be the beginning of a boundary.
+
+By hand, although PyPI's multipart is well kept: its version 2.0.1 refuses blanks behind a boundary, which RFC 2046
+§5.1.1 has receivers accept, and gives a filename without the backslashes that it came with.
 """
 
 from __future__ import annotations

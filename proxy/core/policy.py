@@ -156,9 +156,14 @@ GUARDS = (
 """Names of the veto bits, lowest first, as the index sets them; a test holds them equal to `index.tokens.GUARDS`."""
 
 
-def mask(*names: str) -> int:
+def mask(*guards: str) -> int:
     """The veto set of these guards. Raises ValueError for an unknown name."""
-    return sum(1 << GUARDS.index(name) for name in names)
+    return sum(1 << GUARDS.index(guard) for guard in guards)
+
+
+def names(vetoes: int) -> tuple[str, ...]:
+    """The guards in a veto set, in the order of GUARDS."""
+    return tuple([guard for i, guard in enumerate(GUARDS) if vetoes >> i & 1])
 
 
 HARD = mask(*(name for name in GUARDS if name != "possessive"))

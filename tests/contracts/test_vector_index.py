@@ -11,8 +11,9 @@ import pytest
 
 from index.errors import IndexFault
 from index.kernels import veto_bits
-from index.tokens import mask, signature
+from index.tokens import signature
 from index.vectors import VectorOwner
+from proxy.core.policy import mask
 from proxy.ports import VectorIndex
 from tests.index_fakes import FakeVectorIndex
 

@@ -6,6 +6,7 @@ import math
 import re
 from typing import Any
 
+import http_sf
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -200,6 +201,30 @@ def test_cache_status_reads_as_rfc_9211_writes_it() -> None:
         cache_status(hit=True, fwd="miss")
     with pytest.raises(ValueError, match="either"):
         cache_status()
+
+
+@given(
+    st.none() | st.sampled_from(["bypass", "request", "stale", "miss"]),
+    st.none() | st.integers(100, 599),
+    st.none() | st.integers(-(10**9), 2**31),
+    st.booleans(),
+    st.booleans(),
+    st.none() | st.text(min_size=1),
+)
+def test_another_parser_of_structured_fields_reads_what_was_said(
+    fwd: str | None, fwd_status: int | None, ttl_s: int | None, stored: bool, collapsed: bool, detail: str | None
+) -> None:
+    said = {"fwd-status": fwd_status, "ttl": ttl_s, "stored": stored or None, "collapsed": collapsed or None}
+    expected = {"hit": True} if fwd is None else {"fwd": fwd}
+    expected |= {name: value for name, value in said.items() if value is not None}
+    if detail is not None:
+        expected["detail"] = re.sub(r"[^\x20-\x7e]", "?", detail)
+    line = cache_status(
+        hit=fwd is None, fwd=fwd, fwd_status=fwd_status, ttl_s=ttl_s, stored=stored, collapsed=collapsed, detail=detail
+    )
+    ((cache, parameters),) = http_sf.parse(line.encode(), tltype="list")
+    assert (str(cache), parameters) == ("ibid", expected)
+    assert list(parameters) == list(expected)
 
 
 @given(st.text(min_size=1))

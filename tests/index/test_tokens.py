@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from index.kernels import veto_bits
-from index.tokens import GUARDS, WIDTH, mask, names, signature
-from proxy.core.policy import HARD
+from index.tokens import GUARDS, WIDTH, signature
+from proxy.core.policy import HARD, mask, names
 
 
 def vetoes(a: str, b: str) -> tuple[str, ...]:

@@ -15,9 +15,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from proxy.core.answer import to_json
 from proxy.core.dialects.dialect import Loads, Recording
-from proxy.core.dialects.recording import objects_under, read_object, recorded
+from proxy.core.dialects.recording import is_sayable, objects_under, read_object, recorded
 from proxy.core.errors import UpstreamError
 from proxy.core.eventstream import LINE_LIMIT_BYTES, EventDecoder
 from proxy.core.model import Answer, Usage
@@ -114,11 +113,8 @@ def _storable(body: Mapping[str, Any], blocks: list[Any], pieces: tuple[int, ...
     extra = {name: value for name, value in body.items() if name not in _TOP_FIELDS}
     if body.get("stop_sequence") is not None:
         extra["stop_sequence"] = body["stop_sequence"]
-    if loads is json.loads:  # it reads lone surrogates and NaN; stricter readers do not
-        try:
-            to_json([blocks, model, usage, extra])
-        except ValueError:
-            return "garbage"
+    if not is_sayable(loads, blocks, model, usage, extra):
+        return "garbage"
     return Answer(
         message=message,
         finish_reason=FINISHES[finish],

@@ -13,7 +13,7 @@ from proxy.core.answer import to_json
 from proxy.core.dialects.dialect import Loads, Recording, Template, UsageMode
 from proxy.core.dialects.openai_record import find_usage, read_usage
 from proxy.core.dialects.openai_replay import counted, split, to_text
-from proxy.core.dialects.recording import read_object, recorded
+from proxy.core.dialects.recording import is_sayable, read_object, recorded
 from proxy.core.errors import UpstreamError
 from proxy.core.eventstream import DONE, EventDecoder
 from proxy.core.model import Answer
@@ -98,11 +98,8 @@ def _storable(whole: Mapping[str, Any], choice: Mapping[str, Any], texts: list[A
         return "garbage"
     extra = {name: value for name, value in whole.items() if name not in _TOP_FIELDS}
     others = {name: value for name, value in choice.items() if name not in _CHOICE_FIELDS}
-    if loads is json.loads:  # it reads lone surrogates and NaN; stricter readers do not
-        try:
-            to_json([text, model, usage, extra, others])
-        except ValueError:
-            return "garbage"
+    if not is_sayable(loads, text, model, usage, extra, others):
+        return "garbage"
     lengths = tuple([len(piece) for piece in texts if piece])
     return Answer(
         message={"role": "assistant", "content": text},

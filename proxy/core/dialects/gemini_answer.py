@@ -14,7 +14,7 @@ from typing import Any
 from proxy.core.answer import to_json
 from proxy.core.dialects.dialect import Loads, Recording, Template, UsageMode
 from proxy.core.dialects.openai_replay import counted, escaped, split
-from proxy.core.dialects.recording import last_usage, recorded
+from proxy.core.dialects.recording import is_sayable, last_usage, recorded
 from proxy.core.errors import UpstreamError
 from proxy.core.eventstream import LINE_LIMIT_BYTES, EventDecoder, EventSplitter
 from proxy.core.model import Answer, Usage
@@ -120,11 +120,8 @@ def _storable(
     rest = {name: value for name, value in candidate.items() if name not in _CANDIDATE_FIELDS}
     choice = rest if is_plain else {**rest, "parts": parts}
     extra = {name: value for name, value in top.items() if name not in _TOP_FIELDS}
-    if loads is json.loads:  # it reads lone surrogates and NaN; stricter readers do not
-        try:
-            to_json([message, model, usage, choice, extra])
-        except ValueError:
-            return "garbage"
+    if not is_sayable(loads, message, model, usage, choice, extra):
+        return "garbage"
     return Answer(
         message=message,
         finish_reason="tool_calls" if calls else "stop",

@@ -12,11 +12,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from proxy.core.answer import to_json
 from proxy.core.dialects.dialect import Loads, Recording, Template, UsageMode
 from proxy.core.dialects.lines import LINE_LIMIT_BYTES, LineSplitter
 from proxy.core.dialects.openai_replay import split
-from proxy.core.dialects.recording import recorded, usage_of
+from proxy.core.dialects.recording import is_sayable, recorded, usage_of
 from proxy.core.errors import UpstreamError
 from proxy.core.model import Answer, Usage
 
@@ -106,11 +105,8 @@ def _storable(
         return "empty"
     counters = {name: value for name, value in last.items() if name in _COUNTERS}
     extra = {name: value for name, value in last.items() if name not in _TOP_FIELDS | _COUNTERS}
-    if loads is json.loads:  # it reads lone surrogates and NaN; stricter readers do not
-        try:
-            to_json([message, model, counters, extra])
-        except ValueError:
-            return "garbage"
+    if not is_sayable(loads, message, model, counters, extra):
+        return "garbage"
     lengths = tuple(len(piece) for piece in pieces if piece)
     return Answer(
         message=message,

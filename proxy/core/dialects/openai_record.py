@@ -17,9 +17,8 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
-from proxy.core.answer import to_json
 from proxy.core.dialects.dialect import Loads, Recording
-from proxy.core.dialects.recording import details_of, last_usage, read_object, recorded, usage_of
+from proxy.core.dialects.recording import details_of, is_sayable, last_usage, read_object, recorded, usage_of
 from proxy.core.errors import UpstreamError
 from proxy.core.eventstream import DONE, LINE_LIMIT_BYTES, EventDecoder
 from proxy.core.model import Answer, Usage
@@ -112,11 +111,8 @@ def _storable(
         return "empty"
     if not isinstance(model, str) or not (raw_usage is None or isinstance(raw_usage, dict)):
         return "garbage"
-    if loads is json.loads:  # it reads lone surrogates and NaN; stricter readers do not
-        try:
-            to_json([message, model, raw_usage, choice, extra])
-        except ValueError:
-            return "garbage"
+    if not is_sayable(loads, message, model, raw_usage, choice, extra):
+        return "garbage"
     return Answer(message, finish_reason, model, read_usage(raw_usage), raw_usage, extra, pieces, choice)
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from proxy.core.answer import to_json
 from proxy.core.dialects.dialect import Loads, Recording
 from proxy.core.dialects.lines import LINE_LIMIT_BYTES
 from proxy.core.model import Answer, Usage
@@ -29,6 +30,17 @@ def read_object(raw: bytes, loads: Loads, limit_bytes: int = LINE_LIMIT_BYTES) -
     except (ValueError, RecursionError):
         return "garbage"
     return body if isinstance(body, dict) else "garbage"
+
+
+def is_sayable(loads: Loads, *read: object) -> bool:
+    """Whether JSON can say what these bytes were read as; the standard library reads lone surrogates and NaN too."""
+    if loads is not json.loads:
+        return True
+    try:
+        to_json(read)
+    except ValueError:
+        return False
+    return True
 
 
 def objects_under(body: bytes, name: bytes, *, last_first: bool) -> Iterator[dict[str, Any]]:

@@ -17,10 +17,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from proxy.core.answer import to_json
 from proxy.core.dialects.dialect import Loads, Recording
 from proxy.core.dialects.openai_record import are_calls
-from proxy.core.dialects.recording import details_of, last_usage, read_object, recorded, usage_of
+from proxy.core.dialects.recording import details_of, is_sayable, last_usage, read_object, recorded, usage_of
 from proxy.core.errors import UpstreamError
 from proxy.core.eventstream import DONE, LINE_LIMIT_BYTES, EventDecoder
 from proxy.core.model import Answer, Usage
@@ -165,11 +164,8 @@ def _storable(response: Mapping[str, Any], pieces: tuple[int, ...], keeps_id: bo
     is_plain = not is_kept and not says_more and [_told(item) for item in items] == [_told(i) for i in made(message)]
     if not says_more and not is_plain:
         extra["output"] = items
-    if loads is json.loads:  # it reads lone surrogates and NaN; stricter readers do not
-        try:
-            to_json([output, model, usage, extra])
-        except ValueError:
-            return "garbage"
+    if not is_sayable(loads, output, model, usage, extra):
+        return "garbage"
     return Answer(
         message=message,
         finish_reason="tool_calls" if "tool_calls" in message else "stop",
