@@ -183,6 +183,10 @@ class Comparisons(Protocol):
         """Keep a comparison, and that an entry's answer is the same as another's. Never blocks, never raises."""
         ...
 
+    async def keep(self, found: Comparison) -> None:
+        """As `record`, and written when it returns."""
+        ...
+
     async def newest(self, embedder: str, limit: int) -> Sequence[SeenComparison]:
         """The last `limit` comparisons made with this embedder, oldest first."""
         ...
@@ -291,6 +295,10 @@ class KeyStore(Protocol):
 
     def settled(self) -> AbstractAsyncContextManager[bool]:
         """Inside, the ledger writes nothing; True when all that was recorded before is in the database."""
+        ...
+
+    async def unwritten(self) -> Sequence[Outcome]:
+        """Inside `settled`: what keys caused that is on file and not in the database."""
         ...
 
     async def spent(self, key_ids: Sequence[str], starts: Mapping[str, int]) -> Mapping[tuple[str, str], Cost]:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 from sqlalchemy import ColumnElement, bindparam, delete, func, insert, select, update
@@ -41,6 +42,7 @@ class Comparisons:
         self._writer_id = uuid.uuid4().hex
         self._waiting: list[tuple[Comparison | None, int, int]] = []
         self._flushing: asyncio.Task[None] | None = None
+        self._writing = asyncio.Lock()
         make = sqlite.insert if database.dialect == "sqlite" else postgresql.insert
         self._refuse = make(refused_pair).on_conflict_do_nothing()
 
@@ -63,12 +65,21 @@ class Comparisons:
             except CacheFault:
                 await asyncio.sleep(RETRY_S)
 
+    async def keep(self, found: Comparison) -> None:
+        """As `record`, and written when it returns. Raises CacheFault, and then it waits like any other."""
+        self.record(found)
+        await self.flush()
+
     async def flush(self) -> None:
         """Write what waits. Raises CacheFault, and then it still waits."""
-        batch = self._waiting[:BATCH]
-        if batch:
-            await self._writer.run(lambda connection: self._write(connection, batch))
-            del self._waiting[: len(batch)]
+        async with self._writing:
+            while batch := self._waiting[:BATCH]:
+                del self._waiting[: len(batch)]
+                try:
+                    await self._writer.run(partial(self._write, batch=batch))
+                except BaseException:
+                    self._waiting[:0] = batch
+                    raise
 
     async def close(self) -> None:
         """Write what waits, if the database takes it."""
