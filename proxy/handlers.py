@@ -416,6 +416,7 @@ class ClientHandler:
             while piece := await relay.next():
                 await live.write(piece)
         except UpstreamError as error:
+            relay.close("error")
             if not relay.is_stream:
                 response.force_close()
                 return _cut(request)

@@ -129,6 +129,11 @@ class SqlLedger:
         return len(self._waiting) + len(self._loose)
 
     @property
+    def unprotected(self) -> int:
+        """Outcomes that are neither in the database nor on file."""
+        return len(self._loose)
+
+    @property
     def owes(self) -> bool:
         """Outcomes of before wait in the journal for a database that writes."""
         return self._owes
