@@ -565,6 +565,10 @@ def watch(app: App, handler: ClientHandler, pulse: Pulse, edges: Edges) -> None:
     gauge("ibid_queue_length", "Waiting work", lambda: len(handler.arriving), queue="bodies")
     gauge("ibid_queue_length", "Waiting work", lambda: app.store.ledger.waiting, queue="ledger")
     gauge("ibid_queue_length", "Waiting work", lambda: app.store.writer.waiting, queue="store")
+    ledger = app.store.ledger
+    gauge("ibid_ledger_journal_bytes", "Ledger rows on file, not known to SQL yet", lambda: ledger.journal_bytes)
+    gauge("ibid_ledger_unprotected", "Ledger rows in memory alone: a kill loses them", lambda: ledger.unprotected)
+    gauge("ibid_ledger_dropped", "Ledger rows lost for want of database, disk and memory", lambda: ledger.dropped)
     if (batches := handler.batches) is not None:
         gauge("ibid_batches", "Batches being worked on", lambda: batches.engine.running)
         gauge("ibid_batch_lines", "Lines of batches that wait for an answer", lambda: batches.engine.lines_left)

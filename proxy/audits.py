@@ -324,7 +324,7 @@ class Auditor:
                 ts_ms=int(self._clock() * 1000),
             )
             self.judge.apply(found)
-            self._comparisons.record(found)
+            await self._comparisons.keep(found)  # whoever gave the verdict is told that it counts
 
     async def _never_again(self, asked: bytes, entry_id: int, request_id: str, source: str) -> None:
         """A hard negative: in memory at once, then in SQL."""

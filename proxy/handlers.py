@@ -417,7 +417,7 @@ class ClientHandler:
         response = web.StreamResponse(headers=headers_of(replay))
         live = LiveStream(response, paced.heartbeat)
         begun_s: float | None = None
-        start, outcome = 0, "cancelled"
+        start, is_settled = 0, False
         self.streams.add(live)
         try:
             await response.prepare(request)
@@ -426,13 +426,16 @@ class ClientHandler:
                     begun_s = time.perf_counter()
                 elif (rest_s := begun_s + due_s - time.perf_counter()) > 0:
                     await asyncio.sleep(rest_s)
+                if end == len(replay.body):
+                    is_settled = True
+                    paced.settle(begun_s, "ok")
                 await live.write(replay.body[start:end])
                 start = end
             await response.write_eof()
-            outcome = "ok"
         finally:
             self.streams.discard(live)
-            paced.settle(begun_s, outcome)
+            if not is_settled:
+                paced.settle(begun_s, "cancelled")
         return response
 
     async def _copy(self, request: web.BaseRequest, relay: Relay, live: LiveStream) -> str:
@@ -441,10 +444,9 @@ class ClientHandler:
         await response.prepare(request)
         try:
             while piece := await relay.next():
-                if relay.first_byte_s is None:
-                    relay.first_byte_s = time.perf_counter()
                 await live.write(piece)
         except UpstreamError as error:
+            relay.close("error")
             if not relay.is_stream:
                 response.force_close()
                 return _cut(request)

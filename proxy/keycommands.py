@@ -17,7 +17,7 @@ from proxy.admin_schema import read_values
 from proxy.core.errors import BadRequest
 from proxy.core.keys import Kind, moment
 from proxy.keys import KeyRing
-from proxy.prices import Prices
+from proxy.prices import configured
 from proxy.settings import Settings
 from proxy.store.store import open_store
 
@@ -72,7 +72,7 @@ def _done(
 
 async def _directly(settings: Settings, act: Callable[[KeyRing], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
     """Without a running ibid, or on another machine's: it follows the table."""
-    prices = Prices()
+    prices = configured(settings)
     store = await open_store(settings.store.database_url or None, settings.data_dir, price=prices.price)
     try:
         ring = KeyRing(store.keys, prices)

@@ -277,7 +277,7 @@ class KeyRing:
     async def load(self) -> None:
         """Every key, and what each has spent. Raises CacheFault."""
         await self.read_keys()
-        await self.read_spent()
+        await self.read_spent(is_first=True)
 
     async def follow(self, fault: Callable[[str], None]) -> None:
         """Notice what other processes do, for ever. While the database is away, keys stay as they were."""
@@ -320,8 +320,9 @@ class KeyRing:
         self._by_digest[key.digest] = live
         return live
 
-    async def read_spent(self) -> None:
-        """What the ledger says was spent in the windows that run now, plus what it does not hold yet."""
+    async def read_spent(self, *, is_first: bool = False) -> None:
+        """What the ledger says was spent in the windows that run now, plus what it does not hold yet. `is_first`: this
+        process has counted nothing yet, so what an earlier one left on file counts as well."""
         counted = [live for live in self._by_id.values() if live.budgets and live.key.revoked_ms is None]
         if not counted:
             return
@@ -332,15 +333,18 @@ class KeyRing:
             budget.turn(now_ms)
         starts = {budget.limit.window.value: budget.start_ms for _, budget in budgets}
         async with self._store.settled() as is_settled:
-            if not is_settled:  # rows wait for the database: the count in memory knows more
+            if not (is_settled or is_first):  # rows wait for the database: the count in memory knows more
                 return
             for _, budget in budgets:
                 budget.read_begins()
             found = await self._store.spent([live.key.id for live in counted], starts)
+            waiting = () if is_settled else await self._store.unwritten()
         for live, budget in budgets:
             window = budget.limit.window.value
             cost = found.get((live.key.id, window), _NOTHING)
             budget.read(starts[window], cost.of(budget.limit.kind))
+        for outcome in waiting:
+            self.book(outcome)
         self._pause_s = (time.monotonic() - began_s) / READ_SHARE
 
     # -- for people -----------------------------------------------------------------------------------------------

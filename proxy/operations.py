@@ -65,6 +65,8 @@ class Operator:
         degraded = {}
         if self._store.state != "ok":
             degraded["store"] = self._store.state
+        if self._store.ledger.state != "ok":
+            degraded["ledger"] = self._store.ledger.state
         if self._pipeline.rules.semantic and (self._pipeline.embedder is None or self._pipeline.index is None):
             degraded["semantic"] = self._pipeline.semantic_fault
         ready = not self._is_stopping()
@@ -86,7 +88,10 @@ class Operator:
             "judge": self._pipeline.auditor.status(),
             "lanes": {**self._pipeline.forwarder.status(), **self._pipeline.errands.status()},
             "reindex": None if self._reindex is None else self._reindex.progress(),
-            "ledger": {"waiting": self._store.ledger.waiting, "written": self._store.ledger.written},
+            "ledger": {
+                name: getattr(self._store.ledger, name)
+                for name in ("state", "waiting", "written", "spilled", "dropped", "refused", "journal_bytes")
+            },
             **self._gauges(),
         }
 

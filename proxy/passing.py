@@ -15,6 +15,7 @@ from urllib.parse import parse_qs, unquote
 
 from aiohttp import WSCloseCode, WSMsgType, web
 from aiohttp.hdrs import METH_GET, SEC_WEBSOCKET_PROTOCOL, UPGRADE
+from aiohttp.helpers import must_be_empty_body
 
 from proxy.core.arrival import Arrival
 from proxy.core.dialects import anthropic_record, gemini_answer, ollama_answer, openai_record, responses_record
@@ -107,6 +108,12 @@ class PassThrough:
             entry.status, entry.word = error.status, "error"
             raise
         finally:
+            self._book(entry)
+
+    def _book(self, entry: _Entry) -> None:
+        """Once: before the client has the last byte of an answer, so that nothing answered is unrecorded."""
+        if not entry.is_booked:
+            entry.is_booked = True
             outcome = entry.outcome()
             self._ledger.record(outcome)
             self._telemetry.lookup(outcome)
@@ -118,15 +125,26 @@ class PassThrough:
         entry.first_byte_s = time.perf_counter()
         response = web.StreamResponse(status=answer.status, headers=[*answer.headers, *self._verdict(asked, entry)])
         glance = Glance() if answer.status == 200 and answer.content_type in _READ else None
+        left_bytes = answer.content_length
+        last = b""
         try:
-            if answer.content_length is not None:
-                response.content_length = answer.content_length
-            await response.prepare(request)
+            if left_bytes is not None:
+                response.content_length = left_bytes
+            if left_bytes != 0 and not must_be_empty_body(request.method, answer.status):  # else the head is all of it
+                await response.prepare(request)
             while piece := await answer.read_some():
                 if glance is not None:
                     glance.see(piece)
-                await response.write(piece)
-            await response.write_eof()
+                if left_bytes is not None:
+                    left_bytes -= len(piece)
+                if left_bytes == 0:  # the client waits for nothing after these
+                    last = piece
+                else:
+                    await response.write(piece)
+            entry.ended(answer.status, glance, asked.family)
+            self._book(entry)
+            await response.prepare(request)
+            await response.write_eof(last)
         except BaseException as cause:
             answer.abort()
             if isinstance(cause, UpstreamError):  # the head is out: a cut is the only honest end
@@ -137,9 +155,6 @@ class PassThrough:
                 return response
             raise
         answer.release()
-        entry.word = "ok" if answer.status < 400 else "error"
-        if glance is not None:
-            entry.model, entry.usage = glance.told(asked.family)
         return response
 
     @staticmethod
@@ -202,7 +217,7 @@ async def _carry(source: WebSocket, target: WebSocket) -> None:
 class _Entry:
     """What the ledger will say."""
 
-    __slots__ = ("_asked", "_ts_ms", "first_byte_s", "model", "status", "upstream", "usage", "word")
+    __slots__ = ("_asked", "_ts_ms", "first_byte_s", "is_booked", "model", "status", "upstream", "usage", "word")
 
     def __init__(self, asked: Passing, upstream: str, ts_ms: int) -> None:
         self._asked = asked
@@ -213,6 +228,13 @@ class _Entry:
         self.usage: Usage | None = None
         self.status = 0
         self.word = "cancelled"
+        self.is_booked = False
+
+    def ended(self, status: int, glance: Glance | None, family: str) -> None:
+        """The upstream has said all of its answer."""
+        self.word = "ok" if status < 400 else "error"
+        if glance is not None:
+            self.model, self.usage = glance.told(family)
 
     def outcome(self) -> Outcome:
         asked, basis = self._asked, "none" if self.usage is None else "measured"

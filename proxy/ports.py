@@ -197,6 +197,10 @@ class Comparisons(Protocol):
         """The last `limit` comparisons of a level, oldest first."""
         ...
 
+    async def keep(self, found: Comparison) -> None:
+        """As `record`, and written when it returns."""
+        ...
+
     async def newest(self, embedder: str, limit: int) -> Sequence[SeenComparison]:
         """The last `limit` comparisons made with this embedder, oldest first."""
         ...
@@ -321,6 +325,10 @@ class KeyStore(Protocol):
 
     def settled(self) -> AbstractAsyncContextManager[bool]:
         """Inside, the ledger writes nothing; True when all that was recorded before is in the database."""
+        ...
+
+    async def unwritten(self) -> Sequence[Outcome]:
+        """Inside `settled`: what keys caused that is on file and not in the database."""
         ...
 
     async def spent(self, key_ids: Sequence[str], starts: Mapping[str, int]) -> Mapping[tuple[str, str], Cost]:

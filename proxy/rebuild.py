@@ -19,10 +19,11 @@ SNAPSHOT = "index.snapshot"
 
 async def rebuild(settings: Settings) -> int:
     """How many vectors the new snapshot holds. Raises ConfigError: another ibid runs, or the model cannot be used."""
-    from proxy.prices import Prices
+    from proxy.prices import configured
 
     async with contextlib.AsyncExitStack() as stack:
-        store = await open_store(settings.store.database_url or None, settings.data_dir, price=Prices({}).price)
+        price = configured(settings).price
+        store = await open_store(settings.store.database_url or None, settings.data_dir, price=price)
         stack.push_async_callback(store.close)
         wanted = settings.embedding
         try:

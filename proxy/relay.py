@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from proxy.core.dialects.dialect import Dialect, StreamFilter
 from proxy.core.errors import IbidError, UpstreamError
 from proxy.core.pace import Schedule
+
+HOLD_S = 0.05
+"""How long the end of an answer waits for the end of its upstream call, which says what it cost. They come together
+where a server closes what it has finished."""
 
 
 class Head:
@@ -57,13 +63,13 @@ class Source(Protocol):
 class Relay:
     """A reply that follows a forward. Whoever receives it must `close` it, however the client's side went.
 
-    `settle(relay, outcome_word)` is called once, at `close`; it records what this client got.
+    `settle(relay, outcome_word)` is called once; it records what this client got. That is before the client has the
+    end of an answer that is whole, so that nothing answered is unrecorded, whatever happens next; else at `close`.
     """
 
     __slots__ = (
-        "_ended", "_filter", "_seat", "_settle", "broken", "closed", "content_length", "dialect", "first_byte_s",
-        "headers",
-        "is_stream", "status",
+        "_broke_late", "_ended", "_filter", "_given_bytes", "_is_held", "_seat", "_settle", "broken", "closed",
+        "content_length", "dialect", "first_byte_s", "headers", "is_stream", "status",
     )  # fmt: skip
 
     def __init__(
@@ -81,10 +87,13 @@ class Relay:
         self.headers = headers
         self.content_length = content_length
         self.is_stream = stream_filter is not None
-        self.first_byte_s: float | None = None
+        self.first_byte_s: float | None = None  # time.perf_counter, of what `next` gave
         self.broken: IbidError | None = None
         self.closed = False
+        self._broke_late: UpstreamError | None = None
         self._ended = False
+        self._given_bytes = 0
+        self._is_held = False
         self._seat = seat
         self._filter = stream_filter
         self._settle = settle
@@ -93,20 +102,53 @@ class Relay:
         """Bytes for the client; b"" at the end. Raises UpstreamError where the upstream broke, also when a stream
         ended without its terminal marks: an SDK takes a silent end for success (protocols: commit rules)."""
         try:
-            while piece := await self._seat.next():
-                if self._filter is None or (piece := self._filter.feed(piece)):
-                    return piece
-            if self._filter is None or self._ended:
-                return b""
-            self._ended = True
-            rest = self._filter.end()
-            if not (self._filter.complete or self._filter.failed):
-                message = "The upstream ended the stream before the answer was complete."
-                raise UpstreamError(message, code="upstream_incomplete")
-            return rest
+            piece = await self._next()
         except UpstreamError as error:
             self.broken = error
             raise
+        if self.first_byte_s is None and piece:
+            self.first_byte_s = time.perf_counter()
+        if not (self._is_held or self._ended) and self._is_whole(piece):
+            self._is_held = True
+            piece += await self._rest()
+        return piece
+
+    async def _next(self) -> bytes:
+        if self._broke_late is not None:
+            raise self._broke_late
+        while piece := await self._seat.next():
+            if self._filter is None or (piece := self._filter.feed(piece)):
+                return piece
+        rest = b""
+        if self._filter is not None and not self._ended:
+            rest = self._filter.end()
+            if not (self._filter.complete or self._filter.failed):
+                self._ended = True
+                message = "The upstream ended the stream before the answer was complete."
+                raise UpstreamError(message, code="upstream_incomplete")
+        self._ended = True
+        self.close("ok" if self.status < 400 else "error")
+        return rest
+
+    def _is_whole(self, piece: bytes) -> bool:
+        """With this piece the client has all of the answer, though its upstream may go on."""
+        if self._filter is not None:
+            return self._filter.complete
+        self._given_bytes += len(piece)
+        return self._given_bytes == self.content_length
+
+    async def _rest(self) -> bytes:
+        """What else comes up to the upstream's end, or within HOLD_S."""
+        rest = []
+        try:
+            async with asyncio.timeout(HOLD_S):
+                while piece := await self._next():
+                    rest.append(piece)
+        except TimeoutError:
+            pass
+        except UpstreamError as error:
+            self._broke_late = error
+        return b"".join(rest)
 
     async def whole(self) -> bytes:
         """The complete body of an answer that is not a stream."""

@@ -12,6 +12,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from sqlalchemy import ColumnElement, bindparam, delete, func, insert, select, tuple_, update
@@ -91,20 +92,25 @@ class Comparisons:
             except CacheFault:
                 await asyncio.sleep(RETRY_S)
 
+    async def keep(self, found: Comparison) -> None:
+        """As `record`, and written when it returns. Raises CacheFault, and then it waits like any other."""
+        self.record(found)
+        await self.flush()
+
     async def flush(self) -> None:
         """Write what waits. Raises CacheFault, and then it still waits."""
         async with self._writing:
-            batch = self._waiting[:BATCH]
-            changes, self._changes = self._changes, {}
-            if not batch and not changes:
-                return
-            try:
-                await self._writer.run(lambda connection: self._write(connection, batch, changes))
-            except BaseException:
-                for (embedder, level), change in changes.items():
-                    self.note(embedder, level, change)
-                raise
-            del self._waiting[: len(batch)]
+            while self._waiting or self._changes:
+                batch = self._waiting[:BATCH]
+                del self._waiting[: len(batch)]
+                changes, self._changes = self._changes, {}
+                try:
+                    await self._writer.run(partial(self._write, batch=batch, changes=changes))
+                except BaseException:
+                    self._waiting[:0] = batch
+                    for (embedder, level), change in changes.items():
+                        self.note(embedder, level, change)
+                    raise
 
     async def close(self) -> None:
         """Write what waits, if the database takes it."""

@@ -11,6 +11,7 @@ from sqlalchemy import BigInteger, Row, case, cast, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.core.keys import Cost, Key, Kind, Limit, Window
+from proxy.core.model import Outcome
 from proxy.store.engine import Database
 from proxy.store.ledger import SqlLedger
 from proxy.store.schema import api_key, request, upstream_call
@@ -78,6 +79,16 @@ class Keys:
         """Inside, the ledger writes nothing; True when all that was recorded before is in the database."""
         async with self._ledger.settled() as is_settled:
             yield is_settled
+
+    async def unwritten(self) -> Sequence[Outcome]:
+        """Inside `settled`: what keys caused that is on file and not in the database."""
+        found = {outcome.request_id: outcome for outcome in await self._ledger.on_file()}
+        ids = list(found)
+        for at in range(0, len(ids), IDS_AT_ONCE):
+            known = select(request.c.id).where(request.c.id.in_(ids[at : at + IDS_AT_ONCE]))
+            for (request_id,) in await self._database.rows(known):
+                del found[request_id]
+        return list(found.values())
 
     async def spent(self, key_ids: Sequence[str], starts: Mapping[str, int]) -> Mapping[tuple[str, str], Cost]:
         """(key id, window) → what its requests took that began at or after the window's start.

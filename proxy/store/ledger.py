@@ -1,24 +1,26 @@
 """Where lookups and savings are written, off the request's path.
 
-`record` appends to a list. A task empties the list every 200 ms, or at 512 outcomes: it settles them in slices of a
-fraction of a millisecond, giving the loop back between slices (settling is Python under the GIL, so a thread would
-stall the loop just as long, plus the hand-over), and inserts them through the store's writer.
+`record` appends to the journal (`store/journal.py`), a file, and to a list. A task empties the list every 200 ms, or at
+512 outcomes: it settles them in slices of a fraction of a millisecond, giving the loop back between slices (settling is
+Python under the GIL, so a thread would stall the loop just as long, plus the hand-over), and inserts them through the
+store's writer. The journal forgets what SQL has committed. What a killed process had recorded is settled and inserted
+by the next one, from the journal, at the prices it then knows for that day.
 
-A database that does not write costs nothing but disk: settled rows go to `ledger-spill.jsonl` in the data directory and
-are inserted when the database is back, or at the next start. Every row has its own id and an id already present is
-left alone, so replaying twice changes nothing. If the spill cannot be written either, outcomes wait in memory up to a
-bound, then the newest are dropped and counted.
+A database that does not write costs nothing but disk: the list is let go, the journal keeps the outcomes, and all of
+them are inserted from it when the database is back, or at the next start. Every row has its own id and an id already
+present is left alone, so inserting twice changes nothing. What the journal does not take (its disk is full, or it holds
+LIMIT_BYTES) waits in memory up to a bound, then the newest outcomes are dropped and counted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 from sqlalchemy import Table
@@ -30,7 +32,9 @@ from proxy.core.errors import CacheFault
 from proxy.core.model import Outcome, again
 from proxy.core.saving import CALL_COLUMNS, REQUEST_COLUMNS, SAVING_COLUMNS, Dated, Pricing, Settlement, settle
 from proxy.core.units import DAY_MS
+from proxy.store import journal
 from proxy.store.engine import Database
+from proxy.store.journal import Journal, Recurred
 from proxy.store.schema import request, saving, upstream_call
 from proxy.store.writer import Writer
 
@@ -44,10 +48,10 @@ TURNS = 32
 """A batch is settled in about TURNS turns of the loop, whatever its size: a loop under load serves more requests a turn
 than SLICE, and the ledger would fall behind for as long as the load lasts (73,000 rows after 5 s of 20,000 hits/s on 64
 connections and one core, November 2026)."""
-MEMORY_LIMIT = 100_000  # outcomes kept when neither database nor spill can be written
-SPILL_LIMIT_BYTES = 256 * 1024 * 1024
+MEMORY_LIMIT = 100_000  # outcomes kept in memory: of the journal's, to spare reading them; of all others, at all
+REPLAY_ROWS = 2048  # read from the journal at once
 SETTLED_LIMIT = 8192  # distinct outcomes remembered, about 1 KiB each
-SPILL_NAME = "ledger-spill.jsonl"
+SPILL_NAME = "ledger-spill.jsonl"  # settled rows that an earlier release could not insert
 
 Rows = tuple[list[tuple[Any, ...]], list[tuple[Any, ...]], list[tuple[Any, ...]]]
 """Rows of request, upstream_call and saving, in their columns' order."""
@@ -65,13 +69,6 @@ _ADDED = (None, "")  # last columns of `request` that a spill of an earlier rele
 _FORWARDS = frozenset({"forward", "bypass", "refused"})
 
 
-class _Again(NamedTuple):
-    recurring: tuple[Any, ...]
-    request_id: str
-    ts_ms: int
-    total_ms: float
-
-
 class SqlLedger:
     """Ledger over SQL. `on_hit(entry_id, ts_ms)` is told of every answer an entry gave, for eviction by use."""
 
@@ -87,58 +84,97 @@ class SqlLedger:
         self._writer = writer
         self._price = price
         self._on_hit = on_hit
-        self._waiting: list[Outcome | _Again] = []
+        self._journal = Journal(database.data_dir)
+        self._waiting: list[Outcome | Recurred] = []  # on file too
+        self._loose: list[Outcome | Recurred] = []  # in memory only
+        self._inserted = 0  # of the outcomes on file, in their order: those whose rows are in SQL
+        self._owes = False  # outcomes are on file that are neither in memory nor known to be in SQL
         self._full = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._closing = False
         self._flushing = asyncio.Lock()
         self._spill_path = database.data_dir / SPILL_NAME
-        self._spilled = False
         self._inserts = [_Insert(table, columns, database.dialect) for table, columns in _TABLES]
         self._settled: dict[int, Dated] = {}  # by identity; each keeps its key alive
         self._work = self._insert
         self.written = 0  # outcomes now in the database, replays included
-        self.spilled = 0  # outcomes that went to the spill file
+        self.spilled = 0  # outcomes that were left to the journal, because the database did not write
         self.dropped = 0  # outcomes lost: no database, no disk, memory bound reached
-        self.refused = 0  # outcomes no database takes (or that could not be settled)
+        self.refused = 0  # outcomes no database takes (or that could not be settled), and torn lines
 
     def record(self, outcome: Outcome) -> None:
-        """An append. Never blocks, never raises."""
-        self._append(outcome)
+        """On file when it returns, if the disk takes it. Never waits for the database, never raises."""
+        self._keep(outcome, self._journal.append(outcome))
 
     def record_again(self, recurring: tuple[Any, ...], request_id: str, ts_ms: int, total_ms: float) -> None:
         """As `record(again(...))`, for outcomes that recur by the thousand: they are settled once, then dated."""
-        self._append(_Again(recurring, request_id, ts_ms, total_ms))
+        is_on_file = self._journal.append_again(recurring, request_id, ts_ms, total_ms)
+        self._keep(Recurred(recurring, request_id, ts_ms, total_ms), is_on_file)
 
-    def _append(self, outcome: Outcome | _Again) -> None:
-        waiting = self._waiting
-        if len(waiting) >= FLUSH_ROWS:
-            if len(waiting) >= MEMORY_LIMIT:
-                self.dropped += 1
-                return
+    def _keep(self, outcome: Outcome | Recurred, is_on_file: bool) -> None:
+        kept = self._waiting if is_on_file else self._loose
+        if len(kept) >= FLUSH_ROWS:
             self._full.set()
-        waiting.append(outcome)
+            if len(kept) >= MEMORY_LIMIT:
+                if is_on_file:
+                    self._owes = True
+                else:
+                    self.dropped += 1
+                return
+        kept.append(outcome)
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        """Outcomes in memory that are not in the database."""
+        return len(self._waiting) + len(self._loose)
+
+    @property
+    def unprotected(self) -> int:
+        """Outcomes that are neither in the database nor on file."""
+        return len(self._loose)
+
+    @property
+    def owes(self) -> bool:
+        """Outcomes of before wait in the journal for a database that writes."""
+        return self._owes
+
+    @property
+    def journal_bytes(self) -> int:
+        return self._journal.size_bytes
+
+    @property
+    def state(self) -> str:
+        """ "ok", or why a kill could lose outcomes now: journal_full, journal_down."""
+        return self._journal.state
 
     async def start(self) -> None:
-        """Replay what an earlier run spilled, then flush in the background."""
-        self._spilled = self._spill_path.exists()
+        """Insert what earlier processes recorded, then flush in the background."""
+        try:
+            self._journal.find()
+        except OSError as error:
+            log.error("the ledger's journal cannot be read: %s", error.strerror)
+        self._owes = self._spill_path.exists() or bool(self._journal.sealed)
+        if self._owes:
+            log.info("the ledger takes up what is on file", extra={"bytes": self._journal.size_bytes})
         await self._replay()
         self._task = asyncio.create_task(self._run(), name="store-ledger")
 
     async def close(self) -> None:
-        """Write or spill everything recorded so far."""
+        """Everything recorded so far is in the database, or on file for the next start."""
         self._closing = True
         self._full.set()
         if self._task is not None:
             await self._task
         await self.flush()
+        self._journal.seal()
+        if not self._owes:
+            self._journal.forget(self._inserted)
+        if self._loose:
+            log.error("ledger rows lost: neither database nor disk took them", extra={"rows": len(self._loose)})
+            self.dropped += len(self._loose)
 
     async def flush(self) -> None:
-        """Write what waits now; returns when it is in the database or in the spill file."""
+        """Write what waits now; returns when it is in the database, or left to the journal."""
         async with self._flushing:
             await self._empty()
 
@@ -147,15 +183,45 @@ class SqlLedger:
         """Inside, nothing is written; True when all that was recorded before it is in the database."""
         async with self._flushing:
             await self._empty()
-            yield not self._waiting and not self._spilled
+            yield not (self._waiting or self._loose or self._owes)
+
+    async def on_file(self) -> Sequence[Outcome]:
+        """Inside `settled`: what virtual keys caused that the journal holds. Some of it may be in the database too."""
+        current = self._journal.path
+        paths = self._journal.sealed if current is None else [*self._journal.sealed, current]
+        return await asyncio.to_thread(_read_keyed, paths)
 
     async def _empty(self) -> None:
-        while self._waiting:
-            batch, self._waiting = self._waiting[:BATCH_ROWS], self._waiting[BATCH_ROWS:]
-            if not await self._write(batch):
-                return
-        if self._spilled and self._writer.is_trying:
+        if self._owes and self._writer.is_trying and await self._write(()):
             await self._replay()
+        while self._waiting and not self._owes:
+            batch, self._waiting = self._waiting[:BATCH_ROWS], self._waiting[BATCH_ROWS:]
+            if await self._write(batch):
+                self._inserted += len(batch)
+                if not self._owes:
+                    self._journal.forget(self._inserted)
+            else:
+                self.spilled += len(batch)
+                self._owes = True
+        if self._owes:
+            await self._let_go()
+        if self._loose and not self._owes:
+            batch, self._loose = self._loose, []
+            if not await self._write(batch):
+                self._loose[:0] = batch
+                self.dropped += max(len(self._loose) - MEMORY_LIMIT, 0)
+                del self._loose[MEMORY_LIMIT:]
+
+    async def _let_go(self) -> None:
+        """Leave what waits to the journal. It may be long until SQL has it: the disk shall, meanwhile."""
+        if not self._waiting:
+            return
+        self.spilled += len(self._waiting)
+        self._waiting.clear()
+        try:
+            await asyncio.to_thread(journal.sync, self._journal.to_sync())
+        except OSError as error:
+            log.error("the ledger's journal cannot be synced: %s", error.strerror)
 
     async def _run(self) -> None:
         while not self._closing:
@@ -165,26 +231,34 @@ class SqlLedger:
             except TimeoutError:
                 pass
             self._full.clear()
-            if self._waiting or self._spilled:
+            if self._waiting or self._loose or self._owes:
                 await self.flush()
 
-    async def _write(self, batch: list[Outcome | _Again]) -> bool:
-        """Settle and insert, else spill; False when the outcomes had to stay in memory."""
-        rows = await self._settle(batch)
+    async def _write(self, batch: Sequence[Outcome | Recurred]) -> bool:
+        """Settle and insert; False when the database does not write."""
+        try:
+            await self._submit(await self._settle(batch))
+        except CacheFault as fault:
+            log.info("ledger rows wait: %s", fault.message)
+            return False
+        return True
+
+    async def _submit(self, rows: Rows) -> None:
+        """Insert, without those rows that no database takes. Raises CacheFault when the database does not write."""
         try:
             await self._writer.submit(self._work, rows)
             self.written += len(rows[0])
         except CacheFault as fault:
-            if fault.code == "store_refused":
-                await self._one_by_one(rows)
-            elif not await asyncio.to_thread(self._spill, rows):
-                room = max(MEMORY_LIMIT - len(self._waiting), 0)
-                self.dropped += max(len(batch) - room, 0)
-                self._waiting[:0] = batch[:room]
-                return False
-        return True
+            if fault.code != "store_refused":
+                raise
+            if len(rows[0]) > 1:
+                for row in rows[0]:
+                    await self._submit(_rows_of(row, rows))
+            else:
+                self.refused += 1
+                log.error("ledger row refused: %s", fault.message)
 
-    async def _settle(self, batch: Sequence[Outcome | _Again]) -> Rows:
+    async def _settle(self, batch: Sequence[Outcome | Recurred]) -> Rows:
         requests: list[tuple[Any, ...]] = []
         calls: list[tuple[Any, ...]] = []
         savings: list[tuple[Any, ...]] = []
@@ -193,7 +267,7 @@ class SqlLedger:
         for start in range(0, len(batch), size):
             for outcome in batch[start : start + size]:
                 try:
-                    settlement = self._date(outcome) if isinstance(outcome, _Again) else settle(outcome, price)
+                    settlement = self._date(outcome) if isinstance(outcome, Recurred) else settle(outcome, price)
                 except (ValueError, TypeError, ArithmeticError, LookupError) as error:  # a malformed outcome of ours
                     self.refused += 1
                     log.error("outcome cannot be settled: %s", type(error).__name__)
@@ -207,7 +281,7 @@ class SqlLedger:
             await asyncio.sleep(0)
         return requests, calls, savings
 
-    def _date(self, hit: _Again) -> Settlement:
+    def _date(self, hit: Recurred) -> Settlement:
         """The rows of a recurring outcome. One settlement serves a day: list prices are dated."""
         recurring, day = hit.recurring, hit.ts_ms // DAY_MS
         known = self._settled.get(id(recurring))
@@ -223,85 +297,68 @@ class SqlLedger:
             await insert.run(connection, [row for rows in batches for row in rows[index]])
         return [None] * len(batches)
 
-    async def _one_by_one(self, rows: Rows) -> None:
-        """Find the outcome a database refuses, write the others."""
-        for row in rows[0]:
-            identity = row[0]
-            alone: Rows = (
-                [row],
-                [call for call in rows[1] if call[1] == identity],
-                [step for step in rows[2] if step[0] == identity],
-            )
-            try:
-                await self._writer.submit(self._work, alone)
-                self.written += 1
-            except CacheFault as fault:
-                if fault.code == "store_refused":
-                    self.refused += 1
-                    log.error("ledger row refused: %s", fault.message)
-                elif not await asyncio.to_thread(self._spill, alone):
-                    self.dropped += 1
-
-    def _spill(self, rows: Rows) -> bool:
-        """Append one line of settled rows, synced; False when the disk does not take it. Runs in a thread."""
-        try:
-            line = orjson.dumps(rows) + b"\n"
-        except TypeError:  # a string or number JSON has no form for
-            self.refused += len(rows[0])
-            return True
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            descriptor = os.open(self._spill_path, flags, 0o600)
-            try:
-                start = os.fstat(descriptor).st_size
-                if start + len(line) > SPILL_LIMIT_BYTES:
-                    return False
-                if os.write(descriptor, line) != len(line):
-                    os.ftruncate(descriptor, start)
-                    return False
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            log.error("ledger spill cannot be written: %s", error.strerror)
-            return False
-        self._spilled = True
-        self.spilled += len(rows[0])
-        return True
-
     async def _replay(self) -> None:
-        """Insert what was spilled and remove the file; leaves it when the database still does not write."""
-        if not self._spilled:
+        """Insert all that is on file and remove it there; what the database does not take now stays."""
+        if not self._owes:
             return
-        offset = 0
+        self._journal.seal()
+        self._waiting.clear()  # on file as well
+        end = self._journal.appended
         try:
-            while lines := await asyncio.to_thread(_read_lines, self._spill_path, offset):
-                for line in lines:
-                    offset += len(line)
-                    await self._replay_line(line)
-            await asyncio.to_thread(self._spill_path.unlink, missing_ok=True)
-            self._spilled = False
+            if self._spill_path.exists():
+                await self._replay_spill()
+            for path in self._journal.sealed:
+                await self._replay_segment(path)
+                self._journal.remove(path)
+            self._inserted = end
+            self._owes = self._journal.appended - end > len(self._waiting)  # more came than memory takes
         except CacheFault as fault:
-            log.warning("ledger spill waits: %s", fault.message)
+            log.warning("ledger rows wait on file: %s", fault.message)
         except OSError as error:
-            log.error("ledger spill cannot be read: %s", error.strerror)
+            log.error("the ledger's journal cannot be read: %s", error.strerror)
 
-    async def _replay_line(self, line: bytes) -> None:
-        try:
-            requests, calls, savings = orjson.loads(line)
-            requests = [(*r, *_ADDED[len(_ADDED) - len(REQUEST_COLUMNS) + len(r) :]) for r in requests]
-            rows: Rows = ([tuple(r) for r in requests], [tuple(c) for c in calls], [tuple(s) for s in savings])
-        except (ValueError, TypeError):
-            self.refused += 1  # torn by a crash while it was being written
-            log.error("a line of the ledger spill is torn; skipped")
-            return
-        try:
-            await self._writer.submit(self._work, rows)
-            self.written += len(rows[0])
-        except CacheFault as fault:
-            if fault.code != "store_refused":
-                raise
-            await self._one_by_one(rows)
+    async def _replay_segment(self, path: Path) -> None:
+        lines = journal.read(path)
+        while batch := await asyncio.to_thread(_take, lines):
+            outcomes = [outcome for outcome in batch if outcome is not None]
+            if torn := len(batch) - len(outcomes):
+                self.refused += torn
+                log.error("lines of the ledger's journal are torn; skipped", extra={"lines": torn})
+            await self._submit(await self._settle(outcomes))
+
+    async def _replay_spill(self) -> None:
+        """Rows as an earlier release settled them, many on a line."""
+        offset = 0
+        while lines := await asyncio.to_thread(_read_lines, self._spill_path, offset):
+            for line in lines:
+                offset += len(line)
+                try:
+                    requests, calls, savings = orjson.loads(line)
+                    requests = [(*r, *_ADDED[len(_ADDED) - len(REQUEST_COLUMNS) + len(r) :]) for r in requests]
+                    rows: Rows = ([tuple(r) for r in requests], [tuple(c) for c in calls], [tuple(s) for s in savings])
+                except (ValueError, TypeError):
+                    self.refused += 1  # torn by a crash while it was being written
+                    log.error("a line of the ledger spill is torn; skipped")
+                else:
+                    await self._submit(rows)
+        await asyncio.to_thread(self._spill_path.unlink, missing_ok=True)
+
+
+def _rows_of(row: tuple[Any, ...], rows: Rows) -> Rows:
+    """The rows of one request among those of many."""
+    identity = row[0]
+    calls = [call for call in rows[1] if call[1] == identity]
+    return [row], calls, [step for step in rows[2] if step[0] == identity]
+
+
+def _take(lines: Iterator[Outcome | Recurred | None]) -> list[Outcome | Recurred | None]:
+    return list(islice(lines, REPLAY_ROWS))
+
+
+def _read_keyed(paths: Sequence[Path]) -> list[Outcome]:
+    outcomes = (outcome for path in paths for outcome in journal.read(path) if outcome is not None)
+    whole = (again(*o, o.total_ms) if isinstance(o, Recurred) else o for o in outcomes)
+    return [outcome for outcome in whole if outcome.key_id is not None]
 
 
 class _Insert:

@@ -9,13 +9,17 @@ import random
 import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
 
-from tests.flows.running import EXACT_ONLY, chat_body, running, serving, until
+from tests.flows.running import EXACT_ONLY, Process, chat_body, running, serving, until
 from tests.upstream import Chat
 
 ASKED = "How do I repair a leaking garden hose?"
@@ -35,12 +39,11 @@ def after_a_crash(data_dir: Path, into: Path) -> sqlite3.Connection:
 async def write_until_killed(process, up, round_: int, when: int):
     """Ask up to WRITES new questions, each again until it hits; kill in the middle.
 
-    What was acknowledged as stored, by prompt, and every answered request's id with the time of its answer.
+    What was acknowledged as stored, by prompt, and the id of every answered request.
     """
     acknowledged: dict[str, str] = {}
-    answered: dict[str, float] = {}
+    answered: set[str] = set()
     numbers = iter(range(WRITES))
-    loop = asyncio.get_running_loop()
 
     async def client():
         for number in numbers:
@@ -48,7 +51,7 @@ async def write_until_killed(process, up, round_: int, when: int):
             told = None
             while prompt not in acknowledged:
                 reply = await process.ask(prompt, stream=number % 2 == 0)
-                answered[reply.headers["x-request-id"]] = loop.time()
+                answered.add(reply.headers["x-request-id"])
                 assert reply.status == 200
                 assert told in (None, reply.text)
                 told = reply.text
@@ -58,19 +61,19 @@ async def write_until_killed(process, up, round_: int, when: int):
     clients = [asyncio.create_task(client()) for _ in range(16)]
     await until(lambda: len(acknowledged) >= when, 30)
     process.kill()
-    killed = loop.time()
     for done in await asyncio.gather(*clients, return_exceptions=True):
         if done is not None and not isinstance(done, LEFT):
             raise done
-    return acknowledged, answered, killed
+    return acknowledged, answered
 
 
 async def test_kill_during_a_thousand_writes_twenty_times_loses_no_acknowledged_entry(data_dir, up, tmp_path):
-    """Every entry a client saw hit hits after the restart with the same answer; SQLite is whole; of the ledger at most
-    the last second is missing, and nothing is there twice."""
+    """Every entry a client saw hit hits after the restart with the same answer; SQLite is whole; in the end the ledger
+    has every answer, and nothing twice."""
     chance = random.Random(2)
     up.default = lambda seen: Chat(text=f"answer to: {seen.json['messages'][-1]['content']}", pieces=2)
     kept: dict[str, str] = {}
+    told: set[str] = set()
     for round_ in range(ROUNDS):
         real = round_ in WITH_MODEL  # a new interpreter, and everything on
         async with serving(data_dir, up.url, {} if real else EXACT_ONLY, forked=not real) as process:
@@ -80,18 +83,16 @@ async def test_kill_during_a_thousand_writes_twenty_times_loses_no_acknowledged_
                 reply = await process.ask(prompt)
                 assert (reply.cache, reply.text) == ("HIT", text), (round_, prompt)
             assert up.meter.calls == calls
-            acknowledged, answered, killed = await write_until_killed(process, up, round_, chance.randrange(50, 400))
+            acknowledged, answered = await write_until_killed(process, up, round_, chance.randrange(50, 400))
         with contextlib.closing(after_a_crash(data_dir, tmp_path / f"crash{round_}")) as database:
             assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
             stored = {prompt for (prompt,) in database.execute("SELECT prompt FROM entry")}
-            there = {row for (row,) in database.execute("SELECT id FROM request")}
             twice = "SELECT request_id FROM upstream_call GROUP BY request_id HAVING COUNT(*) > 1"
             assert database.execute(twice).fetchall() == []
         shutil.rmtree(tmp_path / f"crash{round_}")
         assert acknowledged.keys() <= stored
-        lost = [moment for request_id, moment in answered.items() if request_id not in there]
-        assert all(killed - moment < 1.0 for moment in lost), max(killed - moment for moment in lost)
         kept |= acknowledged
+        told |= answered
     async with running(data_dir, up.url, EXACT_ONLY) as ibid:
         calls = up.meter.calls
         for prompt, text in kept.items():
@@ -99,6 +100,81 @@ async def test_kill_during_a_thousand_writes_twenty_times_loses_no_acknowledged_
             assert (reply.cache, reply.text) == ("HIT", text), prompt
         assert up.meter.calls == calls
         assert (await ibid.admin("POST", "/savings/query", {"name": "balance"}))["rows"] == []
+        there = {row["id"] for row in await ibid.sql("SELECT id FROM request")}
+    assert told <= there, len(told - there)
+
+
+@contextlib.contextmanager
+def busy_loops(number: int) -> Iterator[None]:
+    """So many processes beside us that want a whole core each."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+        for loop in loops:
+            loop.wait()
+
+
+@pytest.mark.parametrize("is_locked", [False, True])
+async def test_kill_on_a_starved_machine_loses_no_row_of_an_answer(data_dir, up, is_locked):
+    """With the database free, or locked by another process: what a client has the end of is in the ledger, once, with
+    its call and its saving, and agrees with what client and upstream counted."""
+    chance = random.Random(11)
+    up.default = lambda seen: Chat(text=f"answer to: {seen.json['messages'][-1]['content']}", pieces=2)
+    answered: dict[str, tuple[bool, Any]] = {}
+    for round_ in range(3):
+        async with serving(data_dir, up.url, EXACT_ONLY, forked=True) as process:
+            blocked = locked(data_dir / "ibid.db") if is_locked else contextlib.nullcontext()
+            with blocked, busy_loops(3):
+                await answers_until_killed(process, answered, round_, len(answered) + chance.randrange(30, 90))
+    async with running(data_dir, up.url, EXACT_ONLY) as ibid:
+        assert (await ibid.admin("POST", "/savings/query", {"name": "balance"}))["rows"] == []
+        rows = await ibid.sql("SELECT id, lane, actual_nusd, in_tok, out_tok FROM request")
+        calls = await ibid.sql("SELECT request_id, in_tok, out_tok, cost_nusd FROM upstream_call")
+        savings = await ibid.sql("SELECT DISTINCT request_id FROM saving")
+    ids = [row["id"] for row in rows]
+    assert len(ids) == len(set(ids))
+    lost = answered.keys() - set(ids)
+    assert not lost, f"{len(lost)} of {len(answered)} answers have no row"
+    paid = {call["request_id"]: call for call in calls}
+    assert len(paid) == len(calls) <= up.meter.calls
+    saved = {saving["request_id"] for saving in savings}
+    for request_id, (called, usage) in answered.items():
+        assert (request_id in paid, request_id in saved) == (called, not called)
+        if called and usage is not None:
+            told = usage["prompt_tokens"], usage["completion_tokens"]
+            assert (paid[request_id]["in_tok"], paid[request_id]["out_tok"]) == told
+    assert len(saved) > 10
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=30)) as blocker:
+        blocker.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+async def answers_until_killed(process: Process, answered: dict[str, tuple[bool, Any]], round_: int, when: int) -> None:
+    """Ask, whole and streamed, each question several times; kill it when so many are answered. By request:
+    whether it had a call of its own, and the usage, where it was told."""
+
+    async def client(number: int) -> None:
+        for turn in range(1_000):
+            prompt = f"Question {round_}-{number}-{turn // 4} of a long list"
+            reply = await process.ask(prompt, stream=turn % 2 == 0)
+            assert reply.status == 200
+            usage = None if turn % 2 == 0 else reply.json["usage"]
+            called = reply.cache != "HIT" and "collapsed" not in reply.headers["Cache-Status"]
+            answered[reply.headers["x-request-id"]] = called, usage
+
+    clients = [asyncio.create_task(client(number)) for number in range(8)]
+    await until(lambda: len(answered) >= when or any(one.done() for one in clients), 120)
+    process.kill()
+    for done in await asyncio.gather(*clients, return_exceptions=True):
+        if not isinstance(done, LEFT):
+            raise AssertionError(done) from done
 
 
 async def test_sigterm_under_load_finishes_streams_and_loses_no_ledger_row(data_dir, up):

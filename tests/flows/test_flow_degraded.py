@@ -88,7 +88,7 @@ async def test_a_database_that_stops_writing_costs_no_client_anything(exact, up,
             assert (await response.json())["degraded"]["store"] in ("full", "down")
         await exact.app.store.ledger.flush()
         assert exact.app.store.ledger.spilled >= 41
-    await until(lambda: writer.state == "ok" and not exact.app.store.ledger._spilled, 5)  # with no traffic at all
+    await until(lambda: writer.state == "ok" and not exact.app.store.ledger.owes, 5)  # with no traffic at all
     rows = (await exact.sql("SELECT COUNT(*) AS n FROM request"))[0]["n"]
     assert rows == 42  # one fill, forty forwards, one hit: what waited in the spill came back, once
     await exact.fill("And now it stores again, does it not?")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 
+import orjson
 import pytest
 
 from proxy.core.model import again
 from proxy.core.saving import day_of
-from proxy.store.ledger import _TABLES, FLUSH_ROWS, TURNS
+from proxy.store.ledger import _TABLES, FLUSH_ROWS, SPILL_NAME, TURNS
 from proxy.store.store import open_store
 from tests.rows import call, hit, list_price, outcome
 
@@ -17,6 +18,12 @@ from tests.rows import call, hit, list_price, outcome
 async def count(store, table):
     ((found,),) = await store.database.rows(f"SELECT COUNT(*) FROM {table}")
     return found
+
+
+async def until_written(store, rows):
+    async with asyncio.timeout(30):
+        while await count(store, "request") < rows:
+            await store.ledger.flush()
 
 
 def test_settled_rows_have_the_tables_columns_in_the_tables_order():
@@ -110,21 +117,16 @@ async def test_a_locked_database_spills_and_is_replayed_when_it_is_free(sqlite_s
             await asyncio.sleep(0.1)
     await sqlite_store.ledger.flush()  # waits for the replay under way, which removes the file after its last row
     assert sqlite_store.state == "ok"
-    assert not (sqlite_store.database.data_dir / "ledger-spill.jsonl").exists()
+    assert not sqlite_store.ledger.owes
+    assert sqlite_store.ledger.journal_bytes == 0
 
 
-async def test_a_spill_is_replayed_at_start_once_and_a_torn_line_is_skipped(tmp_path):
+async def test_what_an_earlier_release_spilled_is_inserted_once_and_a_torn_line_is_skipped(tmp_path):
     store = await open_store(None, tmp_path, price=list_price)
-    rows = await store.ledger._settle([hit("a"), outcome("b")])
-    assert store.ledger._spill(rows)
-    assert store.ledger._spill(rows)
-    await store.writer.close()
-    await store.ledger.close()
-    await store.database.close()
-    spill = tmp_path / "ledger-spill.jsonl"
-    assert spill.stat().st_mode & 0o777 == 0o600
-    with spill.open("ab") as file:
-        file.write(b'[[["torn')
+    line = orjson.dumps(await store.ledger._settle([hit("a"), outcome("b")])) + b"\n"
+    await store.close()
+    spill = tmp_path / SPILL_NAME
+    spill.write_bytes(2 * line + b'[[["torn')
     again = await open_store(None, tmp_path, price=list_price)
     assert await count(again, "request") == 2
     assert await count(again, "saving") == 1
@@ -133,15 +135,18 @@ async def test_a_spill_is_replayed_at_start_once_and_a_torn_line_is_skipped(tmp_
     await again.close()
 
 
-async def test_with_neither_database_nor_disk_outcomes_wait_in_memory(sqlite_store, monkeypatch):
+async def test_with_neither_database_nor_disk_outcomes_wait_in_memory(sqlite_store):
     blocker = sqlite3.connect(sqlite_store.database.path, isolation_level=None)
     blocker.execute("BEGIN EXCLUSIVE")
-    monkeypatch.setattr(sqlite_store.ledger, "_spill", lambda rows: False)
+    sqlite_store.ledger._journal._limit_bytes = 0
     sqlite_store.ledger.record(hit())
+    assert sqlite_store.ledger.state == "journal_full"
     await sqlite_store.ledger.flush()
     assert sqlite_store.ledger.waiting == 1
     assert sqlite_store.ledger.dropped == 0
     blocker.close()
+    await until_written(sqlite_store, 1)
+    assert sqlite_store.ledger.waiting == 0
 
 
 @pytest.mark.parametrize("mechanism", ["cache.exact", "stream.coalesce"])
