@@ -217,7 +217,9 @@ def renewal(edges: Edges, pipeline: Pipeline) -> Reindex | None:
     embedder = edges.embedder
     if embedder is None:
         return None
-    return Reindex(embedder, edges.store.entries, pipeline.propose, lambda: embedder.queue_length)
+    reindex = Reindex(embedder, edges.store.entries, pipeline.propose, lambda: embedder.queue_length)
+    pipeline.on_lacking = reindex.wake
+    return reindex
 
 
 async def learn(pipeline: Pipeline) -> None:
@@ -514,7 +516,7 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
             background.spawn(handler.keys.follow(edges.telemetry.fault), "keys"),
         ]
         if reindex is not None:
-            endless.append(background.spawn(reindex.run(), "reindex"))
+            endless.append(background.spawn(reindex.keep_up(), "reindex"))
         if edges.store.database.dialect == "postgresql":  # SQLite has one process
             endless.append(background.spawn(follow(app), "follow"))
         if (batches := handler.batches) is not None:

@@ -443,7 +443,8 @@ def added(*usages: Usage | None) -> Usage | None:
 def draft_of(fetch: Fetch, answer: Answer, embedder: str, rules: Rules, now_ms: int) -> Draft:
     """The entry this answer becomes. Without a vector it is found by its exact identity only."""
     query, lookup = fetch.query, fetch.lookup
-    embedded = lookup.vector is not None and lookup.signature is not None
+    is_compared = not answer.opaque  # what is signed is for the very same question
+    embedded = is_compared and lookup.vector is not None and lookup.signature is not None
     return Draft(
         scope=query.scope,
         fingerprint=query.fingerprint,
@@ -452,7 +453,7 @@ def draft_of(fetch: Fetch, answer: Answer, embedder: str, rules: Rules, now_ms: 
         upstream=query.upstream,
         operation=query.dialect.operation,
         model=query.model,
-        prompt=query.prompt,
+        prompt=query.prompt if is_compared else "",
         answer=encode_answer(answer, orjson.dumps),
         usage=answer.usage,
         created_ms=now_ms,

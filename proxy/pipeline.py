@@ -113,6 +113,7 @@ class Pipeline:
         )
         self.purges = 0  # rows read or written before the last of them may be gone
         self._followed = store.purges.newest
+        self.on_lacking: Callable[[], None] = _nobody_is_told  # an entry was stored without the vector of its question
 
     # -- the story ----------------------------------------------------------------------------------------------
 
@@ -321,6 +322,8 @@ class Pipeline:
         assert lookup.vector is not None
         entry_id = chosen.candidate.entry_id
         row, purges, epoch = self.hot.get(entry_id), self.purges, self.judge.epoch
+        if row is not None and row.entry.draft.embedder != self.embedder.identity:
+            row = None  # it was given its vector since
         entry = row.entry if row is not None else await self._store.get(entry_id)
         if entry is None:
             self.index.remove([entry_id])
@@ -710,13 +713,9 @@ class Pipeline:
             if replaced:
                 self.forget(replaced)
             self.hot.put(entry, answer)
-            if (
-                self.index is not None
-                and lookup.vector is not None
-                and lookup.signature is not None
-                and not answer.opaque  # what is signed is for the very same question
-            ):
-                self.index.add(entry.id, query.scope, lookup.vector, lookup.signature, draft.expires_ms)
+            self.propose(entry)
+            if draft.prompt and draft.embedding is None:
+                self.on_lacking()
             opinion = None if fetch.routed_to else lookup.opinion  # of answers of the model asked for
             self.auditor.stored(opinion, fetch.again, query, fetch.client.headers, entry, answer)
             if fetch.purpose == "answer" and _may_route(fetch.asked):
@@ -772,6 +771,10 @@ class Pipeline:
             self.purged(
                 self.hot.those(lambda draft: any(reaches(purge, marks_of(draft), asked_ms(draft)) for purge in made))
             )
+
+
+def _nobody_is_told() -> None:
+    """There is no embedder that would make it."""
 
 
 def _content_type(query: Query) -> str:

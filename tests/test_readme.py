@@ -32,7 +32,7 @@ RECORDS = (
     DIALECTS / "completions_answer.py",
     DIALECTS / "responses_record.py",
 )
-REASONED = {"Miss", "Bypass", "_refuse"}
+REASONED = {"unstored", "Miss", "Bypass", "_refuse"}
 
 
 def table(heading: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import BigInteger, ColumnElement, bindparam, delete, func, insert, literal_column, select, update
+from sqlalchemy import BigInteger, ColumnElement, bindparam, delete, func, insert, literal_column, or_, select, update
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -262,24 +262,25 @@ class Entries:
 
         await self._change(entry_id, expires_ms=expires_ms)
 
-    async def foreign(self, embedder: str, after_id: int, limit: int) -> list[tuple[int, str]]:
-        """(id, prompt) of entries with a vector of another embedder, in id order. Raises CacheFault."""
-        statement = (
-            select(entry.c.id, entry.c.prompt)
-            .where(entry.c.embedder != embedder, entry.c.id > after_id, entry.c.quarantined == 0)
-            .order_by(entry.c.id)
-            .limit(limit)
-        )
-        return [(row[0], row[1]) for row in await self._database.rows(statement)]
+    async def lacking(self, embedder: str, after_id: int, limit: int) -> list[tuple[int, str]]:
+        """(id, prompt) of entries whose question this embedder has not seen, in id order. Raises CacheFault."""
+        chosen = select(entry.c.id, entry.c.prompt).where(*_lacks(embedder, after_id))
+        rows = await self._database.rows(chosen.order_by(entry.c.id).limit(limit))
+        return [(row[0], row[1]) for row in rows]
 
-    async def count_foreign(self, embedder: str) -> int:
-        """Entries with a vector of another embedder. Raises CacheFault."""
-        statement = select(func.count()).where(entry.c.embedder != embedder, entry.c.quarantined == 0)
+    async def count_lacking(self, embedder: str, after_id: int = 0) -> int:
+        """How many there are. Raises CacheFault."""
+        statement = select(func.count()).select_from(entry).where(*_lacks(embedder, after_id))
         ((count,),) = await self._database.rows(statement)
         return int(count)
 
-    async def revector(self, entry_id: int, embedding: bytes, signature: bytes, embedder: str) -> Entry | None:
-        """The entry with the vector of another embedder, checksum included; None when it is gone. Raises CacheFault."""
+    async def revector(
+        self, entry_id: int, embedding: bytes | None, signature: bytes | None, embedder: str
+    ) -> Entry | None:
+        """The entry as this embedder sees it, checksum included; None when it is gone. Raises CacheFault.
+
+        Without a vector: the embedder cannot take its text.
+        """
         return await self._change(entry_id, embedding=embedding, signature=signature, embedder=embedder)
 
     async def _change(self, entry_id: int, **fields: Any) -> Entry | None:
@@ -457,7 +458,7 @@ class Entries:
         """Ids of all sound rows with a vector of this embedder (of any entry when None), ascending. (n,) int64."""
         statement = select(entry.c.id).where(entry.c.quarantined == 0).order_by(entry.c.id)
         if embedder is not None:
-            statement = statement.where(entry.c.embedder == embedder)
+            statement = statement.where(entry.c.embedder == embedder, entry.c.embedding.is_not(None))
         return np.fromiter((row[0] for row in await self._database.rows(statement)), np.int64)
 
     async def tenants(self, limit: int) -> tuple[str, ...]:
@@ -474,6 +475,11 @@ class Entries:
         (row,) = await self._database.rows(totals)
         ((held,),) = await self._database.rows(select(func.count()).where(c.quarantined == 1))
         return EntryStats(row[0], int(row[1]), held, self.damaged, row[2], row[3])
+
+
+def _lacks(embedder: str, after_id: int) -> tuple[ColumnElement[bool], ...]:
+    other = or_(entry.c.embedder.is_(None), entry.c.embedder != embedder)
+    return entry.c.id > after_id, other, entry.c.quarantined == 0, entry.c.prompt != ""
 
 
 async def _write_uses(connection: AsyncConnection, used: dict[int, int]) -> None:

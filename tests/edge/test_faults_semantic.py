@@ -348,6 +348,98 @@ async def test_an_embedder_to_which_all_is_alike_is_stopped_by_the_guards(tmp_pa
             assert reply.text.endswith(other)
 
 
+# --- entries without a vector ---------------------------------------------------------------------------------------
+
+
+async def until(claim: Callable[[], Any]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not claim():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+async def progress(ibid: Running) -> dict[str, int]:
+    found: dict[str, int] = json.loads((await ibid.admin("/cache/stats")).body)["reindex"]
+    return found
+
+
+async def found_by_meaning(ibid: Running, stored: str, reworded: str) -> None:
+    reply = await ibid.ask(question(reworded))
+    assert (reply.is_hit, reply.headers.get("x-cache-tier"), reply.text.endswith(stored)) == (True, "semantic", True)
+
+
+LATE = [ASKED] + [f"What is the height of the mountain named number{n} of the northern range?" for n in range(24)]
+
+
+async def test_what_was_stored_while_the_model_was_late_gets_its_vector_without_a_restart(
+    tmp_path: Path, up: ScriptedUpstream
+) -> None:
+    model = ScriptedModel()
+    async with semantic(tmp_path, up, model) as ibid:
+        model.gate.clear()
+        for text in LATE:
+            assert not (await ibid.ask(question(text))).is_hit
+        assert await vectors_kept(ibid) == 0
+        model.gate.set()
+        index = ibid.pipeline.index
+        assert index is not None
+        await until(lambda: index.size == len(LATE))
+        assert await vectors_kept(ibid) == len(LATE)
+        await found_by_meaning(ibid, ASKED, REWORDED)
+        assert (await progress(ibid))["failed"] == 0
+
+
+async def test_what_has_no_vector_at_the_start_gets_one_and_what_cannot_have_one_stops_nothing(
+    tmp_path: Path, up: ScriptedUpstream
+) -> None:
+    long = "What does all of this mean: " + " ".join(f"word{n}" for n in range(40))
+    async with serving(tmp_path, up, "[cache]\nsemantic = false\n") as ibid:
+        for text in (long, ASKED, OTHER):
+            await ibid.ask(question(text))
+        await ibid.settled()
+    for _ in range(2):
+        model = ScriptedModel()
+        async with semantic(tmp_path, up, model) as ibid:
+            index = ibid.pipeline.index
+            assert index is not None
+            await until(lambda: index.size == 2)  # noqa: B023
+            await found_by_meaning(ibid, ASKED, REWORDED)
+            assert await vectors_kept(ibid) == 2
+            rows = await ibid.app.store.database.rows("SELECT count(*) FROM entry WHERE embedder IS NULL")
+            assert rows[0][0] == 0, "too long is known of it, and not found out at every start"
+            assert not (await progress(ibid))["running"]
+            assert (await ibid.ask(question(long))).is_hit
+
+
+async def test_a_text_on_which_the_model_fails_does_not_keep_others_waiting(
+    tmp_path: Path, up: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxy.reindex.REST_S", 0.0)
+    model = ScriptedModel()
+    encode = model.encode_tokens
+    cursed = model.tokens("cursed")[0]
+
+    def sometimes(rows: Sequence[list[int]]) -> np.ndarray:
+        if any(cursed in row for row in rows):
+            raise RuntimeError("not this one")
+        return encode(rows)
+
+    model.encode_tokens = sometimes  # type: ignore[method-assign]
+    async with serving(tmp_path, up, "[cache]\nsemantic = false\n") as ibid:
+        for text in ("Is this text of a question cursed or is it not?", ASKED):
+            await ibid.ask(question(text))
+        await ibid.settled()
+    async with semantic(tmp_path, up, model) as ibid:
+        index = ibid.pipeline.index
+        assert index is not None
+        await until(lambda: index.size == 1)
+        await found_by_meaning(ibid, ASKED, REWORDED)
+        reindex = ibid.app.operator._reindex
+        assert reindex is not None
+        await until(lambda: not reindex.running)
+        told = await progress(ibid)
+        assert (told["done"], told["total"], told["failed"]) == (2, 2, 1)
+
+
 # --- snapshot -------------------------------------------------------------------------------------------------------
 
 
@@ -417,6 +509,10 @@ async def test_a_snapshot_of_another_embedder_or_dimension_is_not_compared(
             assert ibid.asked == before + 1
             assert (await ibid.ask(question(ASKED))).is_hit, "its exact wording needs no vector"
             assert ibid.pipeline.index.size <= 1  # type: ignore[union-attr]
+            snapshot = tmp_path / SNAPSHOT
+            bad = snapshot.with_name(snapshot.name + ".bad")
+            assert bad.exists(), "kept for whoever wants to know why"
+            bad.unlink()
 
 
 async def test_a_snapshot_newer_than_sql_proposes_nothing_that_is_gone(tmp_path: Path, up: ScriptedUpstream) -> None:

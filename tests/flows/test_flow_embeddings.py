@@ -521,7 +521,7 @@ async def test_a_database_that_does_not_answer_means_a_plain_forward(exact, up, 
 
 
 async def test_a_row_that_cannot_be_stored_costs_the_client_nothing(exact, up, monkeypatch):
-    async def full(_draft):
+    async def full(_draft, _began):
         raise CacheFault("full", code="store_full")
 
     monkeypatch.setattr(exact.app.store.entries, "put", full)
