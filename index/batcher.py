@@ -99,6 +99,10 @@ class _StatesKept:
             self._known.move_to_end(digest)
         return found
 
+    def clear(self) -> None:
+        self._known.clear()
+        self.held_bytes = 0
+
     def put(self, digest: bytes, states: TokenStates) -> None:
         if states.nbytes > self._limit_bytes or digest in self._known:
             return
@@ -164,6 +168,7 @@ class EmbedderOwner:
         self._turn = threading.Condition()
         self._waiting: Turns[_Job | _Verification] = Turns()
         self._closing = False
+        self._sheds = False  # set on the loop, taken by the owner thread
         self._busy_since: float | None = None  # written by the owner thread, read by the watch
         self._thread = threading.Thread(target=self._own, name="ibid-embedder", daemon=True)
 
@@ -255,6 +260,11 @@ class EmbedderOwner:
     def signature(self, text: str) -> NDArray[np.uint64]:
         """Token classes of a text, (index.tokens.WIDTH,) uint64."""
         return tokens.signature(text)
+
+    def shed(self) -> None:
+        """Forget vectors, and token states before the next text: memory is short."""
+        self._known.clear()
+        self._sheds = True
 
     async def close(self) -> None:
         """Fail what is in flight and end the thread. A call of the model that hangs is left behind after CLOSE_S."""
@@ -411,6 +421,9 @@ class EmbedderOwner:
     def _own(self) -> None:
         try:
             while (batch := self._take()) is not None:
+                if self._sheds:
+                    self._sheds = False
+                    self._states.clear()
                 if isinstance(batch, _Verification):
                     self._verify(batch)
                 elif batch:

@@ -85,8 +85,9 @@ class Promotions:
             self._touched.update(ids.tolist())
         if (approximate := self.approximate.get(number)) is not None:
             approximate.remove(ids)
-            if self._arena.counts[number] * 2 < self._promote_above:
-                del self.approximate[number]
+        if self._arena.counts[number] * 2 < self._promote_above:  # its number may soon be another scope's
+            self.approximate.pop(number, None)
+            self._not_before.pop(number, None)
 
     def consider(self, number: int) -> None:
         """Have an approximate index built if the scope has outgrown what it has."""

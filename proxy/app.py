@@ -33,6 +33,7 @@ from index.errors import IndexRoomError, SnapshotRefused
 from index.features import compile_features
 from index.kernels import compile_kernels
 from index.learner import LEVELS, Learner
+from index.partition import trim_heap
 from index.vectors import VectorOwner
 from proxy import admin, listener, logs
 from proxy.admin_auth import LOOPBACK_NAMES, Gate, load_token
@@ -62,6 +63,7 @@ from proxy.lanes.prefetch import Prefetcher
 from proxy.lanes.prefixes import PrefixMarks
 from proxy.lanes.route import Router
 from proxy.leaving import Finisher
+from proxy.memory import Memory, group_limit_bytes
 from proxy.operations import Operator
 from proxy.pipeline import Pipeline
 from proxy.ports import EntryStore
@@ -90,13 +92,14 @@ class Pulse:
     def __init__(self) -> None:
         self.longest_ms = 0.0
 
-    async def run(self, handler: ClientHandler) -> None:
+    async def run(self, handler: ClientHandler, memory: Memory) -> None:
         second = time.monotonic()
         while True:
             before = time.monotonic()
             await asyncio.sleep(BEAT_S)
             now = time.monotonic()
             self.longest_ms = max(self.longest_ms, (now - before - BEAT_S) * 1e3)
+            memory.look(now)
             if now - second >= 1.0:
                 second = now
                 handler.beat(now)
@@ -115,6 +118,7 @@ class App:
     admin_token: str
     admin_token_path: Path | None
     stopping: asyncio.Event
+    memory: Memory
     port: int = 0
     admin_port: int = 0
 
@@ -503,7 +507,11 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
             spawn=background.spawn,
             is_stopping=stopping.is_set,
         )
-        app = App(settings, pipeline, edges.store, edges.telemetry, operator, handler.keys, token, token_path, stopping)
+        memory = memory_of(settings, pipeline, handler)
+        app = App(
+            settings, pipeline, edges.store, edges.telemetry, operator, handler.keys, token, token_path, stopping,
+            memory,
+        )  # fmt: skip
         watch(app, handler, pulse, edges)
         runner = await open_admin(settings, operator, edges, token)
         stack.push_async_callback(runner.cleanup)
@@ -511,7 +519,7 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
         clients = await open_clients(settings, handler)
         app.port = clients.port
         endless = [
-            background.spawn(pulse.run(handler), "pulse"),
+            background.spawn(pulse.run(handler, memory), "pulse"),
             background.spawn(housekeep(app, edges.index), "housekeeping"),
             background.spawn(handler.keys.follow(edges.telemetry.fault), "keys"),
         ]
@@ -540,6 +548,19 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
             if edges.index is not None:
                 with contextlib.suppress(IndexRoomError):
                     await edges.index.snapshot(settings.data_dir / SNAPSHOT_NAME)
+
+
+def memory_of(settings: Settings, pipeline: Pipeline, handler: ClientHandler) -> Memory:
+    """The bound on memory, over the caches that can be dropped and the way in that can be shut."""
+    embedder = pipeline.embedder
+    caches = [pipeline.hot.clear, pipeline.judge.shed]
+    if isinstance(embedder, EmbedderOwner):
+        caches.append(embedder.shed)
+
+    def refuse(is_short: bool) -> None:
+        handler.admission.is_shut = is_short
+
+    return Memory(settings.server.memory_bytes or group_limit_bytes(), [*caches, trim_heap], refuse)
 
 
 async def take_up(batches: BatchApi, database: str) -> None:
@@ -576,6 +597,7 @@ def watch(app: App, handler: ClientHandler, pulse: Pulse, edges: Edges) -> None:
         gauge("ibid_batch_lines", "Lines of batches that wait for an answer", lambda: batches.engine.lines_left)
         gauge("ibid_deferred", "Deferred calls under way", lambda: batches.deferred.waiting)
     gauge("ibid_hot_bytes", "Memory of rows served without SQL", lambda: app.pipeline.hot.size_bytes)
+    gauge("ibid_memory_used_share", "Resident memory by what it may be", lambda: app.memory.used_share)
     gauge("ibid_loop_stall_seconds_max", "Longest stall of the event loop", lambda: pulse.longest_ms / 1e3)
     if embedder is not None and index is not None:
         gauge("ibid_queue_length", "Waiting work", lambda: embedder.queue_length, queue="embedder")

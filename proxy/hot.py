@@ -15,6 +15,7 @@ from proxy.core.model import Answer, Draft, Entry
 from proxy.relay import Head
 
 ROW_OVERHEAD_BYTES = 1024
+FORM_OVERHEAD_BYTES = 1024  # of a form beside its template: headers, ledger row
 
 
 class Form:
@@ -96,15 +97,16 @@ class HotRows:
         self._rows[entry.draft.fingerprint] = row
         self._by_id[entry.id] = entry.draft.fingerprint
         self.size_bytes += row.size_bytes
-        while self.size_bytes > self.limit_bytes:
-            self._discard(next(iter(self._rows)))
+        self._shrink()
         return row
 
     def grew(self, row: HotRow, by_bytes: int) -> None:
         """Account for a reply that was rendered after the row was put."""
+        by_bytes += FORM_OVERHEAD_BYTES
         row.size_bytes += by_bytes
         if self._rows.get(row.entry.draft.fingerprint) is row:
             self.size_bytes += by_bytes
+            self._shrink()
 
     def forget(self, entry_ids: Iterable[int]) -> None:
         for entry_id in entry_ids:
@@ -121,6 +123,10 @@ class HotRows:
         self._by_id.clear()
         self._aliases.clear()
         self.size_bytes = 0
+
+    def _shrink(self) -> None:
+        while self.size_bytes > self.limit_bytes:
+            self._discard(next(iter(self._rows)))
 
     def _discard(self, fingerprint: bytes) -> None:
         row = self._rows.pop(fingerprint, None)

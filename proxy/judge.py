@@ -38,6 +38,7 @@ WRONG_BELOW: Final = 0.50  # probability of being the same under which a decisio
 LIMITS: Final[Mapping[str, int]] = MappingProxyType({"scope": 256, "namespace": 64, "tenant": 64, "installation": 1})
 """Levels in memory, of each kind; the least recently used leave."""
 GROUPS: Final = 200_000
+KEPT_SHARE: Final = 8  # of the bound of levels, that stays when memory is short: one in so many
 REFUSED: Final = 65_536  # refused pairs in memory; the others are looked for in SQL
 GUARD_ASKS: Final = 3  # candidates of a lookup that the pair guard is asked about: each costs time
 PAIR_GUARD: Final = "pair_guard"
@@ -345,6 +346,14 @@ class Judge:
     @property
     def refused_pairs(self) -> int:
         return len(self._refused)
+
+    def shed(self) -> None:
+        """Drop most of what can be read back: all but the installation and the levels used last."""
+        if self._note is None:
+            return
+        for kind, levels in self._levels.items():
+            while len(levels) > max(1, self._limits[kind] // KEPT_SHARE):
+                levels.popitem(last=False)
 
     # -- what is written down -----------------------------------------------------------------------------------------
 

@@ -388,12 +388,13 @@ class Admission:
     """A bound on requests in flight, with a bounded queue behind it. Not for threads.
 
     The usual way in is one comparison: `if not admission.try_enter(): await admission.enter()`. Every way in is paired
-    with one `leave`.
+    with one `leave`. While `is_shut` nobody new gets in.
     """
 
-    __slots__ = ("_free", "_queue", "_queue_limit", "_timeout_s")
+    __slots__ = ("_free", "_queue", "_queue_limit", "_timeout_s", "is_shut")
 
     def __init__(self, in_flight: int, queued: int, timeout_s: float) -> None:
+        self.is_shut = False
         self._free = in_flight
         self._queue_limit = queued
         self._timeout_s = timeout_s
@@ -408,7 +409,7 @@ class Admission:
         return self._free
 
     def try_enter(self) -> bool:
-        if self._free > 0:
+        if self._free > 0 and not self.is_shut:
             self._free -= 1
             return True
         return False
@@ -417,6 +418,8 @@ class Admission:
         """First come, first served. Raises Busy at once when the queue is full, and after `timeout_s` in it."""
         if self.try_enter():
             return
+        if self.is_shut:
+            raise Busy("Memory is short.")
         if len(self._queue) >= self._queue_limit:
             raise Busy("Too many requests in flight.")
         turn = asyncio.get_running_loop().create_future()

@@ -50,6 +50,9 @@ class Server:
     anonymous: bool = option(False, "serve clients without a credential, all as one tenant; loopback listener only")
     keys_only: bool = option(False, "serve keys made by `ibid keys` only; any other credential, or none, is 401")
     workers: int = option(1, "event loops sharing the client port; more than 1 is not supported yet", least=1)
+    memory_bytes: int = option(
+        0, "memory it may take: caches go at 85 %, new requests get 503 at 95 %; 0: what the container has", least=0
+    )
     drain_timeout_s: float = option(30.0, "how long a stop waits for answers under way", least=0)
     admin_token: str | None = field(default=None, repr=False, metadata={"environment_only": True})
 
@@ -86,13 +89,12 @@ class Cache:
 
     hot_bytes: int = option(64 * MIB, "memory for rows served without asking SQL; least recently used leave", least=0)
     usage_on_hit: Literal["original", "zero"] = option("original", "usage a hit reports: as stored, or 0")
-    judge_model: str | None = option(None, "chat model of the same upstream that compares answers; unset: none")
-
     semantic_misses_per_min: int = option(
         600,
-        "semantic misses of one key; beyond it exact hits only, so that nobody maps the cache; 0: no bound",
+        "semantic misses of one key; beyond it exact hits only: no cache is mapped by near copies; 0: no bound",
         least=0,
     )
+    judge_model: str | None = option(None, "chat model of the same upstream that compares answers; unset: none")
 
 
 @dataclass(frozen=True, slots=True)

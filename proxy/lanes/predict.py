@@ -24,6 +24,7 @@ TRIALS = 4  # predictions of a cluster before its share decides
 DECAY = 0.2
 RETRY_AFTER = 50  # questions of a cluster that is switched off, until one is tried again
 CLUSTERS = 4096
+REFUSALS = 1_024  # remembered, each for REFUSED_S
 REFUSED_S = 3600.0
 EXCLUDES: Final = frozenset(
     {"prediction", "tools", "functions", "logprobs", "max_completion_tokens", "max_tokens", "presence_penalty",
@@ -91,6 +92,8 @@ class Predictor:
     def refused(self, sending: Sending) -> None:
         """An upstream did not take a call that was shaped."""
         if MECHANISM in sending.shaped_by:
+            if len(self._refused_until) >= REFUSALS:  # the models are of clients' naming
+                del self._refused_until[next(iter(self._refused_until))]
             self._refused_until[sending.upstream, sending.model] = time.monotonic() + REFUSED_S
 
     def share(self, scope: bytes) -> float:

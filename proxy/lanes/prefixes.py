@@ -24,6 +24,7 @@ from proxy.lanes.sending import Sending
 from proxy.lanesettings import PrefixLane
 
 MECHANISM: Final = "cache.prefix"
+REFUSALS: Final = 1_024  # remembered, each for REFUSED_S
 REFUSED_S: Final = 3600.0
 
 WritesCostExtra = Callable[[str, str, int], bool]
@@ -67,6 +68,8 @@ class PrefixMarks:
     def refused(self, sending: Sending) -> None:
         """An upstream did not take a call that was shaped."""
         if MECHANISM in sending.shaped_by:
+            if len(self._refused_until) >= REFUSALS:  # the models are of clients' naming
+                del self._refused_until[next(iter(self._refused_until))]
             self._refused_until[sending.upstream, sending.model] = time.monotonic() + REFUSED_S
 
     def _salt(self, fetch: Fetch, sending: Sending) -> bytes:

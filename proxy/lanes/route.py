@@ -178,6 +178,8 @@ class Router:
             return
         asked = fetch.asked
         self._candidate_of[entry.id] = fetch.routed_to
+        if len(self._candidate_of) > REMEMBERED:
+            del self._candidate_of[next(iter(self._candidate_of))]
         self._remember(fetch.client.request_id, entry.id, fetch.routed_to)
         self._last[asked.scope] = _Last(
             fetch.client.ts_ms,
@@ -255,6 +257,8 @@ class Router:
         votes = self._votes[vote.entry_id, vote.candidate]
         votes[0] += vote.good
         votes[1] += 1
+        if len(self._votes) > LOADED:
+            del self._votes[next(iter(self._votes))]
 
     def _remember(self, request_id: str, entry_id: int, candidate: str) -> None:
         self._answered[request_id] = (entry_id, candidate)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from proxy.memory import resident_bytes
 from tests.edge.faults_app import (
     ADMIN_TOKEN,
     BEARER,
@@ -349,3 +350,24 @@ async def test_a_second_sigterm_ends_it_at_once(tmp_path: Path, up: ScriptedUpst
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+async def test_requests_are_refused_while_memory_is_short_and_health_is_answered(
+    tmp_path: Path, up: ScriptedUpstream
+) -> None:
+    bound = resident_bytes() + (256 << 20)
+    async with serving(tmp_path, up, f"{EXACT_ONLY}[server]\nmemory_bytes = {bound}\n") as ibid:
+        assert (await ibid.ask()).status == 200
+        await ibid.settled()
+        assert len(ibid.pipeline.hot) == 1
+        ballast = bytearray(b"\x01") * (256 << 20)  # real memory, as many bodies would take
+        await until(lambda: ibid.app.memory.is_short)
+        assert len(ibid.pipeline.hot) == 0
+        refused = await ibid.ask()
+        assert (refused.status, refused.error["code"]) == (503, "overloaded")
+        assert int(refused.headers["retry-after"]) >= 1
+        for target in ("/healthz", "/readyz", "/metrics"):
+            assert (await ibid.admin(target)).status == 200
+        ballast.clear()
+        await until(lambda: not ibid.app.memory.is_short)
+        assert (await ibid.ask()).is_hit
