@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from proxy.core.errors import CacheFault
@@ -130,3 +132,12 @@ async def test_an_audited_hit_is_judged_in_the_views_and_its_cost_is_booked(stor
     assert tuple(row) == (1, 1, 1.0, 1.0)
     (band,) = (await store.queries.named("wrong_by_similarity")).rows
     assert tuple(band)[1:] == (1, 1, 1.0)
+
+
+async def test_what_is_kept_is_written_when_it_returns_and_once_however_many_write(store):
+    made = [comparison(f"q{i}") for i in range(5)]
+    for one in made[:-1]:
+        store.comparisons.record(one)
+    await asyncio.gather(store.comparisons.keep(made[-1]), store.comparisons.flush(), store.comparisons.flush())
+    other = Comparisons(store.database, store.writer)
+    assert [seen.comparison for seen in await other.newest("e1", 99)] == made
