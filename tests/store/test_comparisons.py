@@ -227,3 +227,12 @@ async def test_housekeeping_keeps_every_tally_that_narrows(store):
     now += 1
     await books.housekeep()
     assert {row[0] for row in await store.database.rows(select(evidence.c.tenant))} == set(kept)
+
+
+async def test_what_is_kept_is_written_when_it_returns_and_once_however_many_write(store):
+    made = [comparison(f"q{i}") for i in range(5)]
+    for one in made[:-1]:
+        store.comparisons.record(one)
+    await asyncio.gather(store.comparisons.keep(made[-1]), store.comparisons.flush(), store.comparisons.flush())
+    other = Comparisons(store.database, store.writer)
+    assert [seen.comparison for seen in await other.newest("e1", 99)] == made

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import sqlite3
+from contextlib import closing
+
 import orjson
 import pytest
 from sqlalchemy import text
@@ -162,6 +166,31 @@ async def test_a_database_that_does_not_write_takes_nothing_off_the_count(tmp_pa
     fresh = ring_of(store)
     await fresh.load()
     assert fresh.described("key_1")["limits"][0]["spent"] == 1
+    await store.close()
+
+
+async def test_what_a_killed_process_left_on_file_counts_before_the_database_writes_again(tmp_path):
+    store = await open_store(None, tmp_path / "data", price=list_price)
+    await store.keys.create(key(limits=(Limit(Kind.REQUESTS, 100, Window.DAY),)))
+    for name in ("first", "second"):
+        store.ledger.record(outcome(name, key_id="key_1", team="red"))
+        if name == "first":
+            await store.ledger.flush()
+    store.ledger.record(outcome("nobody's"))
+    await store.writer.close()
+    await store.close()  # `second` stays on file, as after a kill
+    with closing(sqlite3.connect(tmp_path / "data" / "ibid.db", isolation_level=None)) as blocker:
+        blocker.execute("BEGIN IMMEDIATE")
+        store = await open_store(None, tmp_path / "data", price=list_price)
+        ring = ring_of(store)
+        await ring.load()
+        assert store.ledger.owes
+        assert ring.described("key_1")["limits"][0]["spent"] == 2
+    async with asyncio.timeout(30):
+        while store.ledger.owes:
+            await store.ledger.flush()
+    await ring.read_spent()
+    assert ring.described("key_1")["limits"][0]["spent"] == 2
     await store.close()
 
 
