@@ -17,6 +17,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from proxy.core.invoice import COST, COUNTERS, Invoice, Key, Line, add, family
+from proxy.core.units import NUSD_PER_USD
 
 NOTES = ("estimated", "unpriced")
 """Counted of the ledger's calls alone: what to look at first where a line differs."""
@@ -83,7 +84,7 @@ class Reconciled:
         for name in self.measures:
             if name == COST:
                 theirs, ours = invoice.cost_nusd, ledger.cost_nusd
-                row += [round(theirs) / 1e9, round(ours) / 1e9, round(theirs - ours)]
+                row += [round(theirs) / NUSD_PER_USD, round(ours) / NUSD_PER_USD, round(theirs - ours)]
             else:
                 told, booked = invoice.counters.get(name, 0), ledger.counters.get(name, 0)
                 row += [told, booked, told - booked]
