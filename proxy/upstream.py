@@ -36,6 +36,7 @@ RETRY_PAUSE_S = 0.05
 WRITTEN_AT_ONCE_BYTES = 1 << 20  # above it aiohttp warns of a stalled loop
 ROUTES_KEPT = 1024
 NAMES_KEPT = 1024
+MEMO_BYTES = 8 * 1024 * 1024
 URL_BYTES = 2048
 PATTERN_BYTES = 8192
 """Of a URL and of a pattern, but for the texts in them."""
@@ -75,7 +76,7 @@ class UpstreamLimits:
     first_byte_s: float = 600.0
     idle_s: float = 120.0  # between two pieces of a body
     keep_alive_s: float = 15.0
-    memo_bytes: int = 8 * 1024 * 1024  # of each memo
+    memo_bytes: int = MEMO_BYTES  # of each memo
 
 
 DEFAULTS = (
@@ -99,7 +100,7 @@ class Address:
 
     __slots__ = ("_host", "_is_complete", "_known", "_root", "breaker", "key", "name", "place")
 
-    def __init__(self, configured: UpstreamAddress, breaker: Breaker, memo_bytes: int) -> None:
+    def __init__(self, configured: UpstreamAddress, breaker: Breaker, memo_bytes: int = MEMO_BYTES) -> None:
         self.name = configured.name
         self.breaker = breaker
         self.key: tuple[bytes, bytes] | None = None

