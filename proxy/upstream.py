@@ -327,7 +327,9 @@ class Upstreams:
         *,
         extra_headers: frozenset[str] = frozenset(),
         tick_s: float = 0.5,
+        now: Callable[[], float] | None = None,
     ) -> None:
+        """`now`: monotonic seconds for the breakers; the loop's when None."""
         self.loop = asyncio.get_running_loop()
         self._limits = limits or UpstreamLimits()
         self._extra_headers = extra_headers
@@ -339,7 +341,7 @@ class Upstreams:
         for configured in addresses:
             if configured.name in self._addresses:
                 raise ConfigError(f"upstream {configured.name!r} is configured twice")
-            breaker = Breaker(configured.name, self.loop.time)
+            breaker = Breaker(configured.name, now or self.loop.time)
             self._addresses[configured.name] = Address(configured, breaker)
             if configured.models:
                 self._by_model.append(configured)
@@ -423,10 +425,6 @@ class Upstreams:
                 breaker.failed(is_probe)
                 message = "The upstream did not begin its answer in time."
                 raise UpstreamError(message, code="upstream_timeout", status=504) from None
-            breaker.abandoned(is_probe)
-            raise
-        except BaseException:  # the client's body broke, say: no outcome of the upstream
-            breaker.abandoned(is_probe)
             raise
         finally:
             self._opening.discard(waiting)
