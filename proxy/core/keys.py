@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
-from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from proxy.core.directives import usd
 from proxy.core.errors import BadRequest
 from proxy.core.identity import Credential
+from proxy.core.patterns import is_one_of
 from proxy.core.plan import DEFAULT_PLAN, edited
 
 PREFIX = b"ibid-"
@@ -153,7 +153,7 @@ class Key:
     plan: str = ""
 
     def allows(self, model: str) -> bool:
-        return not self.models or any(fnmatchcase(model, pattern) for pattern in self.models)
+        return not self.models or is_one_of(model, self.models)
 
 
 def digest_of(secret: bytes) -> bytes:

@@ -17,11 +17,15 @@ from yarl import URL
 from proxy.breaker import Breaker
 from proxy.core.dialects.routes import family_of
 from proxy.core.errors import BadRequest, ConfigError, UpstreamError
-from proxy.upstream import Address, OpenResponse, UpstreamAddress, UpstreamLimits, Upstreams, everything_at
+from proxy.upstream import Address, OpenResponse, UpstreamAddress, UpstreamLimits, Upstreams
 
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 SHORT = UpstreamLimits(connect_s=1.0, first_byte_s=0.15, idle_s=0.15)
+
+
+def everything_at(base_url: str) -> tuple[UpstreamAddress, ...]:
+    return (UpstreamAddress("upstream", base_url, "openai"),)
 
 
 class Mock:
@@ -561,9 +565,11 @@ def is_let_in(breaker: Breaker) -> bool:
     try:
         return breaker.admit()
     except UpstreamError as error:
-        assert (error.status, error.code) == (503, "circuit_open")
-        assert 1 <= (error.retry_after_s or 0) <= 5
-        return False
+        told = (error.status, error.code)
+        wait_s = error.retry_after_s or 0
+    assert told == (503, "circuit_open")
+    assert 1 <= wait_s <= 5
+    return False
 
 
 def test_breaker_lets_one_probe_through_in_five_seconds() -> None:
@@ -735,7 +741,29 @@ async def test_of_one_dialect_the_upstream_that_names_the_model_serves_it() -> N
     asked = {"gpt-5": "cloud", "llama-3": "small", "qwen3": "small", "qwen30": "cloud", "": "cloud"}
     assert {model: upstreams.route("/v1/chat/completions", {}, model) for model in asked} == asked
     assert upstreams.route("/v1/messages", {}, "llama-3") == "claude"
+    assert upstreams.route("/v1/models", {}, None) == "cloud"
+    assert (upstreams.is_divided("/v1/models", {}), upstreams.is_divided("/v1/messages", {})) == (True, False)
+    assert [upstreams.serves("small", model) for model in ("llama-3", "gpt-5", "")] == [True, False, False]
+    assert upstreams.serves("cloud", "llama-3")
     assert (upstreams.place("cloud"), upstreams.place("small")) == ("http://cloud", "http://small")
+
+
+@pytest.mark.parametrize("model", ["mistral-large", "GPT-5", "gpt", "", "x" * 1_000_000])
+async def test_what_no_upstream_names_is_nobodys_where_all_name_theirs(model: str) -> None:
+    upstreams = Upstreams(
+        (
+            UpstreamAddress("cloud", "http://cloud", "openai", ("gpt-*",)),
+            UpstreamAddress("small", "http://small", "openai", ("my-*",)),
+        )
+    )
+    for path, code in (("/v1/chat/completions", "model_not_served"), ("/v1/messages", "dialect_not_served")):
+        for _ in range(2):
+            with pytest.raises(BadRequest) as caught:
+                upstreams.route(path, {}, model)
+            assert (caught.value.status, caught.value.code) == (404, code)
+            assert len(caught.value.message) < 200
+    assert upstreams.route("/v1/models", {}, None) == "cloud"
+    assert not [asked for _, asked in upstreams._routes if asked is not None], "nothing refused is remembered"
 
 
 @pytest.mark.parametrize(
@@ -767,9 +795,8 @@ async def test_an_upstream_with_a_key_of_its_own_never_sees_the_clients(dialect:
 
 
 async def test_route_names_the_configured_upstream() -> None:
-    assert Upstreams(everything_at("http://h")).route("/v1/messages", {}) == "upstream"
     defaults = Upstreams()
-    assert defaults.route("/v1/messages", {}) == "anthropic"
-    assert defaults.route("/v1/chat/completions", {}) == "openai"
+    assert defaults.route("/v1/messages", {}, "") == "anthropic"
+    assert defaults.route("/v1/chat/completions", {}, "") == "openai"
     with pytest.raises(ConfigError):
         Upstreams((UpstreamAddress("a", "http://h", "openai"),) * 2)
