@@ -82,6 +82,7 @@ def load(flags: Flags, environ: Mapping[str, str]) -> Settings:
         policies=tuple(_policies(document)),
         aliases=_aliases(document),
         source=document.path,
+        is_data_dir_named=_named_data_dir(document, flags, environ) is not None,
     )
     _check_together(settings, document)
     return settings
@@ -132,8 +133,12 @@ def _address(value: Any, fail: Fail) -> Address:
     return Address(found[1] or found[2], int(found[3]))
 
 
+def _named_data_dir(document: Document, flags: Flags, environ: Mapping[str, str]) -> Any:
+    return flags.data_dir or environ.get("IBID_DATA_DIR") or document.values.get("data_dir")
+
+
 def _data_dir(document: Document, flags: Flags, environ: Mapping[str, str]) -> Path:
-    named = flags.data_dir or environ.get("IBID_DATA_DIR") or document.values.get("data_dir")
+    named = _named_data_dir(document, flags, environ)
     if named is None:
         base = environ.get("XDG_DATA_HOME") or os.path.join(environ.get("HOME") or "~", ".local", "share")
         named = os.path.join(base, "ibid")

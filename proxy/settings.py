@@ -271,6 +271,7 @@ class Settings:
     policies: tuple[Policy, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=lambda: ALIASES)
     source: Path | None = None
+    is_data_dir_named: bool = False  # by somebody who may have mistyped it: then the folder above must exist
 
     @property
     def ready(self) -> frozenset[Lane]:
