@@ -25,6 +25,7 @@ from proxy.core.plan import (
     edited,
     lanes_of,
 )
+from proxy.environment import overlay
 from proxy.lanesettings import LANES, AliasSettings, LaneSettings, PolicySettings
 from proxy.settings import (
     DEFAULT_UPSTREAMS,
@@ -61,6 +62,7 @@ def load(flags: Flags, environ: Mapping[str, str]) -> Settings:
     Raises ConfigError; its one-line message names the file and line, the variable, or the flag.
     """
     document = Document.read(flags.config or environ.get("IBID_CONFIG"))
+    overlay(document, environ)
     document.known("", frozenset({"data_dir", "prices", "upstream", "lane", "alias", "policy", *SECTIONS}))
     document.known("prices", frozenset({"override"}))
     settings = Settings(
@@ -202,7 +204,8 @@ def _upstreams(document: Document, flags: Flags, environ: Mapping[str, str]) -> 
     if one:
         if problem := _url_problem(one):
             fail(problem)
-        found |= {name: dataclasses.replace(found[name], base_url=one) for name in DEFAULT_UPSTREAMS}
+        own = () if flags.upstream else [name for name in found if f"upstream.{name}.base_url" in document.variables]
+        found |= {name: dataclasses.replace(found[name], base_url=one) for name in DEFAULT_UPSTREAMS.keys() - own}
     return types.MappingProxyType(found)
 
 
