@@ -139,7 +139,7 @@ class PassThrough:
             body = asked.body if isinstance(asked.body, bytes) else await read_body(request, self._limits)
             said = jsontext.parse(body, self._limits.json_depth).get("model")
             return said if isinstance(said, str) else "", asked._replace(body=body)
-        if request.content_type == "multipart/form-data":
+        if request.content_type == "multipart/form-data" and "boundary=" in request.headers[CONTENT_TYPE].lower():
             is_plain = CONTENT_ENCODING not in request.headers
             form = body_stream(request, self._limits) if is_plain else await read_body(request, self._limits)
             spool = spools.enter_context(tempfile.SpooledTemporaryFile(SPOOL_MEMORY_BYTES))
