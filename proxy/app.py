@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import os
@@ -43,10 +44,10 @@ from proxy.batch_engine import Engine
 from proxy.batch_http import BatchApi
 from proxy.batch_lines import Lines
 from proxy.books import Books
-from proxy.config import Settings, UpstreamSettings
+from proxy.config import Address, Settings, UpstreamSettings
 from proxy.core.answer import decode_answer
 from proxy.core.dialects.routes import Routes
-from proxy.core.errors import CacheFault, ConfigError
+from proxy.core.errors import CacheFault, ConfigError, NotYet
 from proxy.core.model import Answer
 from proxy.core.rates import writes_cost_extra
 from proxy.core.units import DAY_S
@@ -458,7 +459,7 @@ async def open_admin(settings: Settings, operator: Operator, edges: Edges, token
         await site.start()
     except OSError as error:
         await runner.cleanup()
-        raise ConfigError(f"cannot listen on {settings.server.admin}: {error.strerror}") from error
+        raise _no_listener(settings.server.admin, error) from error
     return runner
 
 
@@ -468,7 +469,13 @@ async def open_clients(settings: Settings, handler: ClientHandler) -> listener.L
     try:
         return await listener.start(handler, address.host, address.port, settings.limits)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {address}: {error.strerror}") from error
+        raise _no_listener(address, error) from error
+
+
+def _no_listener(address: Address, error: OSError) -> ConfigError:
+    """A port that another process holds, and an address that the machine does not have, may come by themselves."""
+    kind = NotYet if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) else ConfigError
+    return kind(f"cannot listen on {address}: {error.strerror}")
 
 
 @contextlib.asynccontextmanager
@@ -487,7 +494,7 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
         try:
             await handler.keys.load()
         except CacheFault as fault:
-            raise ConfigError(f"virtual keys cannot be read: {fault.message}") from fault
+            raise NotYet(f"virtual keys cannot be read: {fault.message}") from fault
         if edges.embedder is not None:
             await learn(pipeline)
         pulse, stopping = Pulse(), asyncio.Event()
@@ -622,7 +629,7 @@ def banner(app: App) -> str:
         f"ibid serves   http://{host.listen.host}:{app.port}/v1",
         f"admin         http://{host.admin.host}:{app.admin_port}  (token: {token})",
         f"upstreams     {', '.join(f'{n} {u.base_url}' for n, u in app.settings.upstreams.items())}",
-        f"database      {app.store.database.label}",
+        f"database      {app.store.database.label}{' (new)' if app.store.database.is_new else ''}",
         f"semantic      {describe(app.pipeline)}",
     ]
     return "\n".join(lines)

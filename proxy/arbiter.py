@@ -62,6 +62,8 @@ class Arbiter:
         kept_answer: str,
     ) -> float | None:
         """See `ports.Arbiter`. `headers` are those of the client who asked, raw."""
+        if not self._upstream.serves(query.upstream, self._model):
+            return None
         body = orjson.dumps(
             {
                 "model": self._model,

@@ -103,14 +103,8 @@ class BatchApi:
         is_theirs = place.area in ("files", "batches") and asked.family != "openai"
         is_far = place.id != "" and not is_own(place.id) and place.area != "deferred"
         if handle is None or is_theirs or is_far:
-            return await self._pass(request, asked)
+            return await self._passing.answer(request, asked)
         return await handle(request, asked, place.id)
-
-    async def _pass(self, request: web.BaseRequest, asked: Passing) -> web.StreamResponse:
-        """To the upstream, if the virtual key that asks may have it passed through."""
-        if asked.admit is not None:
-            asked = await asked.admit(asked)
-        return await self._passing.answer(request, asked)
 
     async def defer(self, query: Query, asked_path: str, headers: Sequence[tuple[bytes, bytes]]) -> web.Response:
         """Take a plain call to answer it later. Raises BadRequest, CacheFault."""
@@ -123,14 +117,14 @@ class BatchApi:
         content_type = request.headers.get("Content-Type", "")
         body = body_stream(request, self._limits, asked.arrival)
         if not content_type.lower().startswith("multipart/form-data") or not body:
-            return await self._pass(request, asked._replace(body=body))
+            return await self._passing.answer(request, asked._replace(body=body))
         boundary = boundary_of(content_type)
         rest = _once(body) if isinstance(body, bytes) else body
         with tempfile.SpooledTemporaryFile(SPOOL_MEMORY_BYTES) as spool:
             purpose = await _purpose(rest, spool, boundary)
             whole = _chain(spool, rest)
             if purpose != b"batch":
-                return await self._pass(request, asked._replace(body=whole))
+                return await self._passing.answer(request, asked._replace(body=whole))
             file = await self._receive(whole, boundary, asked)
         return _json(asked, file_object(file))
 
@@ -209,7 +203,7 @@ class BatchApi:
         said = jsontext.parse(raw, self._limits.json_depth)
         file_id = said.get("input_file_id")
         if isinstance(file_id, str) and not is_own(file_id):
-            return await self._pass(request, asked._replace(body=raw))
+            return await self._passing.answer(request, asked._replace(body=raw))
         wanted = read_create(said)
         now_ms = self._now_ms()
         keep_ms = self._keep_ms if wanted.keep_s is None else wanted.keep_s * 1000
@@ -396,7 +390,8 @@ class BatchApi:
 
     async def _theirs(self, asked: Passing, query: dict[str, str]) -> tuple[list[dict[str, Any]], bool]:
         """What the upstream lists; nothing when it has no such list, or cannot say."""
-        upstream = self._upstream.route(asked.path, {"anthropic-version": ""} if asked.family == "anthropic" else {})
+        headers = {"anthropic-version": ""} if asked.family == "anthropic" else {}
+        upstream = self._upstream.route(asked.path, headers, None)
         try:
             response = await self._upstream.open(
                 upstream, "GET", f"{asked.path}?{urlencode(query)}", asked.headers, None

@@ -1,9 +1,11 @@
-"""Stops asking an upstream that keeps failing: closed → open → one probe → closed (catalogue row 39).
+"""Stops asking an upstream that keeps failing: closed → open → a probe now and then → closed (catalogue row 39).
 
 Closed: requests pass and their outcomes are counted by the second, over a window. When at least `least` of them fell
-into the window and at least `share` of those failed, the breaker opens. Open: requests are refused at once; every
-`probe_every_s` one may pass. A probe that succeeds closes the breaker with an empty window, one that fails keeps it
-open for another interval, one that is abandoned gives its turn back.
+into the window and at least `share` of those failed, the breaker opens. Open: requests are refused at once, but every
+`probe_every_s` one may pass. The first probe that brings a response head closes the breaker with an empty window.
+
+A probe is some client's request: it may take minutes, fail late, or be given up. So nobody waits for its outcome: the
+next one goes by the clock, and an upstream that answers again is found within `probe_every_s`.
 
 Not for threads: one breaker belongs to one event loop.
 """
@@ -19,9 +21,9 @@ WINDOW_S = 10
 
 
 class Breaker:
-    """`now` gives monotonic seconds. Pair every `admit` with one `succeeded`, `failed` or `abandoned`."""
+    """`now` gives monotonic seconds."""
 
-    __slots__ = ("_buckets", "_least", "_name", "_next_probe", "_now", "_open", "_probe_every_s", "_probing", "_share")
+    __slots__ = ("_buckets", "_least", "_name", "_next_probe", "_now", "_open", "_probe_every_s", "_share")
 
     def __init__(
         self,
@@ -39,7 +41,6 @@ class Breaker:
         self._probe_every_s = probe_every_s
         self._buckets: dict[int, list[int]] = {}  # second → [requests, failures]
         self._open = False
-        self._probing = False
         self._next_probe = 0.0
 
     @property
@@ -47,48 +48,40 @@ class Breaker:
         return self._open
 
     def admit(self) -> bool:
-        """True when this request is the probe. Raises UpstreamError circuit_open (503) with the wait in seconds."""
+        """True when this request is a probe. Raises UpstreamError circuit_open (503) with the wait in seconds."""
         if not self._open:
             return False
         wait_s = self._next_probe - self._now()
-        if wait_s > 0 or self._probing:
+        if wait_s > 0:
             raise UpstreamError(
                 f"The upstream {self._name!r} keeps failing; it is asked again shortly.",
                 code="circuit_open",
                 status=503,
                 retry_after_s=max(1, math.ceil(wait_s)),
             )
-        self._probing = True
         self._next_probe = self._now() + self._probe_every_s
         return True
 
     def succeeded(self, is_probe: bool) -> None:
-        if is_probe:
-            self._open = self._probing = False
-            self._buckets.clear()
-        elif not self._open:
+        if not self._open:
             self._bucket()[0] += 1
+        elif is_probe:
+            self._open = False
+            self._buckets.clear()
 
     def failed(self, is_probe: bool) -> None:
-        if is_probe:
-            self._probing = False
+        """A probe that fails changes nothing; one that fails after another closed the breaker says nothing new."""
+        if is_probe or self._open:
+            return
+        bucket = self._bucket()
+        bucket[0] += 1
+        bucket[1] += 1
+        requests = sum(b[0] for b in self._buckets.values())
+        failures = sum(b[1] for b in self._buckets.values())
+        if requests >= self._least and failures >= requests * self._share:
+            self._open = True
             self._next_probe = self._now() + self._probe_every_s
-        elif not self._open:
-            bucket = self._bucket()
-            bucket[0] += 1
-            bucket[1] += 1
-            requests = sum(b[0] for b in self._buckets.values())
-            failures = sum(b[1] for b in self._buckets.values())
-            if requests >= self._least and failures >= requests * self._share:
-                self._open = True
-                self._next_probe = self._now() + self._probe_every_s
-                self._buckets.clear()
-
-    def abandoned(self, is_probe: bool) -> None:
-        """The outcome will never be known: the client left."""
-        if is_probe:
-            self._probing = False
-            self._next_probe = self._now()
+            self._buckets.clear()
 
     def _bucket(self) -> list[int]:
         second = int(self._now())

@@ -10,13 +10,13 @@ import sqlite3
 import stat
 import time
 from collections.abc import Callable, Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
 from index.errors import ModelFault
 from proxy.config import Address, Settings
 from proxy.core.errors import ConfigError
+from proxy.core.patterns import is_one_of
 from proxy.prices import Prices, configured
 
 OUR_PACKAGES = ("proxy", "index")
@@ -37,13 +37,31 @@ class Finding(NamedTuple):
 def inspect(settings: Settings) -> list[Finding]:
     """Every part looked at, in the order a start uses them."""
     looks: tuple[Callable[[Settings], Iterator[Finding]], ...] = (
-        _configuration, _prices, _packages, _clock, _data_dir, _database, _model, _snapshot, _token, _ports,
+        _configuration, _upstreams, _prices, _packages, _clock, _data_dir, _database, _model, _snapshot, _token, _ports,
     )  # fmt: skip
     return [finding for look in looks for finding in look(settings)]
 
 
 def _configuration(settings: Settings) -> Iterator[Finding]:
     yield Finding("configuration", "ok", str(settings.source or "defaults, environment and flags"))
+
+
+def _upstreams(settings: Settings) -> Iterator[Finding]:
+    """Of each dialect, which models are asked for where, and who takes the others."""
+    dialects = dict.fromkeys(one.dialect for one in settings.upstreams.values())
+    for dialect in dialects:
+        speaking = {name: one.models for name, one in settings.upstreams.items() if one.dialect == dialect}
+        named = [f"{', '.join(models)} at {name}" for name, models in speaking.items() if models]
+        taking = [name for name, models in speaking.items() if not models]
+        rest = f"any {'other ' if named else ''}model at {taking[0]}" if taking else "no other model"
+        yield Finding("upstreams", "ok", f"{dialect}: {'; '.join([*named, rest])}")
+        for idle in set(taking[1:]) - _named_by_lanes(settings):
+            note = f"{idle} is asked for nothing: {taking[0]}, before it, takes every model. Set upstream.{idle}.models"
+            yield Finding("upstreams", "warn", note)
+
+
+def _named_by_lanes(settings: Settings) -> set[str | None]:
+    return {settings.lanes.edge.upstream, *(name.partition("/")[0] for name in settings.lanes.route.candidates)}
 
 
 class Use(NamedTuple):
@@ -105,7 +123,7 @@ def _is_priced(book: Prices, use: Use, now_ms: int) -> bool:
 def _serving(settings: Settings, model: str) -> str | None:
     """The upstream of the OpenAI dialect, which has tiers, that a request for the model goes to."""
     found = {name: one.models for name, one in settings.upstreams.items() if one.dialect == "openai"}
-    naming = [name for name, models in found.items() if any(fnmatchcase(model, pattern) for pattern in models)]
+    naming = [name for name, models in found.items() if is_one_of(model, models)]
     return next(iter([*naming, *(name for name, models in found.items() if not models)]), None)
 
 

@@ -1,4 +1,5 @@
-"""The command `ibid`. Exit codes: 0 fine, 2 the operator must act (one line on standard error says what), 1 a bug.
+"""The command `ibid`. Exit codes: 0 fine, 2 the operator must act, 75 it may heal by itself: try again later (one line
+on standard error says what), 1 a bug.
 
 `serve` runs the program. `savings` and `sql` read the database directly, whether a server runs or not; `stats`,
 `entries`, `explain` and `purge` ask a running one over its admin listener; `keys` does either.
@@ -25,14 +26,14 @@ import orjson
 from proxy import config, printing
 from proxy.admin_routes import GROUPS
 from proxy.admin_schema import read_time
-from proxy.core.errors import BadRequest, CacheFault, ConfigError
+from proxy.core.errors import BadRequest, CacheFault, ConfigError, NotYet
 
 if TYPE_CHECKING:
     from proxy.store.queries import Queries, Result
 
 Found = TypeVar("Found")
 
-FINE, BUG, ACT, INTERRUPTED = 0, 1, 2, 130
+FINE, BUG, ACT, TRY_AGAIN, INTERRUPTED = 0, 1, 2, 75, 130  # 75: EX_TEMPFAIL of sysexits.h
 ADMIN_TIMEOUT_S = 60.0
 ROWS = 10_000
 ENTRY_COLUMNS = ("id", "model", "prompt", "namespace", "tags", "answer_bytes", "created", "expires", "quarantined")
@@ -45,12 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         flags = {name: getattr(chosen, name, None) for name in config.Flags.__slots__}
         settings = config.load(config.Flags(**flags), os.environ)
+        if not settings.is_data_dir_named and chosen.run in (_serve, _migrate, _keys, _evaluate):
+            settings.data_dir.parent.mkdir(parents=True, exist_ok=True)
         code: int = chosen.run(settings, chosen)
         sys.stdout.flush()
         return code
     except (ConfigError, BadRequest, CacheFault) as error:
         print(f"ibid: {printing.printable(error.message)}", file=sys.stderr)
-        return ACT
+        return TRY_AGAIN if isinstance(error, NotYet) or error.code == "store_down" else ACT
     except BrokenPipeError:  # the reader of our output, a pager perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FINE
@@ -383,6 +386,8 @@ def _evaluate(settings: config.Settings, chosen: argparse.Namespace) -> int:
     from proxy.labelled import read_readings
 
     wanted = settings.embedding
+    if not settings.data_dir.parent.is_dir():
+        raise ConfigError(f"data directory {settings.data_dir}: the folder {settings.data_dir.parent} does not exist")
     budgets = chosen.max_error or evaluate.BUDGETS
     if not all(0.0 < budget < 1.0 for budget in budgets):
         raise ConfigError("--max-error takes shares between 0 and 1")
@@ -400,7 +405,10 @@ def _evaluate(settings: config.Settings, chosen: argparse.Namespace) -> int:
     if chosen.json:
         sys.stdout.write(printing.as_json(results))
     if chosen.plot:
-        Path(chosen.plot).write_text(plot.svg(results), "utf-8")
+        try:
+            Path(chosen.plot).write_text(plot.svg(results), "utf-8")
+        except OSError as error:
+            raise ConfigError(f"{chosen.plot}: {error.strerror}") from error
     return FINE
 
 

@@ -25,6 +25,7 @@ from proxy.core.plan import (
     edited,
     lanes_of,
 )
+from proxy.environment import overlay
 from proxy.lanesettings import LANES, AliasSettings, LaneSettings, PolicySettings
 from proxy.settings import (
     DEFAULT_UPSTREAMS,
@@ -62,6 +63,7 @@ def load(flags: Flags, environ: Mapping[str, str]) -> Settings:
     Raises ConfigError; its one-line message names the file and line, the variable, or the flag.
     """
     document = Document.read(flags.config or environ.get("IBID_CONFIG"))
+    overlay(document, environ)
     document.known("", frozenset({"data_dir", "prices", "upstream", "lane", "alias", "policy", *SECTIONS}))
     document.known("prices", frozenset({"override"}))
     settings = Settings(
@@ -83,6 +85,7 @@ def load(flags: Flags, environ: Mapping[str, str]) -> Settings:
         policies=tuple(_policies(document)),
         aliases=_aliases(document),
         source=document.path,
+        is_data_dir_named=_named_data_dir(document, flags, environ) is not None,
     )
     _check_together(settings, document)
     return settings
@@ -133,8 +136,12 @@ def _address(value: Any, fail: Fail) -> Address:
     return Address(found[1] or found[2], int(found[3]))
 
 
+def _named_data_dir(document: Document, flags: Flags, environ: Mapping[str, str]) -> Any:
+    return flags.data_dir or environ.get("IBID_DATA_DIR") or document.values.get("data_dir")
+
+
 def _data_dir(document: Document, flags: Flags, environ: Mapping[str, str]) -> Path:
-    named = flags.data_dir or environ.get("IBID_DATA_DIR") or document.values.get("data_dir")
+    named = _named_data_dir(document, flags, environ)
     if named is None:
         base = environ.get("XDG_DATA_HOME") or os.path.join(environ.get("HOME") or "~", ".local", "share")
         named = os.path.join(base, "ibid")
@@ -203,7 +210,8 @@ def _upstreams(document: Document, flags: Flags, environ: Mapping[str, str]) -> 
     if one:
         if problem := _url_problem(one):
             fail(problem)
-        found |= {name: dataclasses.replace(found[name], base_url=one) for name in DEFAULT_UPSTREAMS}
+        own = () if flags.upstream else [name for name in found if f"upstream.{name}.base_url" in document.variables]
+        found |= {name: dataclasses.replace(found[name], base_url=one) for name in DEFAULT_UPSTREAMS.keys() - own}
     return types.MappingProxyType(found)
 
 

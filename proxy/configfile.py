@@ -36,6 +36,7 @@ class Document:
     def __init__(self, values: dict[str, Any], text: str = "", path: Path | None = None) -> None:
         self.values = values
         self.path = path
+        self.variables: dict[str, str] = {}  # setting → the environment variable that gave it
         self._lines = _line_numbers(text)
 
     @classmethod
@@ -60,11 +61,26 @@ class Document:
             raise ConfigError(f"{path}: not valid TOML: {error}") from error
 
     def fail(self, section: str, name: str, message: str) -> NoReturn:
-        """Raises ConfigError with the file, the line and the setting's full name."""
+        """Raises ConfigError with the file, the line and the setting's full name, or with the variable it came from."""
         label = ".".join(part for part in (section, name) if part)
+        for setting, variable in self.variables.items():
+            if setting == label:
+                raise ConfigError(f"{variable} {message}", param=label)
+            if label.startswith(f"{setting}.") or setting.startswith(f"{label}."):
+                raise ConfigError(f"{variable}: {label} {message}", param=label)
         line = self._lines.get((section, name)) or self._lines.get((section, ""))
         place = f"{self.path or 'configuration'}{f', line {line}' if line else ''}"
         raise ConfigError(f"{place}: {label} {message}", param=label)
+
+    def put(self, path: tuple[str, ...], value: Any, variable: str) -> None:
+        """Set one value, which an environment variable gave."""
+        table = self.values
+        for depth, part in enumerate(path[:-1]):
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                self.fail(".".join(path[:depth]), part, "must be a table")
+        table[path[-1]] = value
+        self.variables[".".join(path)] = variable
 
     def table(self, section: str) -> Mapping[str, Any]:
         """The table of a dotted name, the whole file for ""; empty when absent."""
@@ -103,15 +119,17 @@ def setting_names(kind: type[Any]) -> frozenset[str]:
     return frozenset(spec.name for spec in dataclasses.fields(kind) if not spec.metadata.get("environment_only"))
 
 
-def _types(kind: type[Any]) -> Mapping[str, Any]:
-    return typing.get_type_hints(kind)
+def type_of(kind: type[Any], name: str) -> Any:
+    """The type of a field; of "X | None" the X, for a file can give nothing else."""
+    wanted = typing.get_type_hints(kind)[name]
+    if isinstance(wanted, types.UnionType):
+        (wanted,) = (option for option in wanted.__args__ if option is not types.NoneType)
+    return wanted
 
 
 def converted(value: Any, kind: type[Any], name: str, fail: Fail, convert: Convert | None = None) -> Any:
     """The value in the field's type and within its bounds; `fail` is called with what is wrong."""
-    wanted = _types(kind)[name]
-    if isinstance(wanted, types.UnionType):  # "X | None": a file can only give an X
-        (wanted,) = (option for option in wanted.__args__ if option is not types.NoneType)
+    wanted = type_of(kind, name)
     metadata = next(spec.metadata for spec in dataclasses.fields(kind) if spec.name == name)
     result = _of_type(value, wanted, fail, convert)
     if isinstance(result, int | float | Decimal) and not isinstance(result, bool):

@@ -6,12 +6,12 @@ model's answers in the ledger, within the client's own limit. Every figure is an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 from typing import Any
 
 from proxy.core import policy
 from proxy.core.model import Usage
+from proxy.core.patterns import is_one_of
 from proxy.core.plan import Lane
 from proxy.core.query import Query
 from proxy.lanesettings import LaneSettings
@@ -39,7 +39,7 @@ def foresee(
     elif Lane.EDGE in plan and edge_nusd is not None:
         likely = at_most = edge_nusd
     else:
-        if Lane.TIER in plan and _is_one_of(query.model, lanes.tier.models):
+        if Lane.TIER in plan and is_one_of(query.model, lanes.tier.models):
             cheap = prices.price(query.upstream, query.model, usage, lanes.tier.name, now_ms)
             likely = cheap.nusd if cheap.basis != "unpriced" else likely
         if not plan.isdisjoint((Lane.CASCADE, Lane.RACE)) and query.wants_json and edge_nusd is not None:
@@ -69,7 +69,3 @@ def _edge_nusd(query: Query, lanes: LaneSettings, prices: PriceBook, usage: Usag
     if edge.upstream is None or edge.model is None:
         return None
     return prices.price(edge.upstream, edge.model, usage, "default", now_ms).nusd
-
-
-def _is_one_of(model: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(model, pattern) for pattern in patterns)

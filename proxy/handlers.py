@@ -18,12 +18,11 @@ from dataclasses import replace
 from functools import partial
 
 from aiohttp import web
-from aiohttp.hdrs import METH_PATCH, METH_POST, METH_PUT, UPGRADE
+from aiohttp.hdrs import METH_POST
 
 from proxy.batch_http import BatchApi
 from proxy.books import Client
 from proxy.callers import Callers, Lines
-from proxy.core import jsontext
 from proxy.core.arrival import Arrival, Room
 from proxy.core.dialects.dialect import JSON, Dialect
 from proxy.core.dialects.routes import Routes
@@ -37,7 +36,7 @@ from proxy.embeddings import Embeddings
 from proxy.incoming import address_of, body_at_hand, check_head, error_response, query_of, read_body, target_of
 from proxy.keys import Grant, KeyRing
 from proxy.listener import Admission
-from proxy.passing import Passing, PassThrough, model_in_path, passing, tells_cost
+from proxy.passing import Passing, PassThrough, is_free, is_websocket, passing, tells_cost
 from proxy.pipeline import Pipeline
 from proxy.ports import Ledger, Upstream
 from proxy.reading import Caller, Reader, Target
@@ -234,36 +233,26 @@ class ClientHandler:
     async def _pass_on(
         self, request: web.BaseRequest, target: Target, grant: Grant | None, asked: Passing
     ) -> web.StreamResponse:
+        if grant is not None:
+            asked = asked._replace(
+                admit=partial(self._admit_passing, request, asked, grant), is_held_to_models=bool(grant.live.key.models)
+            )
         if target.place is not None and self.batches is not None:
             if grant is not None:
                 self.keys.check(grant)
-                asked = asked._replace(admit=partial(self._admit_passing, request, grant))
             return await self.batches.answer(request, target.place, asked)
-        if grant is not None:
-            asked = await self._admit_passing(request, grant, asked)
         return await self.passing.answer(request, asked)
 
-    async def _admit_passing(self, request: web.BaseRequest, grant: Grant, asked: Passing) -> Passing:
+    def _admit_passing(
+        self, request: web.BaseRequest, asked: Passing, grant: Grant, upstream: str, model: str | None
+    ) -> None:
         """As `KeyRing.admit` for what passes through. A key held to some models must name one of them where that may
-        cost something; then the body is read whole, to find it."""
-        model, body = None, asked.body
-        is_socket = request.headers.get(UPGRADE, "").lower() == "websocket"
-        is_free = request.method not in (METH_POST, METH_PUT, METH_PATCH) and not is_socket
-        if grant.live.key.models and not is_free:
-            model = model_in_path(asked.path, asked.path_qs if is_socket else "")
-            if model is None and request.content_type == "application/json" and "batch" not in asked.path.lower():
-                if not isinstance(body, bytes):
-                    body = await read_body(request, self._limits, asked.arrival)
-                named = jsontext.parse(body, self._limits.json_depth).get("model")
-                model = named if isinstance(named, str) else None
-            model = model or ""
-        upstream = self._upstream.route(asked.path, request.headers)
-        ts_ms = int(self._clock() * 1000)
-        is_told = not is_socket and tells_cost(asked.path)
+        cost something. Raises BadRequest."""
+        is_socket, costs_nothing = is_websocket(request), is_free(request)
         self.keys.admit_passing(
-            grant, upstream, model, asked.request_id, ts_ms, is_free=is_free, is_told=is_free or is_told
-        )
-        return asked._replace(body=body)
+            grant, upstream, model, asked.request_id, int(self._clock() * 1000),
+            is_free=costs_nothing, is_told=costs_nothing or (not is_socket and tells_cost(asked.path)),
+        )  # fmt: skip
 
     # -- reading --------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from proxy.core.keys import Kind, moment
 from proxy.keys import KeyRing
 from proxy.prices import configured
 from proxy.settings import Settings
+from proxy.store.reading import refuse_unless_there
 from proxy.store.store import open_store
 
 Asked = Callable[[str, str, bytes | None], dict[str, Any] | None]
@@ -67,14 +68,22 @@ def _done(
     server = settings.server
     may_run = server.admin_token is not None or (settings.data_dir / TOKEN_FILE).exists()
     answer = ask(method, path, body) if may_run else None
-    return asyncio.run(_directly(settings, act)) if answer is None else answer
+    is_first = method == "POST" and path == "/cache/keys"
+    return asyncio.run(_directly(settings, act, may_begin=is_first)) if answer is None else answer
 
 
-async def _directly(settings: Settings, act: Callable[[KeyRing], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
-    """Without a running ibid, or on another machine's: it follows the table."""
-    prices = configured(settings)
-    store = await open_store(settings.store.database_url or None, settings.data_dir, price=prices.price)
+async def _directly(
+    settings: Settings, act: Callable[[KeyRing], Awaitable[dict[str, Any]]], *, may_begin: bool
+) -> dict[str, Any]:
+    """Without a running ibid, or on another machine's: it follows the table. `may_begin`: a database that is not there
+    yet is made."""
+    prices, url = configured(settings), settings.store.database_url or None
+    if not may_begin:
+        refuse_unless_there(url, settings.data_dir)
+    store = await open_store(url, settings.data_dir, price=prices.price)
     try:
+        if store.database.is_new:
+            print(f"ibid: made a new database: {store.database.label}", file=sys.stderr)
         ring = KeyRing(store.keys, prices)
         await ring.load()
         return await act(ring)

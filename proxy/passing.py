@@ -1,29 +1,44 @@
 """Everything that no dialect claims: bytes untouched in both directions, WebSockets included, and what it cost.
 
 A body is never whole in memory. Its first and last bytes are looked at on the way: when they name a model and its
-usage, the request has a price.
+usage, the request has a price. Only where the model decides who may be asked is it looked for first: in the path, in
+JSON, which is then read whole, or in a form, which waits on disk.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
+import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Final, NamedTuple
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import ExitStack
+from typing import IO, Final, NamedTuple
 from urllib.parse import parse_qs, unquote
 
 from aiohttp import WSCloseCode, WSMsgType, web
-from aiohttp.hdrs import METH_GET, SEC_WEBSOCKET_PROTOCOL, UPGRADE
+from aiohttp.hdrs import (
+    CONTENT_ENCODING,
+    CONTENT_TYPE,
+    METH_GET,
+    METH_PATCH,
+    METH_POST,
+    METH_PUT,
+    SEC_WEBSOCKET_PROTOCOL,
+    UPGRADE,
+)
 from aiohttp.helpers import must_be_empty_body
 
+from proxy.core import jsontext
 from proxy.core.arrival import Arrival
 from proxy.core.dialects import anthropic_record, gemini_answer, ollama_answer, openai_record, responses_record
+from proxy.core.dialects.dialect import JSON
 from proxy.core.dialects.routes import family_of
 from proxy.core.directives import verdict_headers
-from proxy.core.errors import UpstreamError
+from proxy.core.errors import BadRequest, UpstreamError
 from proxy.core.model import Bypass, Call, Limits, Outcome, Usage
-from proxy.incoming import body_stream
+from proxy.core.multipart import Form, boundary_of
+from proxy.incoming import body_stream, read_body
 from proxy.ports import Ledger, Upstream, WebSocket
 from proxy.telemetry import Telemetry
 from proxy.wire import SERVER
@@ -31,8 +46,12 @@ from proxy.wire import SERVER
 HEAD_BYTES: Final = 4 * 1024  # looked at for the model
 TAIL_BYTES: Final = 64 * 1024  # looked at for the usage
 MESSAGE_LIMIT_BYTES: Final = 16 * 1024 * 1024
+SPOOL_MEMORY_BYTES: Final = 1024 * 1024
+SPOOL_LIMIT_BYTES: Final = 64 * 1024 * 1024  # of a form that is read for its model: a recording, some pictures
+PIECE_BYTES: Final = 256 * 1024
 _MODEL: Final = re.compile(rb'"model(?:Version)?"\s*:\s*"([^"\\]{1,200})"')
 _IN_PATH: Final = re.compile(r"/(?:models|deployments)/([^/:]+)[/:]")
+_HOLDS_FILES: Final = re.compile(r"/(?:files|uploads)(?:/|$)")
 _TOLD: Final = re.compile(
     r"/(?:cancel|count_tokens|detokenize|files|input_tokens|moderations|tokenize)(?:/|$)"
     r"|:(?:countTokens|generateContent|streamGenerateContent)$"
@@ -60,7 +79,8 @@ class Passing(NamedTuple):
     key_id: str | None = None
     team: str = ""
     body: bytes | AsyncIterator[bytes] | None = None  # where it was read before it was known to pass through
-    admit: Callable[[Passing], Awaitable[Passing]] | None = None  # asked first, where it is not yet known to pass
+    admit: Callable[[str, str | None], None] | None = None  # told upstream and model; raises unless its key may ask
+    is_held_to_models: bool = False  # the model must be known before it is let in
     arrival: Arrival | None = None  # of a body that was not whole when the request was read
 
 
@@ -97,11 +117,46 @@ class PassThrough:
         self._clock = clock
 
     async def answer(self, request: web.BaseRequest, asked: Passing) -> web.StreamResponse:
-        """Raises UpstreamError while nothing has been said to the client."""
-        upstream = self._upstream.route(asked.path, request.headers)
+        """Raises IbidError while nothing has been said to the client."""
+        with ExitStack() as spools:
+            model = None if is_free(request) else ""
+            if asked.is_held_to_models or self._upstream.is_divided(asked.path, request.headers):
+                model, asked = await self._find_model(request, asked, spools)
+            upstream = self._upstream.route(asked.path, request.headers, model)
+            if asked.admit is not None:
+                asked.admit(upstream, model)
+            return await self._send(request, asked, upstream)
+
+    async def _find_model(
+        self, request: web.BaseRequest, asked: Passing, spools: ExitStack
+    ) -> tuple[str | None, Passing]:
+        """The model as `Upstream.route` takes it, and the request with its body as far as that had to be read."""
+        if is_free(request):
+            return None, asked
+        is_socket = is_websocket(request)
+        if (named := model_in_path(asked.path, asked.path_qs if is_socket else "")) is not None:
+            return named, asked
+        if is_socket or _HOLDS_FILES.search(asked.path) is not None:
+            return "", asked
+        if request.content_type == JSON and "batch" not in asked.path.lower():
+            body = asked.body if isinstance(asked.body, bytes) else await self._read(request, asked)
+            said = jsontext.parse(body, self._limits.json_depth).get("model")
+            return said if isinstance(said, str) else "", asked._replace(body=body)
+        if request.content_type == "multipart/form-data" and "boundary=" in request.headers[CONTENT_TYPE].lower():
+            is_plain = CONTENT_ENCODING not in request.headers
+            form = body_stream(request, self._limits, asked.arrival) if is_plain else await self._read(request, asked)
+            spool = spools.enter_context(tempfile.SpooledTemporaryFile(SPOOL_MEMORY_BYTES))
+            named = await _model_in_form(form, boundary_of(request.headers[CONTENT_TYPE]), spool)
+            return named, asked._replace(body=_again(spool))
+        return "", asked
+
+    async def _read(self, request: web.BaseRequest, asked: Passing) -> bytes:
+        return await read_body(request, self._limits, asked.arrival)
+
+    async def _send(self, request: web.BaseRequest, asked: Passing, upstream: str) -> web.StreamResponse:
         entry = _Entry(asked, upstream, int(self._clock() * 1000))
         try:
-            if request.method == METH_GET and request.headers.get(UPGRADE, "").lower() == "websocket":
+            if is_websocket(request):
                 return await self._connect(request, asked, entry)
             return await self._forward(request, asked, entry)
         except UpstreamError as error:
@@ -189,6 +244,34 @@ class PassThrough:
             await far.close(code=WSCloseCode.GOING_AWAY)
         await near.close()
         return near
+
+
+async def _model_in_form(body: bytes | AsyncIterator[bytes] | None, boundary: bytes, spool: IO[bytes]) -> str:
+    """The field `model` of a whole form, "" when it has none; what was read is in the spool."""
+    form = Form(boundary)
+    async for piece in _pieces(body):
+        spool.write(piece)
+        if spool.tell() > SPOOL_LIMIT_BYTES:
+            message = f"A form is read for its model up to {SPOOL_LIMIT_BYTES} bytes: name the model in the path."
+            raise BadRequest(message, status=413, code="request_too_large")
+        form.feed(piece)
+    if "model" in form.repeated:
+        raise BadRequest("The form names more than one model.", code="duplicate_key", param="model")
+    return form.fields.get("model", b"").decode("utf-8", "replace")
+
+
+async def _pieces(body: bytes | AsyncIterator[bytes] | None) -> AsyncIterator[bytes]:
+    if isinstance(body, bytes | None):
+        yield body or b""
+        return
+    async for piece in body:
+        yield piece
+
+
+async def _again(spool: IO[bytes]) -> AsyncIterator[bytes]:
+    spool.seek(0)
+    while piece := spool.read(PIECE_BYTES):
+        yield piece
 
 
 async def _carry(source: WebSocket, target: WebSocket) -> None:
@@ -301,6 +384,15 @@ def passing(
     """A request on its way past the cache."""
     family = family_of(path, request.headers)
     return Passing(request_id, path, path_qs, tenant, headers, family, started_s, key_id, team)
+
+
+def is_websocket(request: web.BaseRequest) -> bool:
+    return request.method == METH_GET and request.headers.get(UPGRADE, "").lower() == "websocket"
+
+
+def is_free(request: web.BaseRequest) -> bool:
+    """Whether it asks nothing of a model, and so costs nothing: it reads, or deletes."""
+    return request.method not in (METH_POST, METH_PUT, METH_PATCH) and not is_websocket(request)
 
 
 def tells_cost(path: str) -> bool:

@@ -405,8 +405,20 @@ class FarSocket(WebSocket, Protocol):
 class Upstream(Protocol):
     """Forwards to the model servers."""
 
-    def route(self, path: str, headers: Mapping[str, str], model: str = "") -> str:
-        """Name of the configured upstream that serves this path, and this model where the body names one."""
+    def route(self, path: str, headers: Mapping[str, str], model: str | None) -> str:
+        """Name of the configured upstream that serves this path and model. "" is a request that names no model, None
+        one that asks nothing of any: reading a list, deleting a file.
+
+        Raises BadRequest (404: model_not_served, dialect_not_served): nothing is sent where nobody said it may go.
+        """
+        ...
+
+    def is_divided(self, path: str, headers: Mapping[str, str]) -> bool:
+        """Whether some upstream of this path's dialect names its models, so that a request's model decides."""
+        ...
+
+    def serves(self, upstream: str, model: str) -> bool:
+        """Whether this model may be asked for there."""
         ...
 
     def place(self, upstream: str) -> str:

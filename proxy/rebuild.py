@@ -20,7 +20,9 @@ SNAPSHOT = "index.snapshot"
 async def rebuild(settings: Settings) -> int:
     """How many vectors the new snapshot holds. Raises ConfigError: another ibid runs, or the model cannot be used."""
     from proxy.prices import configured
+    from proxy.store.reading import refuse_unless_there
 
+    refuse_unless_there(settings.store.database_url or None, settings.data_dir)
     async with contextlib.AsyncExitStack() as stack:
         price = configured(settings).price
         store = await open_store(settings.store.database_url or None, settings.data_dir, price=price)

@@ -64,7 +64,7 @@ class UpstreamSettings:
     base_url: str = option("", "address of the server, with or without its /v1; no credential, query or fragment")
     dialect: Literal["openai", "anthropic", "gemini", "ollama"] = option("openai", "wire format it speaks")
     models: tuple[str, ...] = option(
-        (), "models it serves, with * and ?; none: those no other one of its dialect names"
+        (), "the only models it is asked for, with * and ?; none: all that no other one of its dialect names"
     )
     key_env: str | None = option(None, "environment variable of the key it is sent; unset: the client's own")
     key: str | None = field(default=None, repr=False, metadata={"environment_only": True})
@@ -290,6 +290,7 @@ class Settings:
     policies: tuple[Policy, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=lambda: ALIASES)
     source: Path | None = None
+    is_data_dir_named: bool = False  # by somebody who may have mistyped it: then the folder above must exist
 
     @property
     def ready(self) -> frozenset[Lane]:

@@ -12,7 +12,6 @@ import io
 import re
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import aiohttp
@@ -31,6 +30,7 @@ from proxy.core.dialects.routes import family_of, without_key
 from proxy.core.errors import BadRequest, ConfigError, UpstreamError
 from proxy.core.identity import CREDENTIALS, forwardable
 from proxy.core.memo import Memo, size_of
+from proxy.core.patterns import is_one_of
 
 RETRY_PAUSE_S = 0.05
 WRITTEN_AT_ONCE_BYTES = 1 << 20  # above it aiohttp warns of a stalled loop
@@ -40,6 +40,7 @@ MEMO_BYTES = 8 * 1024 * 1024
 URL_BYTES = 2048
 PATTERN_BYTES = 8192
 """Of a URL and of a pattern, but for the texts in them."""
+NAME_CHARS = 200  # of a model; where a longer one leads is not remembered
 
 _DROPPED = frozenset(
     # hop-by-hop (RFC 9110 §7.6.1), then what describes this connection, the other origin, or another client's session
@@ -61,7 +62,7 @@ _PLAIN_TARGET = re.compile(r"/[\x21-\x7e]*")
 @dataclass(frozen=True, slots=True)
 class UpstreamAddress:
     """One configured model server. Of a dialect's, the first that names the model serves it, else the first without
-    names."""
+    names; where all name theirs, nobody serves another model."""
 
     name: str
     base_url: str  # with or without its /v1
@@ -86,22 +87,17 @@ DEFAULTS = (
     UpstreamAddress("ollama", "http://127.0.0.1:11434", "ollama"),
 )
 
-
-def everything_at(base_url: str) -> tuple[UpstreamAddress, ...]:
-    """One address for every dialect: what `--upstream URL` means."""
-    return (UpstreamAddress("upstream", base_url, "openai"),)
-
-
 _KEY_HEADERS = {"anthropic": (b"x-api-key", b""), "gemini": (b"x-goog-api-key", b"")}
 
 
 class Address:
     """Where an upstream is, and the URL of a path there. Raises ConfigError for a base that is not plain http(s)."""
 
-    __slots__ = ("_host", "_is_complete", "_known", "_root", "breaker", "key", "name", "place")
+    __slots__ = ("_host", "_is_complete", "_known", "_root", "breaker", "key", "models", "name", "place")
 
     def __init__(self, configured: UpstreamAddress, breaker: Breaker, memo_bytes: int = MEMO_BYTES) -> None:
         self.name = configured.name
+        self.models = configured.models
         self.breaker = breaker
         self.key: tuple[bytes, bytes] | None = None
         if configured.key is not None:
@@ -331,27 +327,24 @@ class Upstreams:
         *,
         extra_headers: frozenset[str] = frozenset(),
         tick_s: float = 0.5,
+        now: Callable[[], float] | None = None,
     ) -> None:
+        """`now`: monotonic seconds for the breakers; the loop's when None."""
         self.loop = asyncio.get_running_loop()
         self._limits = limits or UpstreamLimits()
         self._extra_headers = extra_headers
         self._tick_s = tick_s
         self._addresses: dict[str, Address] = {}
-        self._by_dialect: dict[str, str] = {}  # those that name no models
-        self._by_model: list[UpstreamAddress] = []
-        self._routes: dict[tuple[str, str], str] = {}
+        self._by_dialect: dict[str, list[UpstreamAddress]] = {}
+        self._routes: dict[tuple[str, str | None], str] = {}
         for configured in addresses:
             if configured.name in self._addresses:
                 raise ConfigError(f"upstream {configured.name!r} is configured twice")
-            breaker = Breaker(configured.name, self.loop.time)
+            breaker = Breaker(configured.name, now or self.loop.time)
             self._addresses[configured.name] = Address(configured, breaker, self._limits.memo_bytes)
-            if configured.models:
-                self._by_model.append(configured)
-            else:
-                self._by_dialect.setdefault(configured.dialect, configured.name)
+            self._by_dialect.setdefault(configured.dialect, []).append(configured)
         if not self._addresses:
             raise ConfigError("no upstream is configured")
-        self._fallback = self._by_dialect.get("openai", next(iter(self._addresses)))
         self._timeout = aiohttp.ClientTimeout(total=None, connect=self._limits.connect_s)
         self._session: aiohttp.ClientSession | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -380,17 +373,39 @@ class Upstreams:
         if self._session is not None:
             await self._session.close()
 
-    def route(self, path: str, headers: Mapping[str, str], model: str = "") -> str:
-        """Name of the upstream that serves this path: `anthropic-version` decides where dialects share paths."""
+    def route(self, path: str, headers: Mapping[str, str], model: str | None) -> str:
+        """See `ports.Upstream.route`: `anthropic-version` decides where dialects share paths."""
         family = family_of(path, headers)
         found = self._routes.get((family, model))
         if found is None:
+            found = self._serving(family, model)
             if len(self._routes) >= ROUTES_KEPT:
                 self._routes.clear()
-            named = (one.name for one in self._by_model if one.dialect == family and _is_one_of(model, one.models))
-            found = next(named, None) or self._by_dialect.get(family, self._fallback)
-            self._routes[family, model] = found
+            if model is None or len(model) <= NAME_CHARS:
+                self._routes[family, model] = found
         return found
+
+    def _serving(self, family: str, model: str | None) -> str:
+        speaking = self._by_dialect.get(family)
+        if speaking is None:
+            raise BadRequest("No upstream speaks the dialect of this path.", status=404, code="dialect_not_served")
+        taking = (one for one in speaking if not one.models)
+        if model is None:
+            return next(taking, speaking[0]).name
+        naming = (one for one in speaking if is_one_of(model, one.models))
+        if (found := next(naming, None) or next(taking, None)) is not None:
+            return found.name
+        asked = f"The model {model[:100]!r} is not served here." if model else "Name a model that is served here."
+        raise BadRequest(asked, status=404, code="model_not_served", param="model")
+
+    def is_divided(self, path: str, headers: Mapping[str, str]) -> bool:
+        """See `ports.Upstream.is_divided`."""
+        return any(one.models for one in self._by_dialect.get(family_of(path, headers), ()))
+
+    def serves(self, upstream: str, model: str) -> bool:
+        """See `ports.Upstream.serves`."""
+        models = self._addresses[upstream].models
+        return not models or is_one_of(model, models)
 
     def place(self, upstream: str) -> str:
         """Its address, without version and credentials: upstreams of one place are one model server."""
@@ -429,10 +444,6 @@ class Upstreams:
                 breaker.failed(is_probe)
                 message = "The upstream did not begin its answer in time."
                 raise UpstreamError(message, code="upstream_timeout", status=504) from None
-            breaker.abandoned(is_probe)
-            raise
-        except BaseException:  # the client's body broke, say: no outcome of the upstream
-            breaker.abandoned(is_probe)
             raise
         finally:
             self._opening.discard(waiting)
@@ -584,10 +595,6 @@ class _Upload:
         except BadRequest as error:
             self.error = error
             raise
-
-
-def _is_one_of(model: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(model, pattern) for pattern in patterns)
 
 
 _names: dict[str, str] = {}  # as received → as the client gets it, "" when it does not

@@ -316,3 +316,126 @@ def test_upstream_on_the_command_line_leaves_the_local_model_where_it_is(tmp_pat
     upstreams = load(flags, HOME).upstreams
     assert upstreams["lab"].base_url == "http://h"
     assert upstreams["openai"].base_url == "http://127.0.0.1:9"
+
+
+# --- the environment ------------------------------------------------------------------------------------------------
+
+
+def spelled(value: object) -> str:
+    """A value as a variable spells it: text plainly, the rest as TOML."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{', '.join(in_toml(one) for one in value)}]"
+    return in_toml(value) if isinstance(value, dict) else str(value)
+
+
+def in_toml(value: object) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f'"{name}" = {in_toml(one)}' for name, one in value.items()) + " }"
+    return f"'{value}'" if isinstance(value, str) else spelled(value)
+
+
+def variables(tree: dict[str, object], path: tuple[str, ...] = ()) -> dict[str, str]:
+    """The environment that says what a file says."""
+    found: dict[str, str] = {}
+    for name, value in tree.items():
+        at = (*path, name)
+        if isinstance(value, dict) and at != ("prices", "override"):
+            found |= variables(value, at)
+        else:
+            found["IBID_" + "__".join(at).upper()] = spelled(value)
+    return found
+
+
+def test_every_setting_can_be_given_by_a_variable_and_means_what_the_file_means(tmp_path: Path) -> None:
+    """The example file with every comment opened has every setting there is (see above)."""
+    opened = re.sub(r"(?m)^# (\[\[?[a-z].*\]|[a-z_]+ = .*)$", r"\1", EXAMPLE.read_text())
+    environ = {**HOME, "EXAMPLE_API_KEY": "sk-example"}
+    from_file = load(written(tmp_path, opened), environ)
+    from_environment = load(Flags(), {**environ, **variables(tomllib.loads(opened, parse_float=Decimal))})
+    assert dataclasses.replace(from_file, source=None) == from_environment
+
+
+@pytest.mark.parametrize(
+    ("variable", "words"),
+    [
+        ("IBID_LISTN", "IBID_LISTN is unknown (did you mean IBID_LISTEN?)"),
+        ("IBID_CACHE_SEMANTIC", "IBID_CACHE_SEMANTIC is unknown (did you mean IBID_CACHE__SEMANTIC?)"),
+        ("IBID_CACHE__SEMANTICS", "is unknown (did you mean IBID_CACHE__SEMANTIC?)"),
+        ("IBID_cache__semantic", "is unknown (did you mean IBID_CACHE__SEMANTIC?)"),
+        ("IBID_UPSTREAM__OPENAI__BASEURL", "is unknown (did you mean IBID_UPSTREAM__OPENAI__BASE_URL?)"),
+        ("IBID_UPSTREAM__OPENAI__KEY", "is unknown (did you mean IBID_UPSTREAM__OPENAI__KEY_ENV?)"),
+        ("IBID_SERVER__ADMIN_TOKEN", "IBID_SERVER__ADMIN_TOKEN is unknown (did you mean IBID_"),
+        ("IBID_LANE__EDGE__MODLE", "is unknown (did you mean IBID_LANE__EDGE__MODEL?)"),
+        ("IBID_XYZZY", "IBID_XYZZY is unknown"),
+        ("IBID_", "IBID_ is unknown"),
+    ],
+)
+def test_a_variable_that_is_no_setting_is_an_error_even_when_empty(variable: str, words: str) -> None:
+    for value in ("canary", ""):
+        with pytest.raises(ConfigError) as caught:
+            load(Flags(), {**HOME, variable: value})
+        assert words in caught.value.message
+        assert "canary" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("IBID_CACHE__SEMANTIC", "maybe", "IBID_CACHE__SEMANTIC must be written as in TOML"),
+        ("IBID_CACHE__SEMANTIC", "1", "IBID_CACHE__SEMANTIC must be true or false"),
+        ("IBID_CACHE__TTL_S", "nan", "IBID_CACHE__TTL_S must be a finite number"),
+        ("IBID_CACHE__TTL_S", "1\nx = 2", "IBID_CACHE__TTL_S must be written as in TOML"),
+        ("IBID_CACHE__MAX_ERROR_RATE", "0.9", "IBID_CACHE__MAX_ERROR_RATE must be between 0 and 0.5"),
+        ("IBID_SERVER__LISTEN", "nonsense", 'IBID_SERVER__LISTEN must be "HOST:PORT"'),
+        ("IBID_SERVER__WORKERS", "2", "IBID_SERVER__WORKERS (--workers) above 1 is not supported yet"),
+        ("IBID_UPSTREAM__LAB__MODELS", "my-*", "IBID_UPSTREAM__LAB__MODELS must be written as in TOML"),
+        ("IBID_UPSTREAM__LAB__DIALECT", "openai", "upstream.lab.base_url must be http://HOST"),
+        ("IBID_UPSTREAM__LAB__KEY_ENV", "NO_KEY", "upstream.lab"),
+        ("IBID_POLICY", "[{ plan = ['warp'] }]", "IBID_POLICY: policy.0.plan is not a plan"),
+        ("IBID_STORE__DATABASE_URL", "mysql://u:canary@h/d", "IBID_STORE__DATABASE_URL must begin with"),
+    ],
+)
+def test_a_mistake_in_a_variable_names_it(variable: str, value: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(Flags(), {**HOME, variable: value})
+    assert words in caught.value.message
+    assert "\n" not in caught.value.message
+    assert "canary" not in caught.value.message
+
+
+def test_a_variable_beats_the_file_and_a_flag_beats_both(tmp_path: Path) -> None:
+    flags = written(tmp_path, "[upstream.my-lab]\nbase_url = 'http://file'\n[server]\nlisten = '127.0.0.1:1'\n")
+    environ = {
+        **HOME, "IBID_SERVER__LISTEN": "127.0.0.1:2", "IBID_UPSTREAM__MY_LAB__BASE_URL": "http://variable",
+        "IBID_UPSTREAM": "http://all", "IBID_UPSTREAM__GEMINI__BASE_URL": "http://own",
+    }  # fmt: skip
+    settings = load(flags, environ)
+    assert settings.server.listen.port == 2
+    urls = {name: upstream.base_url for name, upstream in settings.upstreams.items()}
+    assert urls == {"my-lab": "http://variable", "gemini": "http://own"} | dict.fromkeys(
+        ("openai", "anthropic", "ollama"), "http://all"
+    )
+    chosen = load(dataclasses.replace(flags, listen="127.0.0.1:3", upstream="http://flag"), environ)
+    assert (chosen.server.listen.port, chosen.upstreams["gemini"].base_url) == (3, "http://flag")
+    with pytest.raises(ConfigError, match="IBID_LISTEN and IBID_SERVER__LISTEN are one setting"):
+        load(flags, {**environ, "IBID_LISTEN": "127.0.0.1:4"})
+    assert load(flags, {**HOME, "IBID_SERVER__LISTEN": ""}).server.listen.port == 1
+
+
+@pytest.mark.parametrize(
+    "variable",
+    ["IBID_TEST_MODELS", "IBID_TEST_LLM", "IBID_BIN", "IBID_RUNNING", "IBID_OPENAI2_PYTHON", "IBID_SCHEMATHESIS",
+     "IBID_SERVICE_HOST", "IBID_SERVICE_PORT", "IBID_SERVICE_PORT_HTTP", "IBID_PORT", "IBID_PORT_4141_TCP",
+     "IBID_PORT_4141_TCP_ADDR", "IBID_ADMIN_SERVICE_HOST", "IBID_ADMIN_PORT_4142_TCP_PROTO"],
+)  # fmt: skip
+def test_what_others_set_beside_us_is_no_setting(variable: str) -> None:
+    assert load(Flags(), {**HOME, variable: "tcp://10.0.0.1:4141"}) == load(Flags(), HOME)
+
+
+def test_the_variable_of_an_upstreams_key_may_be_called_what_it_likes() -> None:
+    environ = {**HOME, "IBID_UPSTREAM__OPENAI__KEY_ENV": "IBID_OPENAI_KEY", "IBID_OPENAI_KEY": "sk-1"}
+    assert load(Flags(), environ).upstreams["openai"].key == "sk-1"

@@ -86,3 +86,26 @@ def test_an_unknown_price_context_is_an_error_of_the_file(tmp_path: Path) -> Non
     text = f'[prices.override."openai/m"]\n{TOKENS}turbo_factor = 2\n'
     with pytest.raises(ConfigError, match=r"line 4: prices\.override\.openai/m\.turbo_factor is unknown"):
         told(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "notes"),
+    [
+        ("", ["ok: openai: any model at openai"]),
+        (LAB, ["ok: openai: llama-x, qwen-* at lab; any other model at openai"]),
+        (LAB + "[upstream.openai]\nmodels = ['gpt-*']\n",
+         ["ok: openai: gpt-* at openai; llama-x, qwen-* at lab; no other model"]),
+        ("[upstream.lab]\nbase_url = 'http://h'\n",
+         ["ok: openai: any model at openai",
+          "warn: lab is asked for nothing: openai, before it, takes every model. Set upstream.lab.models"]),
+        ("[upstream.lab]\nbase_url = 'http://h'\n[lane.edge]\nupstream = 'lab'\nmodel = 'tiny'\n",
+         ["ok: openai: any model at openai"]),
+    ],
+)  # fmt: skip
+def test_check_says_which_models_are_open(tmp_path: Path, text: str, notes: list[str]) -> None:
+    (tmp_path / "ibid.toml").write_text(text)
+    settings = config.load(config.Flags(config=str(tmp_path / "ibid.toml")), {"HOME": "/home/ann"})
+    found = [f"{finding.state}: {finding.note}" for finding in checks._upstreams(settings)]
+    for dialect in ("anthropic", "gemini", "ollama"):
+        found.remove(f"ok: {dialect}: any model at {dialect}")
+    assert found == notes

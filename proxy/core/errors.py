@@ -67,3 +67,9 @@ class ConfigError(IbidError):
     """The operator must act; raised at start, exit code 2."""
 
     code = "config_error"
+
+
+class NotYet(ConfigError):
+    """What a start needs is not there or not free yet, and may come by itself: exit code 75, started again later."""
+
+    code = "not_yet"

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
-from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from proxy.core.errors import BadRequest
 from proxy.core.identity import Credential
+from proxy.core.patterns import is_one_of
 from proxy.core.plan import DEFAULT_PLAN, edited
 from proxy.core.units import DAY_MS, LAST_MS, NUSD_PER_USD, instant_ms, ms_of, usd
 
@@ -140,7 +140,7 @@ class Key:
     plan: str = ""
 
     def allows(self, model: str) -> bool:
-        return not self.models or any(fnmatchcase(model, pattern) for pattern in self.models)
+        return not self.models or is_one_of(model, self.models)
 
 
 def digest_of(secret: bytes) -> bytes:

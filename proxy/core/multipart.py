@@ -1,7 +1,7 @@
 """multipart/form-data (RFC 7578), read as it arrives.
 
-`Form.feed` takes bytes in any cut and gives the pieces of one file; small fields are kept. Nothing is held back but the
-last bytes that may be the beginning of a boundary.
+`Form.feed` takes bytes in any cut and gives the pieces of one file, the part `file`; small fields are kept, other files
+are passed over. Nothing is held back but the last bytes that may be the beginning of a boundary.
 
 By hand, although PyPI's multipart is well kept: its version 2.0.1 refuses blanks behind a boundary, which RFC 2046
 §5.1.1 has receivers accept, and gives a filename without the backslashes that it came with.
@@ -34,11 +34,12 @@ class Form:
 
     def __init__(self, boundary: bytes) -> None:
         self.fields: dict[str, bytes] = {}
+        self.repeated: set[str] = set()  # names of fields that came more than once; the last one counts
         self.filename: str | None = None
         self.ended = False
         self._mark = b"\r\n--" + boundary
         self._rest = b"\r\n"  # so that the first boundary looks like every other
-        self._at = "preamble"  # | "boundary" | "head" | "file" | "field"
+        self._at = "preamble"  # | "boundary" | "head" | "file" | "field" | "other file"
         self._name = ""
         self._field = b""
 
@@ -81,12 +82,12 @@ class Form:
             raise _broken()
         self._name = named[1].decode("utf-8", "replace")
         self._rest, self._field = rest, b""
-        self._at = "file" if self._name == "file" else "field"
+        filename = _FILENAME.search(head)
+        self._at = "file" if self._name == "file" else "field" if filename is None else "other file"
         if self._at == "file":
             if self.filename is not None:
                 raise BadRequest("The form has more than one file.", code="invalid_value", param="file")
-            found = _FILENAME.search(head)
-            self.filename = "upload" if found is None else found[1].decode("utf-8", "replace")
+            self.filename = "upload" if filename is None else filename[1].decode("utf-8", "replace")
         return True
 
     def _read_body(self, pieces: list[bytes]) -> bool:
@@ -101,6 +102,8 @@ class Form:
             if len(self._field) > FIELD_LIMIT_BYTES:
                 raise BadRequest(f"The field {self._name[:64]!r} is too long.", code="invalid_value")
             if mark:
+                if self._name in self.fields:
+                    self.repeated.add(self._name)
                 self.fields[self._name] = self._field
         self._rest = rest
         if mark:

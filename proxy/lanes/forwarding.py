@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from proxy import ports
@@ -30,6 +29,7 @@ from proxy.core.facts import Facts
 from proxy.core.hedging import Budget, Times
 from proxy.core.jsontext import members, set_member
 from proxy.core.model import Answer
+from proxy.core.patterns import is_one_of
 from proxy.core.plan import Lane
 from proxy.core.purges import Began, Purges, asked_ms, marks_of
 from proxy.core.query import Query
@@ -197,7 +197,7 @@ class Forwarder:
 
     def _cheaper(self, fetch: Fetch, sending: Sending) -> Sending | None:
         lane, dialect = self._lanes.tier, fetch.asked.dialect
-        if not isinstance(dialect, OpenAIChat | Responses) or not _is_one_of(sending.model, lane.models):
+        if not isinstance(dialect, OpenAIChat | Responses) or not is_one_of(sending.model, lane.models):
             return None
         if "service_tier" in members(sending.body):
             return None  # the client's own choice
@@ -426,7 +426,3 @@ def _bare(answer: Answer) -> Answer:
 
 def _type_of(query: Query) -> str:
     return f"{query.dialect.stream_type}; charset=utf-8" if query.stream else JSON
-
-
-def _is_one_of(model: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(model, pattern) for pattern in patterns)

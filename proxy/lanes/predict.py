@@ -10,12 +10,12 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from proxy.books import Fetch
 from proxy.core.jsontext import parse
 from proxy.core.model import Answer, NearMiss, Usage
+from proxy.core.patterns import is_one_of
 from proxy.lanes.sending import Sending, speaks_chat, with_member
 from proxy.lanesettings import PredictLane
 
@@ -69,7 +69,7 @@ class Predictor:
         query, near = fetch.asked, fetch.lookup.verdict
         if not isinstance(near, NearMiss) or near.similarity < self._lane.min_similarity or not speaks_chat(query):
             return sending
-        if query.n > 1 or not any(fnmatchcase(sending.model, pattern) for pattern in self._lane.models):
+        if query.n > 1 or not is_one_of(sending.model, self._lane.models):
             return sending
         if self._refused_until.get((sending.upstream, sending.model), 0.0) > time.monotonic():
             return sending

@@ -14,6 +14,7 @@ import fcntl
 import logging
 import os
 import sqlite3
+import ssl
 import stat
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -28,7 +29,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from proxy.core.errors import CacheFault, ConfigError
+from proxy.core.errors import CacheFault, ConfigError, NotYet
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,21 @@ def is_row_error(error: BaseException) -> bool:
     return name.startswith(("SQLITE_CONSTRAINT", "SQLITE_TOOBIG", "SQLITE_MISMATCH", "22", "23"))
 
 
+def unavailable(label: str, error: BaseException) -> ConfigError:
+    """What a start makes of a driver's error: NotYet where the database may answer later by itself."""
+    kind = NotYet if _may_heal(error) else ConfigError
+    return kind(f"{label}: {fault_of(error).message}", code="database_unavailable")
+
+
+def _may_heal(error: BaseException) -> bool:
+    """No connection, no room or no answer, or somebody's lock. A wrong name or password will not become right."""
+    original = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    name = str(getattr(original, "sqlite_errorname", None) or getattr(original, "sqlstate", None) or "")
+    if name:  # classes of SQLSTATE: connection, resources, operator intervention ("the database system is starting up")
+        return name.startswith(("08", "53", "57", "SQLITE_BUSY", "SQLITE_LOCKED"))
+    return isinstance(original, OSError | TimeoutError) and not isinstance(original, ssl.SSLError | PermissionError)
+
+
 @dataclass
 class Database:
     """Two engines and the locks that guard them. `path` is the SQLite file, None for PostgreSQL."""
@@ -91,6 +107,7 @@ class Database:
     quarantined: Path | None = None  # where a corrupt database was moved at start
     _locks: list[int] = field(default_factory=list)
     _closed_until: float = 0.0
+    is_new: bool = False  # it held nothing when it was opened
 
     async def rows(self, statement: str | Executable, parameters: tuple[Any, ...] = ()) -> Sequence[Any]:
         """All rows of a read; text is in the driver's own spelling. Raises CacheFault; at once while it is down."""
@@ -152,13 +169,13 @@ def parse_url(url: str | None, data_dir: Path) -> URL:
 def open_database(url: str | None, data_dir: Path) -> Database:
     """Lock the directory, check the file, build the engines; connects to nothing yet. Raises ConfigError."""
     parsed = parse_url(url, data_dir)
-    locks = [_prepare_directory(data_dir)]
+    locks = [_prepare_data_dir(data_dir)]
     try:
         if parsed.get_backend_name() == "postgresql":
             return _postgres(parsed, data_dir, locks)
         path = Path(str(parsed.database)).absolute()
         if path.parent.resolve() != data_dir.resolve():
-            locks.append(_prepare_directory(path.parent, ours=False))
+            locks.append(_lock_directory(path.parent))
         return _sqlite(path, data_dir, locks)
     except BaseException:
         for descriptor in locks:
@@ -166,15 +183,30 @@ def open_database(url: str | None, data_dir: Path) -> Database:
         raise
 
 
-def _prepare_directory(directory: Path, ours: bool = True) -> int:
-    """Create, tighten and lock a directory; the lock's descriptor. Only one process may hold it."""
+def _prepare_data_dir(directory: Path) -> int:
+    """Make the data directory in a folder that is there, tighten it, and lock it; the lock's descriptor."""
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, exist_ok=True)
         about = directory.stat()
-        if ours and about.st_uid != os.geteuid():
+        if about.st_uid != os.geteuid():
             raise ConfigError(f"data directory {directory} belongs to user id {about.st_uid}, not to this process")
-        if ours and stat.S_IMODE(about.st_mode) != 0o700:
+        if stat.S_IMODE(about.st_mode) != 0o700:
             directory.chmod(0o700)
+    except OSError as error:
+        if not directory.parent.is_dir():  # a slip of the pen makes no tree of folders
+            message = (
+                f"data directory {directory}: the folder {directory.parent} does not exist; make it, if it is right"
+            )
+            raise ConfigError(message) from error
+        raise ConfigError(f"data directory {directory} cannot be written: {error.strerror}") from error
+    return _lock_directory(directory)
+
+
+def _lock_directory(directory: Path) -> int:
+    """The lock's descriptor. Only one process may hold it."""
+    if not directory.is_dir():
+        raise ConfigError(f"database: the folder {directory} does not exist; make it, if it is right")
+    try:
         descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ConfigError(f"data directory {directory} cannot be written: {error.strerror}") from error
@@ -182,7 +214,7 @@ def _prepare_directory(directory: Path, ours: bool = True) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
-        raise ConfigError(f"another ibid is using {directory}", code="data_dir_locked") from error
+        raise NotYet(f"another ibid is using {directory}", code="data_dir_locked") from error
     return descriptor
 
 
@@ -239,8 +271,13 @@ def _postgres(parsed: URL, data_dir: Path, locks: list[int]) -> Database:
             hide_parameters=True,
         )
 
-    label = f"postgresql {parsed.host or 'local socket'}/{parsed.database or ''}"
-    return Database("postgresql", build(1), build(POSTGRES_READERS), None, data_dir, label, None, locks)
+    return Database("postgresql", build(1), build(POSTGRES_READERS), None, data_dir, label_of(parsed), None, locks)
+
+
+def label_of(parsed: URL) -> str:
+    """A PostgreSQL database for people and logs: where it is looked for, without user and password."""
+    where = f"{parsed.host}:{parsed.port or 5432}" if parsed.host else "local socket"
+    return f"postgresql {where}/{parsed.database or ''}"
 
 
 def quarantine_if_corrupt(path: Path) -> Path | None:

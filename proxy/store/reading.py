@@ -9,7 +9,15 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from proxy.core.errors import ConfigError
 from proxy.store import migrate
-from proxy.store.engine import COMMAND_TIMEOUT_S, CONNECT_TIMEOUT_S, DATABASE_ERRORS, Database, fault_of, parse_url
+from proxy.store.engine import (
+    COMMAND_TIMEOUT_S,
+    CONNECT_TIMEOUT_S,
+    DATABASE_ERRORS,
+    Database,
+    label_of,
+    parse_url,
+    unavailable,
+)
 
 
 def open_reading(url: str | None, data_dir: Path) -> Database:
@@ -19,14 +27,20 @@ def open_reading(url: str | None, data_dir: Path) -> Database:
         settings = {"default_transaction_read_only": "on"}
         arguments = {"timeout": CONNECT_TIMEOUT_S, "command_timeout": COMMAND_TIMEOUT_S, "server_settings": settings}
         engine = create_async_engine(parsed, connect_args=arguments, pool_size=1, max_overflow=0, hide_parameters=True)
-        label = f"postgresql {parsed.host or 'local socket'}/{parsed.database or ''}"
-        return Database("postgresql", engine, engine, None, data_dir, label)
+        return Database("postgresql", engine, engine, None, data_dir, label_of(parsed))
     path = Path(str(parsed.database)).absolute()
-    if not path.is_file():
-        raise ConfigError(f"there is no database at {path} yet: start ibid, or name another with --database")
+    refuse_unless_there(url, data_dir)
     address = URL.create("sqlite+aiosqlite", database=f"{path.as_uri()}?mode=ro", query={"uri": "true"})
     engine = create_async_engine(address, pool_size=1, max_overflow=0, hide_parameters=True)
     return Database("sqlite", engine, engine, path, data_dir, f"sqlite {path}")
+
+
+def refuse_unless_there(url: str | None, data_dir: Path) -> None:
+    """Raises ConfigError when an SQLite file is named that does not exist: only a start makes one."""
+    parsed = parse_url(url, data_dir)
+    path = Path(str(parsed.database)).absolute()
+    if parsed.get_backend_name() == "sqlite" and not path.is_file():
+        raise ConfigError(f"there is no database at {path} yet: start ibid, or name another with --database")
 
 
 async def revision(database: Database) -> str | None:
@@ -35,4 +49,4 @@ async def revision(database: Database) -> str | None:
         async with database.reader.connect() as connection:
             return await connection.run_sync(migrate.revision_of)
     except DATABASE_ERRORS as error:
-        raise ConfigError(f"{database.label}: {fault_of(error).message}", code="database_unavailable") from error
+        raise unavailable(database.label, error) from error

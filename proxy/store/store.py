@@ -13,13 +13,12 @@ from typing import Any
 from sqlalchemy import insert, literal, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from proxy.core.errors import ConfigError
 from proxy.core.rates import Rating
 from proxy.core.saving import Pricing
 from proxy.store import migrate
 from proxy.store.batches import Batches
 from proxy.store.comparisons import Comparisons
-from proxy.store.engine import DATABASE_ERRORS, Database, fault_of, open_database, transaction
+from proxy.store.engine import DATABASE_ERRORS, Database, open_database, transaction, unavailable
 from proxy.store.entries import Entries
 from proxy.store.keys import Keys
 from proxy.store.ledger import SqlLedger
@@ -105,8 +104,8 @@ async def open_store(
     """Open, check the schema, create it in an empty database, start the writer and the ledger.
 
     `url`: sqlite:///FILE or postgresql://…; None is DATA_DIR/ibid.db. `price`, `rates`: those of `Prices(...)`.
-    Raises ConfigError: directory in use or not writable, symbolic link, schema older (names `ibid migrate`) or newer,
-    PostgreSQL unreachable. A corrupt SQLite file is moved aside and `store.database.quarantined` names it.
+    Raises ConfigError: directory not writable, symbolic link, schema older (names `ibid migrate`) or newer; and NotYet:
+    directory in use, database unreachable. A corrupt SQLite file is moved aside: `store.database.quarantined` names it.
     """
     database = open_database(url, data_dir)
     writer = Writer(database, queue_limit)
@@ -160,6 +159,7 @@ async def _ensure_schema(database: Database) -> None:
     migrate.refuse_unless_current(found)
     if found is None:
         await _upgrade(database)
+        database.is_new = True
 
 
 async def _revision(database: Database) -> str | None:
@@ -168,7 +168,7 @@ async def _revision(database: Database) -> str | None:
         async with database.reader.connect() as connection:
             return await connection.run_sync(migrate.revision_of)
     except DATABASE_ERRORS as error:
-        raise ConfigError(f"{database.label}: {fault_of(error).message}", code="database_unavailable") from error
+        raise unavailable(database.label, error) from error
 
 
 async def _upgrade(database: Database) -> None:
@@ -176,7 +176,7 @@ async def _upgrade(database: Database) -> None:
         async with database.writer.connect() as connection, transaction(connection):
             await connection.run_sync(migrate.upgrade)
     except DATABASE_ERRORS as error:
-        raise ConfigError(f"{database.label}: {fault_of(error).message}", code="database_unavailable") from error
+        raise unavailable(database.label, error) from error
 
 
 async def _back_up(database: Database, revision: str) -> str | None:

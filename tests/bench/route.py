@@ -40,7 +40,7 @@ HEADERS = ((b"authorization", b"Bearer sk-bench"), (b"content-type", b"applicati
 class Places:
     """Of the upstreams only where they are."""
 
-    def route(self, path: str, headers: Any, model: str = "") -> str:
+    def route(self, path: str, headers: Any, model: str | None) -> str:
         return "openai"
 
     def place(self, upstream: str) -> str:

@@ -352,12 +352,6 @@ async def test_an_embedder_to_which_all_is_alike_is_stopped_by_the_guards(tmp_pa
 # --- entries without a vector ---------------------------------------------------------------------------------------
 
 
-async def until(claim: Callable[[], Any]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not claim():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-
-
 async def progress(ibid: Running) -> dict[str, int]:
     found: dict[str, int] = json.loads((await ibid.admin("/cache/stats")).body)["reindex"]
     return found

@@ -17,11 +17,15 @@ from yarl import URL
 from proxy.breaker import Breaker
 from proxy.core.dialects.routes import family_of
 from proxy.core.errors import BadRequest, ConfigError, UpstreamError
-from proxy.upstream import Address, OpenResponse, UpstreamAddress, UpstreamLimits, Upstreams, everything_at
+from proxy.upstream import Address, OpenResponse, UpstreamAddress, UpstreamLimits, Upstreams
 
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 SHORT = UpstreamLimits(connect_s=1.0, first_byte_s=0.15, idle_s=0.15)
+
+
+def everything_at(base_url: str) -> tuple[UpstreamAddress, ...]:
+    return (UpstreamAddress("upstream", base_url, "openai"),)
 
 
 class Mock:
@@ -547,31 +551,102 @@ class Clock:
         return self.now
 
 
-def test_breaker_lets_one_probe_through_at_a_time() -> None:
-    clock = Clock()
+def opened(clock: Clock) -> Breaker:
+    """One that has just opened."""
     breaker = Breaker("u", clock)
     for i in range(20):
         assert not breaker.admit()
         breaker.succeeded(False) if i < 10 else breaker.failed(False)
     assert breaker.is_open
+    return breaker
+
+
+def is_let_in(breaker: Breaker) -> bool:
+    try:
+        return breaker.admit()
+    except UpstreamError as error:
+        told = (error.status, error.code)
+        wait_s = error.retry_after_s or 0
+    assert told == (503, "circuit_open")
+    assert 1 <= wait_s <= 5
+    return False
+
+
+def test_breaker_lets_one_probe_through_in_five_seconds() -> None:
+    clock = Clock()
+    breaker = opened(clock)
     for expected in (5, 1):
         with pytest.raises(UpstreamError) as caught:
             breaker.admit()
         assert caught.value.retry_after_s == expected
         clock.now += 4.5
     assert breaker.admit()
-    with pytest.raises(UpstreamError):
-        breaker.admit()
+    assert not is_let_in(breaker)
     breaker.failed(True)
-    with pytest.raises(UpstreamError):
-        breaker.admit()
+    assert not is_let_in(breaker)
     clock.now += 5
-    assert breaker.admit()
-    breaker.abandoned(True)
-    assert breaker.admit()
+    assert is_let_in(breaker)
     breaker.succeeded(True)
     assert not breaker.is_open
     assert not breaker.admit()
+
+
+@given(st.lists(st.sampled_from(["hangs", "fails", "is late to fail"]), max_size=6), st.floats(0.01, 4.99))
+def test_whatever_becomes_of_probes_the_next_goes_within_five_seconds(before: list[str], late_s: float) -> None:
+    """An upstream that answers again is found within 5 s, however many probes still hang or fail just then."""
+    clock = Clock()
+    breaker = opened(clock)
+    clock.now += 5
+    late = False
+    for outcome in before:
+        assert is_let_in(breaker)
+        if outcome == "fails":
+            breaker.failed(True)
+        clock.now += late_s
+        if late:
+            breaker.failed(True)
+        late = outcome == "is late to fail"
+        assert not is_let_in(breaker)
+        clock.now += 5 - late_s + 1e-6
+    assert is_let_in(breaker)
+    breaker.succeeded(True)
+    for _ in range(25):  # those that hung end at last: no news of what answers now
+        breaker.failed(True)
+    assert not breaker.is_open
+
+
+async def test_a_hanging_probe_keeps_no_caller_out_of_an_upstream_that_healed() -> None:
+    """Row 39. The first probe is still waiting for its head when the second one closes the circuit."""
+    clock, patient = Clock(), UpstreamLimits(first_byte_s=600.0)
+    mock = Mock(says(b"HTTP/1.1 503 X\r\nContent-Length: 0\r\n\r\n"))
+    await mock.start()
+    upstreams = Upstreams(everything_at(f"http://127.0.0.1:{mock.port}"), patient, now=clock)
+    await upstreams.start()
+    case = Case(mock, upstreams)
+    try:
+        for _ in range(20):
+            await case.ask()
+        arrived = asyncio.Event()
+
+        async def hangs(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+            arrived.set()
+            await reader.read()
+
+        mock.script = hangs
+        clock.now += 5
+        probe = asyncio.ensure_future(upstreams.open("upstream", "POST", "/v1/chat/completions", (), b"{}"))
+        await arrived.wait()
+        mock.script = says(OK)
+        clock.now += 5
+        for _ in range(37):
+            assert (await case.ask())[0].status == 200
+        assert not probe.done()
+        probe.cancel()
+        await asyncio.wait([probe])
+        assert not upstreams.breaker("upstream").is_open
+    finally:
+        await upstreams.close()
+        await mock.stop()
 
 
 def test_breaker_stays_closed_below_its_bounds() -> None:
@@ -666,7 +741,29 @@ async def test_of_one_dialect_the_upstream_that_names_the_model_serves_it() -> N
     asked = {"gpt-5": "cloud", "llama-3": "small", "qwen3": "small", "qwen30": "cloud", "": "cloud"}
     assert {model: upstreams.route("/v1/chat/completions", {}, model) for model in asked} == asked
     assert upstreams.route("/v1/messages", {}, "llama-3") == "claude"
+    assert upstreams.route("/v1/models", {}, None) == "cloud"
+    assert (upstreams.is_divided("/v1/models", {}), upstreams.is_divided("/v1/messages", {})) == (True, False)
+    assert [upstreams.serves("small", model) for model in ("llama-3", "gpt-5", "")] == [True, False, False]
+    assert upstreams.serves("cloud", "llama-3")
     assert (upstreams.place("cloud"), upstreams.place("small")) == ("http://cloud", "http://small")
+
+
+@pytest.mark.parametrize("model", ["mistral-large", "GPT-5", "gpt", "", "x" * 1_000_000])
+async def test_what_no_upstream_names_is_nobodys_where_all_name_theirs(model: str) -> None:
+    upstreams = Upstreams(
+        (
+            UpstreamAddress("cloud", "http://cloud", "openai", ("gpt-*",)),
+            UpstreamAddress("small", "http://small", "openai", ("my-*",)),
+        )
+    )
+    for path, code in (("/v1/chat/completions", "model_not_served"), ("/v1/messages", "dialect_not_served")):
+        for _ in range(2):
+            with pytest.raises(BadRequest) as caught:
+                upstreams.route(path, {}, model)
+            assert (caught.value.status, caught.value.code) == (404, code)
+            assert len(caught.value.message) < 200
+    assert upstreams.route("/v1/models", {}, None) == "cloud"
+    assert not [asked for _, asked in upstreams._routes if asked is not None], "nothing refused is remembered"
 
 
 @pytest.mark.parametrize(
@@ -698,9 +795,8 @@ async def test_an_upstream_with_a_key_of_its_own_never_sees_the_clients(dialect:
 
 
 async def test_route_names_the_configured_upstream() -> None:
-    assert Upstreams(everything_at("http://h")).route("/v1/messages", {}) == "upstream"
     defaults = Upstreams()
-    assert defaults.route("/v1/messages", {}) == "anthropic"
-    assert defaults.route("/v1/chat/completions", {}) == "openai"
+    assert defaults.route("/v1/messages", {}, "") == "anthropic"
+    assert defaults.route("/v1/chat/completions", {}, "") == "openai"
     with pytest.raises(ConfigError):
         Upstreams((UpstreamAddress("a", "http://h", "openai"),) * 2)
