@@ -9,6 +9,7 @@ import pytest
 
 from tests.flows.running import CHAT, MODEL, chat_body, running, told_apart
 from tests.upstream import Body, Chat
+from tests.waiting import PATIENCE_S
 
 ASKED = "How do I repair a leaking garden hose?"
 REWORDED = "How can I repair a leaking garden hose?"
@@ -140,7 +141,7 @@ async def test_the_stream_ends_at_once_after_done(exact, up):
     for _ in range(2):
         head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sk-a\r\nContent-Type: application/json\r\n"
         writer.write(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             answer = (await reader.readuntil(b"\r\n\r\n")).lower()
             assert b"x-cache: hit" in answer
             if b"transfer-encoding: chunked" in answer:
