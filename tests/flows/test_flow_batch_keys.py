@@ -237,7 +237,7 @@ async def test_a_batch_of_a_key_goes_on_after_a_kill_without_its_owner(data_dir,
     assert (len(theirs.batches), theirs.lines) == (1, 5)
 
 
-async def test_a_rotated_key_changes_nothing_and_one_that_expires_ends_its_batch(data_dir, up):
+async def test_a_rotated_key_changes_nothing_and_one_that_expires_ends_its_batch(data_dir, up, monkeypatch):
     theirs = BatchUpstream(up, polls=0)
     async with running(data_dir, up.url, BATCHED) as ibid:
         made = await make(ibid, limit_usd=["1/day"])
@@ -251,9 +251,11 @@ async def test_a_rotated_key_changes_nothing_and_one_that_expires_ends_its_batch
             batch = await ended(client, batch)
             assert batch.request_counts.completed == 3
         theirs.polls = 0
-        short, friend = await make(ibid, expires="2s"), await make(ibid)
+        short, friend = await make(ibid, expires="1h"), await make(ibid)
         async with sdk(ibid, short["secret"]) as client, sdk(ibid, friend["secret"]) as other:
-            batch = await ended(other, await hand_in(client, asked(3, "pump")))
+            batch = await hand_in(client, asked(3, "pump"))
+            monkeypatch.setattr(ibid.app.keys, "_clock", lambda: time.time() + 7200)
+            batch = await ended(other, batch)
             bad = await rows(other, batch.error_file_id)
         assert {said(row) for row in bad.values()} == {(401, "key_expired")}
 

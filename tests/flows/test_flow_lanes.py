@@ -577,7 +577,7 @@ async def test_openai_is_given_one_key_for_one_beginning_and_the_client_keeps_it
     ids=["namespace", "tag", "pattern"],
 )
 async def test_a_policy_says_how_long_answers_live(data_dir, up, edge, match, headers):
-    sections = lanes(edge, policy=[{"match": match, "ttl_s": 90}])
+    sections = lanes(edge, policy=[{"match": match, "ttl_s": 9000}])
     async with running(data_dir, up.url, sections) as ibid:
         await ibid.ask("Who wrote Faust?", headers=headers)
         await ibid.settled()
