@@ -51,6 +51,7 @@ CHARACTERS_PER_TOKEN = 64  # a text longer than this many per token of the windo
 UNIT_TOLERANCE = 1e-3
 WARM_UP = ("ready", "How do I reset the password of my account, and how long does it take?")
 WARM_UP_S = 60.0
+QUEUE_DEADLINE_S = 1.0
 CLOSE_S = 1.0
 SPECIAL_TOKENS = 2  # the first and the last of a text, which have no place in its states
 BACKEND_FAULTS = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
@@ -137,7 +138,7 @@ class EmbedderOwner:
         queue: int = 256,
         lru: int = 4096,
         encode_deadline_s: float = 0.150,
-        queue_deadline_s: float = 1.0,
+        queue_deadline_s: float = QUEUE_DEADLINE_S,
         guard: Guard | None = None,
         states_bytes: int = STATES_BYTES,
     ) -> None:
@@ -570,7 +571,7 @@ async def open_embedder(
     queue: int = 256,
     lru: int = 4096,
     encode_deadline_s: float = 0.150,
-    queue_deadline_s: float = 1.0,
+    queue_deadline_s: float = QUEUE_DEADLINE_S,
     states_bytes: int = STATES_BYTES,
     guarded: bool = True,
     convert_timeout_s: float = 300.0,

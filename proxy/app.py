@@ -29,7 +29,7 @@ import uvloop
 from aiohttp import web
 
 from index.answers import SENSITIVITY, Comparer
-from index.batcher import EmbedderOwner, open_embedder
+from index.batcher import QUEUE_DEADLINE_S, EmbedderOwner, open_embedder
 from index.errors import IndexRoomError, SnapshotRefused
 from index.features import compile_features
 from index.kernels import compile_kernels
@@ -203,6 +203,7 @@ async def open_semantic(
             states_bytes=wanted.states_bytes,
             guarded=settings.rules.pair_guard,
             encode_deadline_s=wanted.deadline_ms / 1000,
+            queue_deadline_s=max(QUEUE_DEADLINE_S, wanted.deadline_ms / 1000),  # a turn may take as long as a call
         )
         stack.push_async_callback(embedder.close)
         if settings.rules.pair_guard and not embedder.can_verify:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from index.convert import INT8, OFFLINE, ONNX, artefact_directory
 from index.model import locate
+from tests.waiting import PATIENCE_S
 
 
 @cache
@@ -35,7 +36,9 @@ def converted_data_dir() -> Path:
         command += ["--digest", files.digest, "--window", str(files.window)]
         for name in absent:
             command += ["--backend", name]
-        done = subprocess.run(command, env={**os.environ, **OFFLINE}, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, env={**os.environ, **OFFLINE}, capture_output=True, text=True, timeout=3 * PATIENCE_S
+        )
         assert done.returncode == 0, done.stderr
     return data_dir
 

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import PATIENCE_S
+
 _numbers = itertools.count(1)
 
 
@@ -87,17 +89,17 @@ def start_postgres() -> PostgresServer:
 
 
 def _wait_until_ready(server: PostgresServer) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while subprocess.run([_programs() / "pg_isready", "-q", "-h", server.directory], check=False).returncode:
         assert server.process.poll() is None, (server.directory / "log").read_text()
-        assert time.monotonic() < deadline, "PostgreSQL did not start within 30 s"
+        assert time.monotonic() < deadline, "PostgreSQL did not start"
 
 
 def stop_postgres(server: PostgresServer) -> None:
     """Immediate shutdown of the one process we started (its data is thrown away), then its directory."""
     server.process.send_signal(signal.SIGCONT)
     server.process.send_signal(signal.SIGQUIT)
-    server.process.wait(20)
+    server.process.wait(PATIENCE_S)
     shutil.rmtree(server.directory, ignore_errors=True)
 
 

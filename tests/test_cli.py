@@ -29,6 +29,7 @@ from proxy.core.errors import ConfigError
 from proxy.store.store import migrate_store, open_store
 from proxy.telemetry import Telemetry
 from tests.rows import NOW, draft, list_price
+from tests.waiting import PATIENCE_S
 
 
 @pytest.fixture(autouse=True)
@@ -211,7 +212,7 @@ class Running:
 
     def __enter__(self) -> Running:
         self._thread.start()
-        assert self._started.wait(5)
+        assert self._started.wait(PATIENCE_S)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from deploy.local_llm import DidNotStart, running
 from tests.llm import WEIGHTS, LocalLlm, llm
+from tests.waiting import PATIENCE_S
 
 __all__ = ["llm"]
 
@@ -54,7 +55,7 @@ def test_a_stream_ends_with_done(llm: LocalLlm) -> None:
     request = urllib.request.Request(
         f"{llm.base_url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with urllib.request.urlopen(request, timeout=PATIENCE_S) as response:
         assert response.headers["Content-Type"].startswith("text/event-stream")
         assert response.read().endswith(b"data: [DONE]\n\n")
 
@@ -62,9 +63,9 @@ def test_a_stream_ends_with_done(llm: LocalLlm) -> None:
 def test_the_server_is_gone_after_use(tmp_path: Path) -> None:
     with (tmp_path / "log").open("w") as log:
         with running(WEIGHTS, log) as address:
-            assert urllib.request.urlopen(f"{address}/health", timeout=60).status == 200
+            assert urllib.request.urlopen(f"{address}/health", timeout=PATIENCE_S).status == 200
         with pytest.raises(urllib.error.URLError, match="refused"):
-            urllib.request.urlopen(f"{address}/health", timeout=60)
+            urllib.request.urlopen(f"{address}/health", timeout=PATIENCE_S)
 
 
 def test_a_file_that_is_no_model_is_said_at_once(tmp_path: Path) -> None:

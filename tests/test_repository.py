@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import PATIENCE_S
+
 ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 OURS = {"proxy", "index", "migrations", "tests", "deploy"}
@@ -177,9 +179,62 @@ print([name for name in {heavy!r} if name in sys.modules])
 
 def run_probe(names: list[str]) -> str:
     probe = PROBE.format(names=names, heavy=HEAVY)
-    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+WAITS = {"timeout", "wait_for", "wait", "until", "join"}  # the last argument, or one called `timeout`, is a time
+CLOCKS = {"monotonic", "perf_counter", "time"}
+
+
+def hurried(tree: ast.Module) -> Iterator[str]:
+    """Lines of a test that a busy machine could fail: a wait for less than a minute, a time that is to be short."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            times = [keyword.value for keyword in node.keywords if keyword.arg in ("timeout", "within_s")]
+            times += node.args[-1:] if name in WAITS else []
+            if any(isinstance(time, ast.Constant) and isinstance(time.value, int | float) and time.value < 60
+                   for time in times):  # fmt: skip
+                yield f"{node.lineno}: {ast.unparse(node)[:90]}"
+        elif isinstance(node, ast.Assert) and isinstance(node.test, ast.Compare):
+            read = [getattr(call.func, "attr", "") for call in ast.walk(node.test) if isinstance(call, ast.Call)]
+            bounds = zip(node.test.ops, node.test.comparators, strict=True)
+            if CLOCKS & set(read) and any(isinstance(op, ast.Lt | ast.LtE) and isinstance(bound, ast.Constant)
+                                          for op, bound in bounds):  # fmt: skip
+                yield f"{node.lineno}: {ast.unparse(node)[:90]}"
+
+
+def test_no_test_is_in_a_hurry() -> None:
+    """Deadlines are `tests.waiting.PATIENCE_S`; what is to be in time is told by an order of events or a clock of its
+    own (tests/README.md)."""
+    found = {}
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        if "bench" not in path.parts and (lines := list(hurried(ast.parse(path.read_text())))):
+            found[str(path.relative_to(ROOT))] = lines
+    assert found == {}
+
+
+def test_the_search_for_hurried_tests_finds_them() -> None:
+    for line in (
+        "asyncio.timeout(5)",
+        "await asyncio.wait_for(event.wait(), 1.0)",
+        "await until(lambda: seen, 10)",
+        "subprocess.run([], timeout=30)",
+        "process.wait(timeout=5)",
+        "assert time.monotonic() - began < 0.2",
+        "assert 1 < loop.time() - began <= 4",
+    ):
+        assert list(hurried(ast.parse(line))), line
+    for line in (
+        "asyncio.timeout(PATIENCE_S)",
+        "await event.wait()",
+        "subprocess.run([], timeout=300)",
+        "assert time.monotonic() - began > 1",
+        "Upstreams(timeout_s=1)",
+    ):
+        assert not list(hurried(ast.parse(line))), line
 
 
 def test_importing_every_module_has_no_effect_and_loads_no_torch() -> None:
@@ -273,7 +328,9 @@ def test_the_wheel_holds_the_packages_the_migrations_and_nothing_else(tmp_path: 
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    done = subprocess.run([*build, "-w", str(tmp_path), str(source)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*build, "-w", str(tmp_path), str(source)], capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("ibid_proxy-*.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from proxy.core.model import Call, Outcome
 from proxy.logs import FIELD_LIMIT_BYTES, QUEUE_LIMIT, LineFormat, LogWriter, Redactor, set_up, tear_down
 from proxy.telemetry import LABEL_LIMIT, Telemetry
+from tests.waiting import PATIENCE_S
 
 FORGERIES = [
     'x\r\n{"level":"info","event":"forged"}',
@@ -159,9 +160,9 @@ def test_a_path_named_after_a_token_is_still_shown() -> None:
 
 def test_patterns_stay_fast_on_text_made_to_slow_them() -> None:
     for evil in ("a-" * 500_000, "eyJ-" * 250_000, "key " * 250_000, "bearer " + " " * 1_000_000, "x://" * 250_000):
-        began = time.perf_counter()
+        began = time.thread_time()
         Redactor().clean(evil)
-        assert time.perf_counter() - began < 0.5
+        assert time.thread_time() - began < 0.5
 
 
 def test_uncaught_exceptions_of_threads_and_of_the_process_become_redacted_lines(
@@ -192,7 +193,7 @@ def test_a_warning_is_written_without_being_asked_for(stream: io.StringIO) -> No
     writer = set_up("INFO", stream=Told())
     try:
         logging.getLogger("proxy").warning("now")
-        assert written.wait(5)
+        assert written.wait(PATIENCE_S)
     finally:
         tear_down(writer)
 

@@ -33,6 +33,7 @@ from tests.llm import WEIGHTS
 from tests.models import converted_data_dir
 from tests.providers import MODEL, provider
 from tests.upstream import ScriptedUpstream
+from tests.waiting import PATIENCE_S
 
 HERE: Final = Path(__file__).parent
 SCHEMA: Final = {
@@ -113,7 +114,7 @@ class Client:
                  "schema": None, "times": 1, **task}  # fmt: skip
         self.child.stdin.write(json.dumps(whole).encode() + b"\n")
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE_S):
                 line = await self.child.stdout.readline()
         except TimeoutError:
             self.child.kill()  # or its late answer would stand for the next one

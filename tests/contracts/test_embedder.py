@@ -35,8 +35,8 @@ from index.guard.head import MAX_TOKENS, NO_OPINION
 from index.model import locate
 from tests.fakes import FakeEmbedder
 from tests.models import converted_data_dir
+from tests.waiting import PATIENCE_S
 
-PATIENCE_S = 30.0
 ENGLISH = (
     "How do I reset my password?",
     "What's the best way to cook a steak medium rare in a cast iron pan?",
@@ -293,7 +293,12 @@ class Reference:
     def __init__(self, out: Path) -> None:
         command = [sys.executable, "-W", "ignore", "-c", REFERENCE, str(out)]
         done = subprocess.run(
-            command, input=json.dumps(TEXTS), env={**os.environ, **OFFLINE}, capture_output=True, text=True, timeout=300
+            command,
+            input=json.dumps(TEXTS),
+            env={**os.environ, **OFFLINE},
+            capture_output=True,
+            text=True,
+            timeout=3 * PATIENCE_S,
         )
         assert done.returncode == 0, done.stderr
         self.vectors = np.load(out / "reference.npy")

@@ -8,7 +8,7 @@ import socket
 import struct
 from typing import Any, NamedTuple
 
-PATIENCE_S = 8.0
+from tests.waiting import PATIENCE_S
 
 
 class Answer(NamedTuple):

@@ -29,6 +29,7 @@ from proxy.logs import set_up, tear_down
 from proxy.telemetry import Telemetry
 from tests.flows.running import TOKEN as FLOW_TOKEN
 from tests.flows.running import running
+from tests.waiting import PATIENCE_S
 
 TOKEN = "correct-horse-battery-staple-0123456789"
 CANARY = "canary-prompt-text"
@@ -233,7 +234,7 @@ async def test_paths_spelled_otherwise_do_not_get_around_the_token(
 async def raw(client: TestClient[web.Request, web.Application], request: bytes) -> tuple[int, bytes]:
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     writer.write(request)
-    answer = await asyncio.wait_for(reader.read(), 5)
+    answer = await asyncio.wait_for(reader.read(), PATIENCE_S)
     writer.close()
     await writer.wait_closed()
     return int(answer.split(b" ", 2)[1]), answer

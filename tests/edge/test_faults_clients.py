@@ -30,6 +30,7 @@ from tests.edge.faults_app import (
 )
 from tests.edge.rawclient import RawClient
 from tests.upstream import Chat, Json, Raw, ScriptedUpstream, Stream, event
+from tests.waiting import PATIENCE_S
 
 __all__ = ["ibid", "up"]  # fixtures
 
@@ -55,7 +56,7 @@ async def nothing_left_behind(ibid: Running) -> AsyncIterator[None]:
 
 
 async def left(up: ScriptedUpstream) -> None:
-    async with asyncio.timeout(1.0):
+    async with asyncio.timeout(PATIENCE_S):
         await up.left.wait()
 
 
@@ -138,7 +139,7 @@ async def test_a_client_that_stops_reading_is_cut_and_nothing_is_kept(tmp_path: 
             client = await RawClient.connect(ibid.port)
             client.writer.transport.pause_reading()
             await client.send(request(question(stream=True)))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 await up.left.wait()
             client.reset()
         assert await ibid.stored() == 1
@@ -279,7 +280,7 @@ async def start(folder: Path, up: ScriptedUpstream) -> tuple[asyncio.subprocess.
     )  # fmt: skip
     assert process.stderr is not None
     ports: dict[str, int] = {}
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         while len(ports) < 2:
             line = (await process.stderr.readline()).decode()
             assert line, "the process ended"
@@ -300,7 +301,7 @@ async def test_sigterm_lets_a_stream_end_takes_nothing_new_and_loses_no_ledger_r
         await client.send(request(question(stream=True)))
         begun = await client.reader.readuntil(b"data: ")
         process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 with contextlib.suppress(ConnectionError):
                     (await RawClient.connect(port)).close()
@@ -314,7 +315,7 @@ async def test_sigterm_lets_a_stream_end_takes_nothing_new_and_loses_no_ledger_r
         client.close()
         assert reply.whole
         assert reply.events[-1] == "[DONE]"
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(PATIENCE_S):
             assert await process.wait() == 0
     finally:
         if process.returncode is None:
@@ -334,7 +335,7 @@ async def test_a_second_sigterm_ends_it_at_once(tmp_path: Path, up: ScriptedUpst
         await client.send(request(question(stream=True), BEARER.replace("Authorization", "x-note")))
         await client.reader.readuntil(b"data: ")
         process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 with contextlib.suppress(ConnectionError):
                     (await RawClient.connect(port)).close()
@@ -342,7 +343,7 @@ async def test_a_second_sigterm_ends_it_at_once(tmp_path: Path, up: ScriptedUpst
                     continue
                 break
         process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(PATIENCE_S):
             assert await process.wait() == 1
         assert b"[DONE]" not in await client.rest()
         client.close()

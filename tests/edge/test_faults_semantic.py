@@ -9,7 +9,6 @@ import json
 import shutil
 import sqlite3
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from index.errors import ModelFault, TextTooLong
 from proxy import app as composition
 from proxy.core.allowance import Allowance
 from proxy.core.errors import ConfigError
-from tests.edge.faults_app import PATIENCE_S, Running, ibid, question, serving, until, up
+from tests.edge.faults_app import PATIENCE_S, UNHURRIED, Running, ibid, question, serving, until, up
 from tests.upstream import ScriptedUpstream
+from tests.waiting import PATIENCE_S
 
 __all__ = ["ibid", "up"]  # fixtures
 
@@ -164,22 +164,22 @@ async def test_a_model_that_cannot_warm_up_is_no_model(
         assert (await ibid.ask()).headers["x-cache-reason"] == "embedder_down"
 
 
-async def test_a_model_that_hangs_costs_150_ms_once_and_is_believed_again(tmp_path: Path, up: ScriptedUpstream) -> None:
+async def test_a_model_that_hangs_costs_its_deadline_once_and_is_believed_again(
+    tmp_path: Path, up: ScriptedUpstream
+) -> None:
     model = ScriptedModel()
-    async with semantic(tmp_path, up, model) as ibid:
+    async with semantic(tmp_path, up, model, "[embedding]\ndeadline_ms = 1000\n") as ibid:
+        embedder = ibid.pipeline.embedder
+        assert isinstance(embedder, EmbedderOwner)
         await kept(ibid, ASKED)
         model.gate.clear()
-        started = time.monotonic()
         reply = await ibid.ask(question(OTHER))
-        waited_s = time.monotonic() - started
         assert (reply.status, reply.headers["x-cache-reason"]) == (200, "embedder_down")
-        assert 0.1 < waited_s < 1.0
         assert "fwd=bypass" in reply.headers["cache-status"]
         assert "detail=embedder_down" in reply.headers["cache-status"]
-        started = time.monotonic()
         others = [await ibid.ask(question(f"{OTHER} And number {n}?")) for n in range(5)]
         assert {other.headers["x-cache-reason"] for other in others} == {"embedder_down"}
-        assert time.monotonic() - started < 0.75, "while it hangs nobody waits for it"
+        assert embedder.faults == 1, "while it hangs nobody waits for it"
         assert (await ibid.ask(question(ASKED))).is_hit
         assert ibid.faults()["embedder_down"] >= 6
         assert await vectors_kept(ibid) == 1
@@ -224,7 +224,7 @@ async def test_a_vector_that_is_none_reaches_neither_index_nor_sql(
 
 async def test_a_full_embedder_is_a_bypass_at_once(tmp_path: Path, up: ScriptedUpstream) -> None:
     model = ScriptedModel()
-    toml = "[embedding]\nqueue = 3\ndeadline_ms = 5000\n"
+    toml = UNHURRIED + "queue = 3\n"
     async with semantic(tmp_path, up, model, toml) as ibid:
         embedder = ibid.pipeline.embedder
         assert isinstance(embedder, EmbedderOwner)
@@ -240,7 +240,7 @@ async def test_a_full_embedder_is_a_bypass_at_once(tmp_path: Path, up: ScriptedU
         assert {task.result().status for task in done} == {200}
         model.gate.set()
         assert {reply.status for reply in await asyncio.gather(*asking)} == {200}
-        assert ibid.faults()["embedder_busy"] >= 50
+        assert ibid.faults() == {"embedder_busy": 57}, "the three that got in waited as long as a call may take"
 
 
 def bearer(number: int) -> str:

@@ -23,6 +23,7 @@ from proxy.handlers import ClientHandler
 from proxy.store.writer import Writer
 from tests.edge.faults_app import EXACT_ONLY, Running, ibid, question, serving, settings_of, until, up
 from tests.upstream import ScriptedUpstream
+from tests.waiting import PATIENCE_S
 
 __all__ = ["ibid", "up"]  # fixtures
 
@@ -130,14 +131,12 @@ async def test_a_full_disk_fails_no_client_and_is_forgotten_when_there_is_room(i
     assert ibid.faults().get("store_full", 0) >= 1
     ready = await ibid.admin("/readyz")
     assert (ready.status, json.loads(ready.body)["degraded"]) == (200, {"store": "full"})
-    started = time.monotonic()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):  # a new connection has no page limit: the writer finds it by itself
         number = 0
         while ibid.app.store.state != "ok":
             number += 1
             assert (await ibid.ask(question(f"Is there room again, attempt {number}?"))).status == 200
             await asyncio.sleep(0.1)
-    assert time.monotonic() - started < 5, "a new connection has no page limit: the writer found it by itself"
 
 
 async def test_a_slow_disk_delays_no_client_and_its_queue_is_bounded(
@@ -155,10 +154,9 @@ async def test_a_slow_disk_delays_no_client_and_its_queue_is_bounded(
             return await attempt(self, jobs)
 
         monkeypatch.setattr(Writer, "_attempt", slow)
-        started = time.monotonic()
         replies = [await ibid.ask(question(f"Question number {n} while the disk is slow?")) for n in range(20)]
         hit = await ibid.ask(ONE)
-        assert time.monotonic() - started < 5
+        assert not disk.is_set(), "all were answered before it wrote anything"
         assert {reply.status for reply in replies} == {200}
         assert hit.is_hit
         assert ibid.app.store.writer.waiting <= 4
@@ -186,14 +184,14 @@ async def test_a_database_locked_by_another_process_fails_no_client(ibid: Runnin
     finally:
         blocker.execute("ROLLBACK")
         blocker.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         number = 0
         while ibid.app.store.state != "ok":
             number += 1
             await ibid.ask(question(f"Is it free again, attempt {number}?"))
             await asyncio.sleep(0.1)
     asked = ibid.asked
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             await ibid.settled()
             ((rows,),) = await ibid.app.store.database.rows("SELECT count(*) FROM request")

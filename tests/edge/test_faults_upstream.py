@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from tests.edge.faults_wire import DONE, FORMS, JSON_HEAD, ONE, ROLE, SSE_HEAD, 
 from tests.edge.rawclient import RawClient
 from tests.faultproxy import Fault, FaultProxy
 from tests.upstream import Body, Chat, Json, Raw, Reply, ScriptedUpstream, Stream, event
+from tests.waiting import PATIENCE_S
 
 __all__ = ["ibid", "up"]  # fixtures
 
@@ -49,10 +49,8 @@ async def test_an_upstream_that_is_not_there_is_502_at_once(tmp_path: Path, up: 
         folder = tmp_path / url[7:11]
         folder.mkdir()
         async with serving(folder, up, url=url) as ibid:
-            started = time.monotonic()
             reply = await ibid.ask(question(stream=stream))
             assert (reply.status, reply.code) == (502, "upstream_unreachable")
-            assert time.monotonic() - started < 5
             assert await ibid.stored() == 0
 
 
@@ -184,7 +182,7 @@ async def test_a_silent_stream_gets_comments_between_events(ibid: Running, monke
     client = await RawClient.connect(ibid.port)
     await client.send(request(question(stream=True)))
     head = await client.reader.readuntil(b"\r\n\r\n")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         before = await client.reader.readuntil(b": ping\n")
     gate.set()
     rest = await client.rest()

@@ -12,6 +12,7 @@ from proxy.core.dialects.openai_record import Recorder, read_whole
 from proxy.core.dialects.openai_replay import render_stream, render_whole
 from proxy.core.errors import UpstreamError
 from tests.upstream import Body, ScriptedUpstream, Stream
+from tests.waiting import PATIENCE_S
 
 TRANSCRIPTS = Path(__file__).parents[1] / "transcripts"
 TOKEN, CREATED = "000102030405060708090a0b0c0d0e", 1_800_000_000
@@ -27,7 +28,7 @@ async def up():
 
 @pytest.fixture
 async def client(up):
-    async with openai.AsyncOpenAI(base_url=f"{up.url}/v1", api_key="sk-x", max_retries=0, timeout=10) as sdk:
+    async with openai.AsyncOpenAI(base_url=f"{up.url}/v1", api_key="sk-x", max_retries=0, timeout=PATIENCE_S) as sdk:
         yield sdk
 
 

@@ -12,6 +12,7 @@ from proxy.core.dialects.openai_record import Recorder, read_whole
 from proxy.core.model import Usage
 from tests.faultproxy import Fault, FaultProxy
 from tests.upstream import Body, Chat, Json, Raw, ScriptedUpstream, Seen, Stream, event
+from tests.waiting import A_WHILE_S, PATIENCE_S
 
 ASK = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "two words"}]}
 
@@ -24,7 +25,7 @@ async def up():
 
 @pytest.fixture
 async def client():
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE_S)) as session:
         yield session
 
 
@@ -62,7 +63,7 @@ async def test_a_gate_holds_the_stream(up, client):
         second = await response.content.readuntil(b"\n\n")
         assert (b'"role"' in first, b"answer" in second) == (True, True)
         third = asyncio.ensure_future(response.content.readuntil(b"\n\n"))
-        await asyncio.wait([third], timeout=0.05)
+        await asyncio.wait([third], timeout=A_WHILE_S)
         assert not third.done()
         gate.set()
         assert b'"content"' in await third
@@ -74,7 +75,7 @@ async def test_a_client_that_leaves_is_noticed(up, client):
     response = await client.post(f"{up.url}/v1/chat/completions", json={**ASK, "stream": True})
     await response.content.readuntil(b"\n\n")
     response.close()
-    await asyncio.wait_for(up.left.wait(), 5)
+    await asyncio.wait_for(up.left.wait(), PATIENCE_S)
     assert (up.meter.cancelled, up.meter.completed) == (1, 0)
 
 
@@ -149,7 +150,7 @@ async def test_the_fault_proxy_can_go_silent(up, client, fault):
     async with FaultProxy("127.0.0.1", up.port) as fp:
         fp.downstream = fault
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(get(client, fp), 0.2)
+            await asyncio.wait_for(get(client, fp), A_WHILE_S)
 
 
 async def test_the_fault_proxy_can_refuse(up, client):

@@ -8,6 +8,7 @@ import gzip
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,11 +18,13 @@ from yarl import URL
 from proxy.breaker import Breaker
 from proxy.core.dialects.routes import family_of
 from proxy.core.errors import BadRequest, ConfigError, UpstreamError
-from proxy.upstream import Address, OpenResponse, UpstreamAddress, UpstreamLimits, Upstreams
+from proxy.upstream import Address, OpenResponse, UpstreamAddress, UpstreamLimits, Upstreams, everything_at
+from tests.waiting import PATIENCE_S, until
 
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
-SHORT = UpstreamLimits(connect_s=1.0, first_byte_s=0.15, idle_s=0.15)
+PATIENT = UpstreamLimits(connect_s=PATIENCE_S, first_byte_s=PATIENCE_S, idle_s=PATIENCE_S)
+HURRIED = UpstreamLimits(connect_s=PATIENCE_S, first_byte_s=0.15, idle_s=0.15)  # where silence is what is asked for
 
 
 def everything_at(base_url: str) -> tuple[UpstreamAddress, ...]:
@@ -119,7 +122,7 @@ class Case:
         path: str = "/v1/chat/completions",
         method: str = "POST",
     ) -> OpenResponse:
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(PATIENCE_S):
             return await self.upstreams.open("upstream", method, path, headers, body)
 
     async def ask(self) -> tuple[OpenResponse, bytes]:
@@ -129,24 +132,24 @@ class Case:
 
 async def read(response: OpenResponse) -> bytes:
     pieces = []
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(PATIENCE_S):
         while piece := await response.read_some():
             pieces.append(piece)
     response.release()
     return b"".join(pieces)
 
 
-Play = Callable[[Script], Awaitable[Case]]
+Play = Callable[..., Awaitable[Case]]
 
 
 @pytest.fixture
 async def play() -> AsyncIterator[Play]:
     cases: list[Case] = []
 
-    async def begin(script: Script) -> Case:
+    async def begin(script: Script, limits: UpstreamLimits = PATIENT) -> Case:
         mock = Mock(script)
         await mock.start()
-        upstreams = Upstreams(everything_at(f"http://127.0.0.1:{mock.port}/v1"), SHORT, tick_s=0.02)
+        upstreams = Upstreams(everything_at(f"http://127.0.0.1:{mock.port}/v1"), limits, tick_s=0.02)
         await upstreams.start()
         cases.append(Case(mock, upstreams))
         return cases[-1]
@@ -278,7 +281,7 @@ async def test_refused_connection_is_unreachable_after_one_retry() -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    upstreams = Upstreams(everything_at(f"http://127.0.0.1:{port}"), SHORT)
+    upstreams = Upstreams(everything_at(f"http://127.0.0.1:{port}"), PATIENT)
     await upstreams.start()
     with pytest.raises(UpstreamError) as caught:
         await upstreams.open("upstream", "POST", "/v1/x", (), b"{}")
@@ -287,11 +290,11 @@ async def test_refused_connection_is_unreachable_after_one_retry() -> None:
 
 
 async def test_silence_before_the_head_times_out_and_the_connection_is_discarded(play: Play) -> None:
-    case = await play(says(then="hang"))
+    case = await play(says(then="hang"), HURRIED)
     with pytest.raises(UpstreamError) as caught:
         await case.open()
     assert (caught.value.status, caught.value.code) == (504, "upstream_timeout")
-    await asyncio.wait_for(case.mock.lost.wait(), 1.0)
+    await asyncio.wait_for(case.mock.lost.wait(), PATIENCE_S)
     assert len(case.mock.heads) == 1
 
 
@@ -340,12 +343,13 @@ async def test_body_that_breaks_gives_what_came_and_then_its_fault(
     async def read_on() -> None:
         while piece := await response.read_some():
             received.append(piece)
+            case.upstreams._limits = HURRIED if then == "hang" else PATIENT
 
     with pytest.raises(UpstreamError) as caught:
-        await asyncio.wait_for(read_on(), 5.0)
+        await asyncio.wait_for(read_on(), PATIENCE_S)
     assert caught.value.code == code
     assert b"".join(received)[:3] == b"abc" or then == "reset"
-    await asyncio.wait_for(case.mock.lost.wait(), 1.0)
+    await asyncio.wait_for(case.mock.lost.wait(), PATIENCE_S)
 
 
 async def test_body_that_ends_with_the_connection_is_whole(play: Play) -> None:
@@ -356,7 +360,8 @@ async def test_body_that_ends_with_the_connection_is_whole(play: Play) -> None:
 async def test_slow_reader_is_not_an_idle_upstream(play: Play) -> None:
     case = await play(says(CHUNKED, b"3\r\nabc\r\n0\r\n\r\n"))
     response = await case.open()
-    await asyncio.sleep(3 * SHORT.idle_s)
+    await until(response._content.is_eof)
+    response.inspect(case.upstreams.loop.time() + 10 * PATIENCE_S, PATIENCE_S)
     assert await read(response) == b"abc"
 
 
@@ -378,7 +383,7 @@ async def test_leaving_before_the_head_aborts_the_upstream(play: Play) -> None:
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
         await opening
-    await asyncio.wait_for(case.mock.lost.wait(), 1.0)
+    await asyncio.wait_for(case.mock.lost.wait(), PATIENCE_S)
 
 
 async def test_abort_inside_a_stream_reaches_the_upstream(play: Play) -> None:
@@ -386,7 +391,7 @@ async def test_abort_inside_a_stream_reaches_the_upstream(play: Play) -> None:
     response = await case.open()
     assert await response.read_some() == b"abc"
     response.abort()
-    await asyncio.wait_for(case.mock.lost.wait(), 1.0)
+    await asyncio.wait_for(case.mock.lost.wait(), PATIENCE_S)
 
 
 async def test_huge_body_is_not_read_ahead(play: Play) -> None:
@@ -511,7 +516,7 @@ async def test_connection_is_not_kept_when_the_answer_came_before_the_body_was_t
     upstreams = Upstreams(everything_at(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"))
     await upstreams.start()
     try:
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(PATIENCE_S):
             first = await upstreams.open("upstream", "POST", "/v1/chat/completions", (), b"{")
             assert first._connection is not None
             assert first._connection.transport is not None
@@ -525,12 +530,19 @@ async def test_connection_is_not_kept_when_the_answer_came_before_the_body_was_t
         server.close()
 
 
+def pooled(case: Case) -> list[Any]:
+    """Protocols of the connections that wait to be used again."""
+    assert case.upstreams._session is not None
+    pools = case.upstreams._session.connector._conns.values()  # type: ignore[union-attr]
+    return [protocol for pool in pools for protocol, _ in pool]
+
+
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_closed_connection_is_not_used_again(play: Play, method: str) -> None:
     case = await play(says(OK, then="close"))
     for _ in range(3):
         assert await read(await case.open(None if method == "GET" else b"{}", method=method)) == b"{}"
-        await asyncio.sleep(0.03)  # for the FIN to be seen
+        await until(lambda: not any(held.is_connected() for held in pooled(case)))  # its FIN was seen
     assert case.mock.connections == len(case.mock.heads) == 3
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import openai
 
 from tests.flows.running import EXACT_ONLY, Client, Ibid, chat_body
+from tests.waiting import PATIENCE_S
 
 QUICK = {**EXACT_ONLY, "batch": {"poll_interval_s": 0.02}}
 
@@ -27,7 +28,7 @@ def jsonl(lines: list[Any]) -> bytes:
 
 
 def sdk(ibid: Client, key: str = "sk-a", base: str = "/v1") -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=ibid.url + base, api_key=key, max_retries=0, timeout=20)
+    return openai.AsyncOpenAI(base_url=ibid.url + base, api_key=key, max_retries=0, timeout=PATIENCE_S)
 
 
 async def hand_in(client: openai.AsyncOpenAI, lines: list[Any] | bytes, **fields: Any) -> Any:
@@ -37,8 +38,8 @@ async def hand_in(client: openai.AsyncOpenAI, lines: list[Any] | bytes, **fields
     return await client.batches.create(input_file_id=file.id, **asked)
 
 
-async def ended(client: openai.AsyncOpenAI, batch: Any, within_s: float = 10.0) -> Any:
-    async with asyncio.timeout(within_s):
+async def ended(client: openai.AsyncOpenAI, batch: Any) -> Any:
+    async with asyncio.timeout(PATIENCE_S):
         while batch.status not in ("completed", "failed", "expired", "cancelled"):
             await asyncio.sleep(0.01)
             batch = await client.batches.retrieve(batch.id)

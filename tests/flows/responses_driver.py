@@ -80,7 +80,7 @@ def completed(client: openai.OpenAI, step: dict[str, Any], told: list[Any]) -> d
 def main() -> None:
     for line in sys.stdin:
         task = json.loads(line)
-        with openai.OpenAI(base_url=task["base_url"], api_key=task["key"], max_retries=0, timeout=20) as client:
+        with openai.OpenAI(base_url=task["base_url"], api_key=task["key"], max_retries=0, timeout=300) as client:
             results = [run(client, step) for step in task["steps"]]
         print(json.dumps({"version": openai.__version__, "results": results}), flush=True)
 

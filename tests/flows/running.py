@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -10,8 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from proxy.app import App, open_app
 from proxy.logs import LineFormat, LogWriter, Redactor
 from tests.flows.forked import Forked
 from tests.upstream import Chat, Seen
+from tests.waiting import PATIENCE_S, until
 
 ROOT = Path(__file__).parents[2]
 MODEL = "gpt-4o-mini"
@@ -39,20 +38,15 @@ KEYED: Mapping[str, Mapping[str, Any]] = {
 }
 """Upstreams have a key of their own, as virtual keys need them."""
 UNAUDITED: Mapping[str, Any] = {"audit_share": 0}  # unless a test says otherwise: the upstream's meter counts calls
-
-
-async def until(claim: Callable[[], Any], within_s: float = 5.0) -> None:
-    """Wait for a condition of the world outside; fail when it does not come true in time."""
-    deadline = time.monotonic() + within_s
-    while not claim():
-        assert time.monotonic() < deadline, "waited in vain"
-        await asyncio.sleep(0.002)
+UNHURRIED: Mapping[str, Any] = {"deadline_ms": int(PATIENCE_S * 1000)}  # a busy machine makes a vector late, not a miss
 
 
 def write_config(data_dir: Path, sections: Mapping[str, Any]) -> Path:
     """A TOML file beside the data directory. The tables of a section that is a list are written one by one."""
     lines = []
-    for section, values in {**sections, "cache": {**UNAUDITED, **sections.get("cache", {})}}.items():
+    defaults = {"cache": UNAUDITED, "embedding": UNHURRIED}
+    told = {name: {**values, **sections.get(name, {})} for name, values in defaults.items()}
+    for section, values in {**sections, **told}.items():
         header = f"[[{section}]]" if isinstance(values, list) else f"[{section}]"
         for table in values if isinstance(values, list) else [values]:
             lines += [header, *(f"{name} = {_toml(value)}" for name, value in table.items()), ""]
@@ -270,7 +264,7 @@ async def running(
         async with (
             open_app(settings_of(data_dir, upstream, sections or {}, database), log_writer=log.writer) as app,
             aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=30)
+                connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=PATIENCE_S)
             ) as session,
         ):
             yield Ibid(app, session, log)
@@ -291,11 +285,11 @@ class Process(Client):
     def kill(self) -> None:
         """Power off: nothing of ours runs any more."""
         self.child.send_signal(signal.SIGKILL)
-        self.child.wait(10)
+        self.child.wait(PATIENCE_S)
 
-    async def stopped(self, within_s: float = 20.0) -> int:
+    async def stopped(self) -> int:
         """Its exit code."""
-        await until(lambda: self.child.poll() is not None, within_s)
+        await until(lambda: self.child.poll() is not None)
         return int(self.child.returncode)
 
 
@@ -315,13 +309,13 @@ async def serving(
     try:
         ports = await _ports(child, log_path)
         async with aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=30)
+            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=PATIENCE_S)
         ) as session:
             yield Process(child, session, ports)
     finally:
         if child.poll() is None:
             child.kill()
-        child.wait(10)
+        child.wait(PATIENCE_S)
 
 
 def _start(arguments: list[str], env: Mapping[str, str], log_path: Path) -> subprocess.Popen[bytes]:
@@ -339,7 +333,7 @@ async def _ports(child: Child, log_path: Path) -> tuple[int, int]:
         assert child.poll() is None, said
         return "semantic  " in said
 
-    await until(has_banner, 30)
+    await until(has_banner)
     client, admin = re.findall(r"^(?:ibid serves|admin) +http://127\.0\.0\.1:(\d+)", said, re.MULTILINE)
     return int(client), int(admin)
 

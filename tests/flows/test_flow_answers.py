@@ -9,6 +9,7 @@ import pytest
 
 from tests.flows.running import CHAT, MODEL, chat_body, running, told_apart
 from tests.upstream import Body, Chat
+from tests.waiting import PATIENCE_S
 
 ASKED = "How do I repair a leaking garden hose?"
 REWORDED = "How can I repair a leaking garden hose?"
@@ -140,7 +141,7 @@ async def test_the_stream_ends_at_once_after_done(exact, up):
     for _ in range(2):
         head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sk-a\r\nContent-Type: application/json\r\n"
         writer.write(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             answer = (await reader.readuntil(b"\r\n\r\n")).lower()
             assert b"x-cache: hit" in answer
             if b"transfer-encoding: chunked" in answer:
@@ -304,11 +305,11 @@ async def test_read_mode_stores_nothing_and_write_mode_serves_nothing(exact, up)
 
 
 async def test_max_age_and_ttl_are_kept(exact, up):
-    await exact.fill(ASKED, cache={"ttl": 100})
-    assert (await exact.ask(ASKED, headers={"Cache-Control": "max-age=50"})).cache == "HIT"
+    await exact.fill(ASKED, cache={"ttl": 1000})
+    assert (await exact.ask(ASKED, headers={"Cache-Control": "max-age=500"})).cache == "HIT"
     reply = await exact.ask(ASKED)
-    assert 95 <= int(reply.headers["Cache-Status"].partition("ttl=")[2].partition(";")[0]) <= 100
-    assert int(reply.headers["Age"]) <= 5
+    assert 700 <= int(reply.headers["Cache-Status"].partition("ttl=")[2].partition(";")[0]) <= 1000
+    assert int(reply.headers["Age"]) <= 300
     refused = await exact.ask(ASKED, headers={"Cache-Control": "max-age=0"})
     assert (refused.cache, refused.reason) == ("MISS", "expired")
     assert "fwd=stale" in refused.headers["Cache-Status"]

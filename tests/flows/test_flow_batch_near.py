@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
+import itertools
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,7 +49,7 @@ async def test_of_a_reworded_pair_one_line_is_sent_and_of_a_pair_that_a_guard_re
         tell_apart(up)
     pairs = [*ALIKE, *DIFFERENT]
     async with running(data_dir, up.url, QUICKLY) as ibid, sdk(ibid) as client:
-        batch = await ended(client, await hand_in(client, lines_of(pairs)), 30)
+        batch = await ended(client, await hand_in(client, lines_of(pairs)))
         assert (batch.status, batch.request_counts.completed) == ("completed", 2 * len(pairs))
         found = await rows(client, batch.output_file_id)
         await ibid.settled()
@@ -108,13 +109,13 @@ async def test_a_line_whose_forerunner_brought_nothing_is_sent_after_all(data_di
 
 
 async def test_where_no_time_is_left_for_a_further_part_a_line_is_asked_for_alone(data_dir, up, monkeypatch):
-    monkeypatch.setattr("proxy.batch_http.WINDOW_S", 3)
+    passed = itertools.count(0, 20 * 3600)  # seconds of a clock that is read when a round begins and ends
+    monkeypatch.setattr("proxy.batch_runs.time", SimpleNamespace(monotonic=passed.__next__))
     theirs = RefusesFirst(up, polls=0)
     one, other = ALIKE[0]
     async with running(data_dir, up.url, QUICKLY) as ibid, sdk(ibid) as client:
         batch = await hand_in(client, [line("first", one), line("second", other)])
         await until(lambda: theirs.batches)
-        await asyncio.sleep(1.2)
         theirs.polls = 1
         batch = await ended(client, batch)
         assert text((await rows(client, batch.output_file_id))["second"]).endswith(other)
@@ -131,7 +132,7 @@ async def test_a_line_that_waits_is_still_held_back_after_a_kill(data_dir, up):
     theirs.polls = 3
     async with serving(data_dir, up.url, {**QUICKLY, "upstream.openai": {"key_env": KEY_ENV}}):
         done = "SELECT status, succeeded FROM batch_job"
-        await until(lambda: written(data_dir, done) == [("completed", 6)], 10)
+        await until(lambda: written(data_dir, done) == [("completed", 6)])
     assert (len(theirs.batches), theirs.lines, up.meter.calls) == (1, 3, 0)
 
 

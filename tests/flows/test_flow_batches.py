@@ -59,7 +59,7 @@ async def test_ten_thousand_lines_of_which_six_thousand_repeat_send_four_thousan
     theirs = BatchUpstream(up) if has_api else None
     lines = ten_thousand()
     async with running(data_dir, up.url, QUICK) as ibid, sdk(ibid) as client:
-        batch = await ended(client, await hand_in(client, lines), 180)
+        batch = await ended(client, await hand_in(client, lines))
         assert (batch.status, batch.request_counts.completed, batch.error_file_id) == ("completed", 10_000, None)
         found = await rows(client, batch.output_file_id)
         assert len(found) == 10_000
@@ -473,7 +473,7 @@ async def test_replicas_share_batches_and_one_of_them_works_on_each(data_dir, tm
             await until(lambda: theirs.batches)
             assert (await other.batches.retrieve(batch.id)).status == "in_progress"
             assert (await other.batches.cancel(batch.id)).status == "cancelling"
-            batch = await ended(other, batch, 20)
+            batch = await ended(other, batch)
             assert (batch.status, batch.request_counts.completed) == ("cancelled", 1)
             assert len(await rows(other, batch.error_file_id)) == 2
             assert len(theirs.batches) == 1
@@ -508,7 +508,7 @@ async def test_a_database_that_does_not_write_for_a_while_delays_a_batch_and_los
             gate.set()
             await until(lambda: ibid.app.store.state != "ok")
             assert (await client.batches.retrieve(batch.id)).status == "in_progress"
-        batch = await ended(client, batch, 30)
+        batch = await ended(client, batch)
         assert (batch.status, batch.request_counts.completed, up.meter.calls) == ("completed", 40, 40)
         assert len(await rows(client, batch.output_file_id)) == 40
         assert await balanced(ibid)

@@ -10,6 +10,7 @@ import pytest
 
 from tests.flows.running import chat_body, running, told_apart, until
 from tests.upstream import Chat, Json, Raw
+from tests.waiting import PATIENCE_S
 
 ASKED = "How do I repair a leaking garden hose?"
 
@@ -96,7 +97,7 @@ async def test_the_last_client_leaves_and_the_upstream_call_is_cut(exact, up, at
             for task in asking:
                 task.cancel()
             await asyncio.gather(*asking, return_exceptions=True)
-    async with asyncio.timeout(1.0):
+    async with asyncio.timeout(PATIENCE_S):
         await up.left.wait()
     assert not up.meter.completed
     await exact.settled()

@@ -12,10 +12,12 @@ from tests.batch_upstream import BatchUpstream
 from tests.flows.batching import QUICK, balanced
 from tests.flows.running import CHAT, MODEL, Reply, chat_body, running, serving, until
 from tests.upstream import Chat, Json
+from tests.waiting import PATIENCE_S
 
 LATER = {"Prefer": "respond-async"}
 PATIENT = {**LATER, "x-deadline": "24h"}
 TOGETHER = {**QUICK, "batch": {"poll_interval_s": 0.02, "collect_s": 0.2}}
+COLLECTING = {**QUICK, "batch": {"poll_interval_s": 0.02, "collect_s": 3600}}  # until there are COLLECT_LINES
 
 
 async def get(ibid, path: str, key: str = "sk-a") -> Reply:
@@ -33,7 +35,7 @@ async def later(ibid, prompt: str, headers=LATER, **fields: Any) -> str:
 
 
 async def fetched(ibid, place: str) -> Reply:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         reply = await get(ibid, place)
         while reply.status == 202:
             await asyncio.sleep(0.01)
@@ -87,9 +89,10 @@ async def test_a_deadline_that_cannot_be_read_is_refused(exact, up, said):
     assert not up.requests
 
 
-async def test_patient_calls_go_together_through_the_providers_batch(data_dir, up):
+async def test_patient_calls_go_together_through_the_providers_batch(data_dir, up, monkeypatch):
+    monkeypatch.setattr("proxy.deferred.COLLECT_LINES", 3)
     theirs = BatchUpstream(up)
-    async with running(data_dir, up.url, TOGETHER) as ibid:
+    async with running(data_dir, up.url, COLLECTING) as ibid:
         known = await ibid.fill("What is known?")
         places = [await later(ibid, f"What is {n}?", PATIENT) for n in (1, 2, 1)]
         places.append(await later(ibid, "What is known?", PATIENT))
@@ -111,10 +114,11 @@ async def test_patient_calls_go_together_through_the_providers_batch(data_dir, u
         assert await balanced(ibid)
 
 
-async def test_what_the_batch_does_not_bring_is_asked_for_alone(data_dir, up):
+async def test_what_the_batch_does_not_bring_is_asked_for_alone(data_dir, up, monkeypatch):
+    monkeypatch.setattr("proxy.deferred.COLLECT_LINES", 2)
     theirs = BatchUpstream(up, outcome="expired")
     theirs.expire = {0}
-    async with running(data_dir, up.url, TOGETHER) as ibid:
+    async with running(data_dir, up.url, COLLECTING) as ibid:
         places = [await later(ibid, f"What is {n}?", PATIENT) for n in (1, 2)]
         replies = [await fetched(ibid, place) for place in places]
         assert [reply.status for reply in replies] == [200, 200]
@@ -156,7 +160,7 @@ async def test_a_key_in_the_query_is_not_written_down(data_dir, up):
         async with ibid.session.post(ibid.url + path, json=body, headers=LATER) as response:
             assert response.status == 202
             place = response.headers["Location"]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             status = 202
             while status == 202:
                 async with ibid.session.get(f"{ibid.url}{place}?key=AIza-secret") as response:
@@ -195,9 +199,10 @@ async def test_without_the_batch_api_a_preference_is_ignored(data_dir, up):
 
 async def test_a_client_that_stays_gets_the_answer_of_a_batch_on_its_open_connection(data_dir, up, monkeypatch):
     monkeypatch.setattr("proxy.handlers.HEARTBEAT_S", 0.1)
+    monkeypatch.setattr("proxy.deferred.COLLECT_LINES", 3)
     batches = BatchUpstream(up, polls=3)
     up.default = batches.answer
-    async with running(data_dir, up.url, TOGETHER) as ibid:
+    async with running(data_dir, up.url, COLLECTING) as ibid:
         asks = [ibid.ask(f"What is hinge {number}?", headers={"x-deadline": "24h"}) for number in range(3)]
         replies = await asyncio.gather(*asks)
         assert [reply.status for reply in replies] == [200] * 3

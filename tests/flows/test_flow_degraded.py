@@ -9,6 +9,7 @@ import pytest
 
 from proxy.store.engine import DATABASE_ERRORS
 from tests.flows.running import running, until
+from tests.waiting import PATIENCE_S
 
 ASKED = "How do I repair a leaking garden hose?"
 REWORDED = "How can I repair a leaking garden hose?"
@@ -90,7 +91,7 @@ async def test_a_database_that_stops_writing_costs_no_client_anything(exact, up,
             assert (await response.json())["degraded"]["store"] in ("full", "down")
         await exact.app.store.ledger.flush()
         assert exact.app.store.ledger.spilled >= 41
-    await until(lambda: writer.state == "ok" and not exact.app.store.ledger.owes, 5)  # with no traffic at all
+    await until(lambda: writer.state == "ok" and not exact.app.store.ledger.owes)  # with no traffic at all
     rows = (await exact.sql("SELECT COUNT(*) AS n FROM request"))[0]["n"]
     assert rows == 42  # one fill, forty forwards, one hit: what waited in the spill came back, once
     await exact.fill("And now it stores again, does it not?")
@@ -101,13 +102,13 @@ async def test_a_locked_database_delays_nobody(exact, up, data_dir):
     lock = sqlite3.connect(data_dir / "ibid.db", isolation_level=None)
     lock.execute("BEGIN IMMEDIATE")
     try:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             replies = await asyncio.gather(*(exact.ask(f"Something else, number {n}") for n in range(20)))
         assert {(reply.status, reply.cache) for reply in replies} == {(200, "MISS")}
     finally:
         lock.execute("ROLLBACK")
         lock.close()
-    await until(lambda: not exact.app.pipeline.flights, 15)
+    await until(lambda: not exact.app.pipeline.flights)
 
 
 @pytest.mark.parametrize("how", ["id", "tag", "namespace", "writer", "flush", "delete"])

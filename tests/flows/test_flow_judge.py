@@ -331,7 +331,7 @@ async def test_another_backend_embeds_again_in_the_background_and_vectors_never_
         old = ibid.app.pipeline.embedder.identity
     async with running(data_dir, up.url, {"embedding": {"backend": "onnx-int8"}}) as ibid:
         assert ibid.app.pipeline.embedder.identity != old
-        await until(lambda: ibid.app.pipeline.index.size == 3, 20)
+        await until(lambda: ibid.app.pipeline.index.size == 3)
         rows = await ibid.sql("SELECT DISTINCT embedder FROM entry")
         assert rows == [{"embedder": ibid.app.pipeline.embedder.identity}]
         assert (await ibid.ask(REWORDED)).tier == "semantic"

@@ -9,6 +9,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from proxy.keys import KeyRing
 from tests.flows.running import CHAT, KEYED, MODEL, ROOT, TOKEN, UPSTREAM_KEY, Client, Ibid, running, serving, until
 from tests.providers import provider
 from tests.upstream import Chat, Json, ScriptedUpstream
+from tests.waiting import PATIENCE_S
 
 SECRET = re.compile(r"ibid-[0-9a-f]{48}")
 
@@ -53,7 +55,7 @@ def ibid_keys(data_dir: Path, *arguments: str, admin: str | None = None, databas
         env["IBID_ADMIN_TOKEN"] = TOKEN
     if database:
         command += ["--database", database]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -326,11 +328,11 @@ async def test_create_call_list_and_a_wrong_model_with_the_sdk(keyed: Ibid):
     assert listed["expires_ms"] - listed["created_ms"] == 90 * 86_400_000
 
 
-async def test_a_minutes_limit_says_when_to_come_back(keyed: Ibid):
+async def test_a_minutes_limit_says_when_to_come_back(keyed: Ibid, monkeypatch):
+    moment = time.time()
+    monkeypatch.setattr(keyed.app.keys, "_clock", lambda: moment)  # no minute ends in between
     made = await make(keyed, limit_requests=["2/minute"], limit_tokens=["1000000/minute"])
     replies = [await keyed.ask(f"hose {n}?", key=made["secret"]) for n in range(3)]
-    if replies[2].status == 200:  # a minute ended in between
-        replies = [await keyed.ask(f"tap {n}?", key=made["secret"]) for n in range(3)]
     last = replies[-1]
     assert (last.status, last.headers["x-should-retry"]) == (429, "true")
     assert 1 <= int(last.headers["Retry-After"]) <= 60
@@ -555,7 +557,7 @@ def test_the_shell_tells_people_what_they_need(data_dir):
     def run(*arguments: str) -> tuple[int, str, str]:
         env = {name: value for name, value in os.environ.items() if not name.startswith("IBID_")}
         command = [sys.executable, "-m", "proxy", "keys", *arguments, "--data-dir", str(data_dir)]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
         return done.returncode, done.stdout, done.stderr
 
     code, made, _ = run("create", "--project", "red", "--limit-usd", "0.25/hour", "--limit-usd", "2/day")
@@ -586,7 +588,7 @@ def test_the_shell_tells_people_what_they_need(data_dir):
         assert (code, said in error) == (2, True), (arguments, error)
 
 
-async def test_a_key_revoked_in_the_table_by_another_process_ends_within_5_s(keyed: Ibid, data_dir):
+async def test_a_key_revoked_in_the_table_by_another_process_ends_too(keyed: Ibid, data_dir):
     made = await make(keyed)
     assert (await keyed.ask("hose?", key=made["secret"])).status == 200
 
@@ -596,22 +598,21 @@ async def test_a_key_revoked_in_the_table_by_another_process_ends_within_5_s(key
         connection.close()
 
     await asyncio.to_thread(revoke)
-    await eventually(keyed, made["secret"], 401, within_s=5)
+    await eventually(keyed, made["secret"], 401)
 
 
-async def eventually(ibid: Client, secret: str, status: int, within_s: float) -> None:
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + within_s
-    while (await ibid.ask("hose?", key=secret)).status != status:
-        assert loop.time() < deadline, "waited in vain"
-        await asyncio.sleep(0.05)
+async def eventually(ibid: Client, secret: str, status: int) -> None:
+    async def told() -> bool:
+        return (await ibid.ask("hose?", key=secret)).status == status
+
+    await until(told)
 
 
 async def test_replicas_share_keys_their_end_and_what_is_spent(tmp_path, data_dir, up, pg_url):
     other_dir = tmp_path / "other"
     async with running(data_dir, up.url, KEYED, pg_url) as one, running(other_dir, up.url, KEYED, pg_url) as other:
         made = await make(one, limit_requests=["4/month"], limit_usd=["10/month"])
-        await eventually(other, made["secret"], 200, within_s=5)
+        await eventually(other, made["secret"], 200)
         for n in range(2):
             assert (await one.ask(f"hose {n}?", key=made["secret"])).status == 200
 
@@ -619,19 +620,15 @@ async def test_replicas_share_keys_their_end_and_what_is_spent(tmp_path, data_di
             seen = [(await shown(ibid, made))["limits"] for ibid in (one, other)]
             return seen[0] == seen[1] and seen[0][1]["spent"] == 3
 
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + 10
-        while not await agree():
-            assert loop.time() < deadline
-            await asyncio.sleep(0.1)
+        await until(agree)
         assert (await other.ask("hose 7?", key=made["secret"])).status == 200
         assert (await other.ask("hose 8?", key=made["secret"])).status == 429
-        await eventually(one, made["secret"], 429, within_s=10)
+        await eventually(one, made["secret"], 429)
         tenants = await one.sql("SELECT DISTINCT tenant FROM request")
         assert [row["tenant"] for row in tenants] == [made["tenant"]]  # whatever installation
         await asyncio.to_thread(ibid_keys, tmp_path / "shell", "revoke", made["id"], database=pg_url)
-        await eventually(other, made["secret"], 401, within_s=5)
-        await eventually(one, made["secret"], 401, within_s=5)
+        await eventually(other, made["secret"], 401)
+        await eventually(one, made["secret"], 401)
 
 
 # --- the secret -----------------------------------------------------------------------------------------------------

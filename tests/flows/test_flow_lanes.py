@@ -17,6 +17,7 @@ from openai import APIError, AsyncOpenAI
 
 from tests.flows.running import EXACT_ONLY, MODEL, Ibid, chat_body, running, until
 from tests.upstream import Chat, Json, Raw, ScriptedUpstream
+from tests.waiting import PATIENCE_S
 
 EDGE_MODEL = "edge-1b"
 DOWN = Json(503, {"error": {"message": "down", "type": "server_error", "param": None, "code": None}})
@@ -32,7 +33,7 @@ def lanes(edge: ScriptedUpstream, **sections: Any) -> dict[str, Any]:
     """An installation with a local model, priced by the token, and a cloud with round prices."""
     return {
         "upstream.edge": {"base_url": edge.url},
-        "lane.edge": {"upstream": "edge", "model": EDGE_MODEL, "timeout_s": 5.0},
+        "lane.edge": {"upstream": "edge", "model": EDGE_MODEL, "timeout_s": PATIENCE_S},
         'prices.override."edge/*"': {"input_usd_per_mtok": 0.01, "output_usd_per_mtok": 0.02},
         f'prices.override."openai/{MODEL}"': {"input_usd_per_mtok": 1, "output_usd_per_mtok": 4, "flex_factor": 0.5},
         **EXACT_ONLY,
@@ -133,7 +134,7 @@ async def test_when_the_cloud_is_down_a_stale_answer_comes_first_then_the_edge_t
         await asyncio.sleep(1.1)
         stale = await ibid.ask("What is the capital of France?", stream=True)
         assert (stale.status, stale.cache, stale.tier, stale.text) == (200, "STALE", "stale", known.text)
-        assert re.fullmatch(r"ibid; hit; ttl=-[12]; detail=stale-if-error", stale.headers["Cache-Status"])
+        assert re.fullmatch(r"ibid; hit; ttl=-\d+; detail=stale-if-error", stale.headers["Cache-Status"])
         local = await ibid.ask("What is the capital of Spain?")
         assert (local.status, local.tier, local.headers["x-upstream"]) == (200, "edge", "edge")
         assert "fwd-status=503" in local.headers["Cache-Status"]
@@ -164,8 +165,15 @@ async def test_a_stale_answer_is_served_at_once_while_one_new_one_is_fetched(dat
         await ibid.ask("What is the capital of France?", headers={"x-cache-ttl": "1"})
         await ibid.settled()
         await asyncio.sleep(1.1)
-        up.default = Chat(delay_s=0.2)
+        gate = asyncio.Event()
+
+        async def held(_seen: Any) -> Chat:
+            await gate.wait()
+            return Chat()
+
+        up.default = held
         replies = await asyncio.gather(*(ibid.ask("What is the capital of France?") for _ in range(5)))
+        gate.set()
         assert {reply.tier for reply in replies} == {"stale"}
         assert {reply.text for reply in replies} == {"answer #1 to: What is the capital of France?"}
         await ibid.settled()
@@ -256,7 +264,7 @@ async def test_flex_is_asked_first_and_the_default_tier_when_it_refuses(data_dir
 
 async def test_flex_is_left_in_time_for_the_clients_deadline(data_dir, up, edge):
     async with running(data_dir, up.url, lanes(edge, **TIER)) as ibid:
-        up.script(Chat(delay_s=5.0))
+        up.script(Chat(delay_s=PATIENCE_S))
         reply = await ibid.ask("Question one please", headers={"x-deadline": "1s"})
         assert (reply.status, len(up.requests)) == (200, 2)
         assert "service_tier" not in up.requests[1].json
@@ -265,16 +273,14 @@ async def test_flex_is_left_in_time_for_the_clients_deadline(data_dir, up, edge)
 
 
 async def test_a_slow_first_token_is_hedged_within_the_load_budget(data_dir, up, edge):
-    sections = lanes(edge, **{"lane.hedge": {"min_samples": 20, "min_delay_s": 0.02, "max_extra_load": 0.05}})
+    sections = lanes(edge, **{"lane.hedge": {"min_samples": 20, "min_delay_s": 0.5, "max_extra_load": 0.05}})
     async with running(data_dir, up.url, sections) as ibid:
         plan = {"x-plan": "exact,hedge"}
         for number in range(40):
             await ibid.ask(f"Question number {number}", headers=plan)
-        up.script(Chat(delay_s=3.0))
-        started = asyncio.get_running_loop().time()
+        up.script(Chat(delay_s=PATIENCE_S))
         reply = await ibid.ask("The slow question", headers=plan)
         assert reply.status == 200
-        assert asyncio.get_running_loop().time() - started < 2.0
         await ibid.settled()
         await until(lambda: up.meter.cancelled == 1)
         calls = await ibid.sql("SELECT purpose, won, usage_basis, in_tok, out_tok FROM upstream_call "
@@ -477,7 +483,7 @@ async def test_a_held_answer_that_fails_never_looks_whole(data_dir, up, edge, st
 
 async def test_a_client_that_leaves_while_it_is_held_ends_the_call(data_dir, up, edge, monkeypatch):
     monkeypatch.setattr("proxy.handlers.HEARTBEAT_S", 0.1)
-    up.default = Chat(delay_s=20.0)
+    up.default = Chat(delay_s=PATIENCE_S)
     async with running(data_dir, up.url, lanes(edge)) as ibid:
         async with ibid.open(chat_body("slow"), headers={"x-deadline": "10m"}) as response:
             assert response.status == 200
@@ -571,7 +577,7 @@ async def test_openai_is_given_one_key_for_one_beginning_and_the_client_keeps_it
     ids=["namespace", "tag", "pattern"],
 )
 async def test_a_policy_says_how_long_answers_live(data_dir, up, edge, match, headers):
-    sections = lanes(edge, policy=[{"match": match, "ttl_s": 90}])
+    sections = lanes(edge, policy=[{"match": match, "ttl_s": 9000}])
     async with running(data_dir, up.url, sections) as ibid:
         await ibid.ask("Who wrote Faust?", headers=headers)
         await ibid.settled()

@@ -14,6 +14,7 @@ from proxy.core.model import Usage
 from proxy.prices import Prices
 from tests.flows.running import MODEL, ROOT, running, until
 from tests.upstream import Chat, Json
+from tests.waiting import PATIENCE_S
 
 QUESTIONS = [f"How do I {verb} a wooden garden chair?" for verb in ("paint", "repair", "clean", "store", "sell")]
 
@@ -24,7 +25,7 @@ def ibid_command(data_dir, *arguments: str, database: str | None = None) -> str:
     command = [sys.executable, "-m", "proxy", *arguments, "--data-dir", str(data_dir)]
     if database:
         command += ["--database", database]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -15,12 +15,13 @@ from tests.batch_upstream import BatchUpstream
 from tests.flows.batching import QUICK, balanced
 from tests.flows.running import running, until
 from tests.upstream import Json, Seen
+from tests.waiting import PATIENCE_S
 
 MODEL = "claude-sonnet-4-6"
 
 
 def sdk(ibid, key: str = "sk-a") -> anthropic.AsyncAnthropic:
-    return anthropic.AsyncAnthropic(base_url=ibid.url, api_key=key, max_retries=0, timeout=20)
+    return anthropic.AsyncAnthropic(base_url=ibid.url, api_key=key, max_retries=0, timeout=PATIENCE_S)
 
 
 def request(custom_id: str, prompt: str, **fields: Any) -> Any:
@@ -43,7 +44,7 @@ def message(seen: Seen) -> Json:
 
 
 async def ended(client: anthropic.AsyncAnthropic, batch: Any) -> Any:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while batch.processing_status != "ended":
             await asyncio.sleep(0.01)
             batch = await client.messages.batches.retrieve(batch.id)

@@ -13,6 +13,7 @@ import pytest
 from tests.flows.running import CHAT, EXACT_ONLY, running
 from tests.flows.test_flow_sdk import Driver, drive, python_with
 from tests.upstream import Chat, Json, Stream, event
+from tests.waiting import PATIENCE_S
 
 DRIVER = Path(__file__).with_name("responses_driver.py")
 ASKED = "How do I repair a leaking garden hose?"
@@ -28,7 +29,7 @@ def client(request: pytest.FixtureRequest) -> Iterator[Driver]:
         try:
             yield Driver(request.param, child)
             child.stdin.close()
-            assert child.wait(10) == 0
+            assert child.wait(PATIENCE_S) == 0
         finally:
             child.kill()
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests.flows.running import chat_body
 from tests.upstream import Chat, Json, Seen, Stream, event
+from tests.waiting import PATIENCE_S
 
 DRIVER = Path(__file__).with_name("sdk_driver.py")
 ASKED = "How do I repair a leaking garden hose?"
@@ -56,7 +57,7 @@ def client(request: pytest.FixtureRequest) -> Iterator[Driver]:
         try:
             yield Driver(request.param, child)
             child.stdin.close()
-            assert child.wait(10) == 0
+            assert child.wait(PATIENCE_S) == 0
         finally:
             child.kill()
 
@@ -66,7 +67,7 @@ async def drive(client: Driver, url: str, steps: list[dict], key: str = "sk-a"):
     task = {"base_url": f"{url}/v1", "key": key, "steps": steps}
     talk = asyncio.get_running_loop().run_in_executor(None, client.converse, task)
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             answer = await asyncio.shield(talk)
     except TimeoutError:
         client.child.kill()  # and so end the thread that reads

@@ -16,8 +16,7 @@ from index import batcher
 from index.batcher import EmbedderOwner
 from index.errors import EmbedderFault, ModelFault, Overloaded, TextTooLong
 from index.guard.head import MAX_TOKENS, NO_OPINION, Guard
-
-PATIENCE_S = 10.0
+from tests.waiting import PATIENCE_S
 
 
 class Scripted:
@@ -280,15 +279,18 @@ async def test_a_tokenizer_that_hangs_is_treated_like_a_model_that_hangs() -> No
         backend.hang_in_tokens = False
         async with asyncio.timeout(PATIENCE_S):
             await returned.wait()
+        owner._encode_deadline_s = PATIENCE_S
         assert (await owner.embed("some text")).shape == (8,)
 
 
 async def test_waiting_too_long_for_a_turn_is_overload_not_a_fault() -> None:
     backend = Scripted(batch_limit=1)
-    async with running(backend, queue_deadline_s=0.02) as owner:
+    async with running(backend) as owner:
         backend.hold()
         first = asyncio.create_task(owner.embed("first"))
         await backend.reached()
+        owner._disarm()
+        owner._queue_deadline_s = 0.02
         with pytest.raises(Overloaded):
             await owner.embed("second")
         backend.gate.set()
@@ -298,10 +300,11 @@ async def test_waiting_too_long_for_a_turn_is_overload_not_a_fault() -> None:
 
 async def test_a_long_call_does_not_put_off_the_deadline_of_those_behind_it() -> None:
     backend = Scripted(batch_limit=1)
-    async with running(backend, queue_deadline_s=0.02) as owner:
+    async with running(backend) as owner:
         backend.hold()
         first = asyncio.create_task(owner.embed("first"))
         await backend.reached()
+        owner._queue_deadline_s = 0.02
         (encoding,) = owner._jobs.values()
         encoding.asked_s -= 1.0  # it has been in the model for longer than the queue deadline
         owner._disarm()
@@ -608,10 +611,12 @@ async def test_a_verification_nobody_waits_for_is_not_done() -> None:
 
 async def test_a_verification_that_waits_too_long_is_overload_and_one_that_hangs_a_fault() -> None:
     backend = Scripted(batch_limit=1)
-    async with running(backend, guard=Comparing(), queue_deadline_s=0.02) as owner:
+    async with running(backend, guard=Comparing()) as owner:
         backend.hold()
         first = asyncio.create_task(owner.embed("<s> first </s>"))
         await backend.reached()
+        owner._disarm()
+        owner._queue_deadline_s = 0.02
         with pytest.raises(Overloaded):
             await owner.verify(ASKED, [ALIKE])
         backend.gate.set()

@@ -20,6 +20,7 @@ from index.embedder import OnnxBackend
 from index.errors import EmbedderFault, ModelFault
 from index.model import locate
 from tests.models import converted_data_dir
+from tests.waiting import PATIENCE_S
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,7 @@ async def test_a_model_that_cannot_be_converted_is_a_fault_with_the_reason_and_l
     models = tmp_path / "models"
     files = locate(str(foreign), models)
     with pytest.raises(ModelFault, match=r"does not convert to onnx: .*[A-Za-z]{4}"):
-        await converted(files, models, ONNX, timeout_s=120)
+        await converted(files, models, ONNX, timeout_s=3 * PATIENCE_S)
     assert not artefact_directory(models, files.digest, ONNX).exists()
 
 
@@ -245,7 +246,7 @@ def test_a_graph_that_is_no_graph_is_a_fault(tmp_path: Path) -> None:
 async def test_the_identity_is_the_same_after_a_restart_and_differs_between_backends(data_dir: Path) -> None:
     seen = []
     for backend in (ONNX, ONNX, INT8):
-        owner = await open_embedder(data_dir, backend=backend, encode_deadline_s=10)
+        owner = await open_embedder(data_dir, backend=backend, encode_deadline_s=60)
         seen.append(owner.identity)
         await owner.close()
     assert seen[0] == seen[1] != seen[2]
@@ -258,7 +259,7 @@ from pathlib import Path
 from index.batcher import open_embedder
 
 async def serve():
-    owner = await open_embedder(Path(sys.argv[1]), backend=sys.argv[2], encode_deadline_s=10)
+    owner = await open_embedder(Path(sys.argv[1]), backend=sys.argv[2], encode_deadline_s=60)
     await owner.embed("How do I reset my password?")
     owner.signature("How do I reset my password?")
     await owner.close()
@@ -272,14 +273,14 @@ sys.exit(f"loaded: {sorted(heavy)}" if heavy else 0)
 @pytest.mark.parametrize("backend", [ONNX, INT8])
 def test_serving_a_converted_model_loads_neither_torch_nor_sentence_transformers(backend: str, data_dir: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SERVING, str(data_dir), backend], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", SERVING, str(data_dir), backend], capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert done.returncode == 0, done.stderr
 
 
 async def test_opening_is_off_the_loop(data_dir: Path) -> None:
     """While the model is hashed, opened and warmed, the loop keeps turning."""
-    opening = asyncio.create_task(open_embedder(data_dir, encode_deadline_s=10))
+    opening = asyncio.create_task(open_embedder(data_dir, encode_deadline_s=60))
     turns = 0
     while not opening.done():
         await asyncio.sleep(0.001)

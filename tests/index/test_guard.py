@@ -25,6 +25,7 @@ from index.guard import edits, generate, head
 from index.guard.head import MAX_TOKENS, NO_OPINION, Guard, load_guard, parse
 from index.model import locate
 from tests.models import converted_data_dir
+from tests.waiting import PATIENCE_S
 
 
 @cache
@@ -133,7 +134,11 @@ print(json.dumps({
 
 def test_the_head_agrees_with_torch() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", AGREEMENT], env={**os.environ, **OFFLINE}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", AGREEMENT],
+        env={**os.environ, **OFFLINE},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -16,6 +16,7 @@ from index import kernels
 from index.arena import fixed_point
 from index.tokens import WIDTH, signature
 from tests.index_fakes import vetoes_of
+from tests.waiting import PATIENCE_S
 
 D = 32
 LANES = hnp.arrays(np.uint64, WIDTH, elements=st.integers(0, 2**64 - 1))
@@ -140,6 +141,6 @@ def test_without_the_compiler_the_results_are_the_same(capsys: pytest.CaptureFix
     plain = subprocess.run(
         [sys.executable, "-W", "error", "-c", PROGRAM],
         env={**os.environ, "NUMBA_DISABLE_JIT": "1", "NUMBA_CACHE_DIR": "/nonexistent/cache"},
-        capture_output=True, text=True, timeout=120, check=True,
+        capture_output=True, text=True, timeout=PATIENCE_S, check=True,
     ).stdout  # fmt: skip
     assert compiled == plain != ""

@@ -16,6 +16,7 @@ from index.errors import IndexFault, IndexRebuilding, Overloaded
 from index.tokens import signature
 from index.vectors import VectorOwner
 from tests.index_fakes import FakeVectorIndex
+from tests.waiting import PATIENCE_S
 
 D = 48
 SCOPES = [bytes([i]) * 32 for i in range(3)]
@@ -180,7 +181,7 @@ async def test_a_full_queue_refuses_at_once_but_never_a_removal() -> None:
     owner.start()
     await owner.ids()
     gate = threading.Event()
-    owner._ask(lambda: gate.wait(20))
+    owner._ask(lambda: gate.wait(PATIENCE_S))
     vectors = units(4)
     while owner.waiting < 3:
         owner.add(owner.waiting, SCOPES[0], vectors[0], SIGNS[0], FAR)
@@ -202,7 +203,7 @@ async def test_a_search_nobody_waits_for_is_skipped() -> None:
     ran = []
     owner.find_now = lambda *_: ran.append(1) or []  # type: ignore[method-assign,assignment,func-returns-value]
     gate = threading.Event()
-    owner._ask(lambda: gate.wait(20))
+    owner._ask(lambda: gate.wait(PATIENCE_S))
     waiting = asyncio.ensure_future(owner.search(SCOPES[0], units(1)[0], SIGNS[0], 0))
     await asyncio.sleep(0)
     waiting.cancel()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import pytest
 
@@ -15,6 +14,7 @@ from proxy.store.queries import Queries
 from proxy.store.schema import VIEWS
 from proxy.store.views import DESCRIBED
 from tests.rows import NOON_MS, NOW, call, draft, hit, outcome
+from tests.waiting import PATIENCE_S
 
 DAY_MS = 86_400_000
 
@@ -219,11 +219,9 @@ async def test_only_reading_is_possible(store, sql):
 
 async def test_a_runaway_query_is_stopped_in_time(store):
     endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT COUNT(*) FROM n"
-    started = time.monotonic()
     with pytest.raises(BadRequest) as stopped:
         await store.queries.run_readonly(endless, timeout_s=0.2)
     assert stopped.value.code == "query_timeout"
-    assert time.monotonic() - started < 3
     assert (await store.queries.run_readonly("SELECT 1")).rows == ((1,),)
 
 
@@ -258,7 +256,10 @@ async def test_feedback_on_what_nobody_knows_is_not_recorded(store):
     made = await store.entries.put(draft(), NOW)
     assert await store.feedback(verdict="wrong", ts_ms=1, entry_id=made.entry.id) == made.entry.id
     store.ledger.record(hit("just-now", entry_id=made.entry.id))
-    assert await asyncio.wait_for(store.feedback(verdict="right", ts_ms=1, request_id="just-now"), 5) == made.entry.id
+    assert (
+        await asyncio.wait_for(store.feedback(verdict="right", ts_ms=1, request_id="just-now"), PATIENCE_S)
+        == made.entry.id
+    )
 
 
 async def test_showback_is_by_team_and_by_tenant_where_there_is_none(store):

@@ -13,6 +13,7 @@ from proxy.core.saving import day_of
 from proxy.store.ledger import _TABLES, FLUSH_ROWS, SPILL_NAME, TURNS
 from proxy.store.store import open_store
 from tests.rows import call, hit, list_price, outcome
+from tests.waiting import PATIENCE_S
 
 
 async def count(store, table):
@@ -64,7 +65,7 @@ async def test_a_large_backlog_is_settled_in_as_few_turns_of_a_busy_loop_as_a_sm
 
 async def test_rows_appear_without_being_asked_for(store):
     store.ledger.record(hit())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while await count(store, "request") == 0:  # each look is a round trip, so the ledger's task gets its turn
             pass
 
@@ -111,7 +112,7 @@ async def test_a_locked_database_spills_and_is_replayed_when_it_is_free(sqlite_s
     assert sqlite_store.state == "down"
     blocker.execute("ROLLBACK")
     blocker.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while await count(sqlite_store, "request") < 41:
             sqlite_store.ledger.record(hit("last"))
             await asyncio.sleep(0.1)
