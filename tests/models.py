@@ -11,8 +11,9 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from index.convert import INT8, OFFLINE, ONNX, artefact_directory
+from index.convert import INT8, ONNX, artefact_directory
 from index.model import locate
+from index.quiet import SILENCE
 
 
 @cache
@@ -35,7 +36,7 @@ def converted_data_dir() -> Path:
         command += ["--digest", files.digest, "--window", str(files.window)]
         for name in absent:
             command += ["--backend", name]
-        done = subprocess.run(command, env={**os.environ, **OFFLINE}, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env={**os.environ, **SILENCE}, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     return data_dir
 
