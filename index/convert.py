@@ -134,7 +134,7 @@ def _settle(models: Path) -> None:
 
 
 async def _run_converter(files: ModelFiles, models: Path, backend: str, timeout_s: float) -> None:
-    """One child process; it is killed when the caller is cancelled or `timeout_s` passes, and ends with this process."""
+    """One child process; killed when the caller is cancelled or `timeout_s` passes; it ends with this process."""
     command = [
         sys.executable,
         "-P",

@@ -174,7 +174,10 @@ class Judge:
         self._limits = {"scope": SCOPES, "namespace": NAMESPACES, "tenant": TENANTS, "installation": 1}
         self._groups: OrderedDict[int, int] = OrderedDict()  # of entries whose group is not their own id
         self._refused: set[tuple[bytes, bytes]] = set()
-        self.feature_names: Sequence[str] = self._level("installation", "").learner.names
+
+    @property
+    def feature_names(self) -> Sequence[str]:
+        return self._level("installation", "").learner.names
 
     # -- judging ----------------------------------------------------------------------------------------------------
 

@@ -102,6 +102,15 @@ class SqlLedger:
         self.dropped = 0  # outcomes lost: no database, no disk, memory bound reached
         self.refused = 0  # outcomes no database takes (or that could not be settled)
 
+    @property
+    def state(self) -> str:
+        """ "ok"; "spilling" while rows wait in the spill file; "dropping" or "refused" once rows were lost."""
+        if self.dropped:
+            return "dropping"
+        if self._spilled:
+            return "spilling"
+        return "refused" if self.refused else "ok"
+
     def record(self, outcome: Outcome) -> None:
         """An append. Never blocks, never raises."""
         self._append(outcome)

@@ -262,8 +262,10 @@ async def running(
     upstream: str,
     sections: Mapping[str, Any] | None = None,
     database: str | None = None,
+    *,
+    loaded: bool = True,
 ) -> AsyncIterator[Ibid]:
-    """An ibid in this process, on ports of its own."""
+    """An ibid in this process, on ports of its own; `loaded`: once it compares by meaning."""
     log = Log()
     log.writer.start()
     try:
@@ -273,6 +275,8 @@ async def running(
                 connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=30)
             ) as session,
         ):
+            if loaded:
+                await app.settled()
             yield Ibid(app, session, log)
     finally:
         log.writer.close()
@@ -293,6 +297,18 @@ class Process(Client):
         self.child.send_signal(signal.SIGKILL)
         self.child.wait(10)
 
+    async def ready(self, within_s: float = 300.0) -> None:
+        """Everything is loaded. Fails when it ends before."""
+        deadline = time.monotonic() + within_s
+        while True:
+            async with self.session.get(self.admin_url + "/readyz") as response:
+                if response.status == 200:
+                    return
+                state = await response.text()
+            assert self.child.poll() is None, state
+            assert time.monotonic() < deadline, state
+            await asyncio.sleep(0.02)
+
     async def stopped(self, within_s: float = 20.0) -> int:
         """Its exit code."""
         await until(lambda: self.child.poll() is not None, within_s)
@@ -301,23 +317,33 @@ class Process(Client):
 
 @contextlib.asynccontextmanager
 async def serving(
-    data_dir: Path, upstream: str, sections: Mapping[str, Any] | None = None, *, forked: bool = False
+    data_dir: Path,
+    upstream: str,
+    sections: Mapping[str, Any] | None = None,
+    *,
+    forked: bool = False,
+    loaded: bool = True,
+    env: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Process]:
-    """A serving process; it is killed at the end if it still runs. `forked`: see tests/flows/forked.py."""
+    """A serving process; it is killed at the end if it still runs. `forked`: see tests/flows/forked.py. `loaded`: once
+    it is ready, which is some time after it listens. `env` is added to its environment."""
     path = write_config(data_dir, sections or {})
     log_path = data_dir.with_suffix(".log")
     arguments = ["serve", "--config", str(path), "--data-dir", str(data_dir), "--upstream", upstream]
     arguments += ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("IBID_")}
+    around = {name: value for name, value in os.environ.items() if not name.startswith("IBID_")}
     child = (Forked if forked else _start)(
-        arguments, {**env, "IBID_ADMIN_TOKEN": TOKEN, KEY_ENV: UPSTREAM_KEY}, log_path
+        arguments, {**around, "IBID_ADMIN_TOKEN": TOKEN, KEY_ENV: UPSTREAM_KEY, **(env or {})}, log_path
     )
     try:
         ports = await _ports(child, log_path)
         async with aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=30)
         ) as session:
-            yield Process(child, session, ports)
+            served = Process(child, session, ports)
+            if loaded:
+                await served.ready()
+            yield served
     finally:
         if child.poll() is None:
             child.kill()
@@ -339,7 +365,7 @@ async def _ports(child: Child, log_path: Path) -> tuple[int, int]:
         assert child.poll() is None, said
         return "semantic  " in said
 
-    await until(has_banner, 30)
+    await until(has_banner, 120)
     client, admin = re.findall(r"^(?:ibid serves|admin) +http://127\.0\.0\.1:(\d+)", said, re.MULTILINE)
     return int(client), int(admin)
 

@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,22 +26,23 @@ child.wait()
 """
 
 
-async def gone(pid: int) -> None:
+def gone(pid: int) -> None:
     """Wait until no such process runs."""
-    async with asyncio.timeout(PATIENCE_S):
-        while Path(f"/proc/{pid}").exists() and b"State:\tZ" not in Path(f"/proc/{pid}/status").read_bytes():
-            await asyncio.sleep(0.01)
+    deadline = time.monotonic() + PATIENCE_S
+    while (place := Path(f"/proc/{pid}")).exists() and b"State:\tZ" not in (place / "status").read_bytes():
+        assert time.monotonic() < deadline, "it runs on"
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-async def test_a_child_ends_with_its_starter(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_child_ends_with_its_starter(tmp_path: Path, number: signal.Signals) -> None:
     (tmp_path / "sleeper.py").write_text(CHILD)
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
     with subprocess.Popen([sys.executable, "-c", STARTER], env=env, stdout=subprocess.PIPE) as starter:
         assert starter.stdout is not None
-        child = int(await asyncio.to_thread(starter.stdout.readline))
+        child = int(starter.stdout.readline())
         os.kill(starter.pid, number)
-        await gone(child)
+        gone(child)
 
 
 async def test_a_conversion_that_is_given_up_leaves_no_process_and_no_file(
@@ -74,7 +76,7 @@ async def test_a_conversion_that_is_given_up_leaves_no_process_and_no_file(
     converting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await converting
-    await gone(pid)
+    await asyncio.to_thread(gone, pid)
     assert list(models.iterdir()) == []
 
 
