@@ -1,9 +1,8 @@
 """Composition root: builds every edge, opens them in order, closes them in reverse. Imported by the command line only.
 
 Order: ports (`proxy.doorstep`) → data directory and secret → database → listeners → model, kernels, index, evidence
-(`proxy.loading`). Until those are there, lookups that need them are a bypass `loading`; ledger, keys, limits, exact hits
-and forwards need none of them. Importing this module must stay quick: nothing of FAISS, Numba or ONNX Runtime comes
-with it.
+(`proxy.loading`). Until those are there, lookups that need them are a bypass `loading`; ledger, keys, limits, exact
+hits and forwards need none of them. Importing this module must stay quick: FAISS, Numba and ONNX Runtime stay out.
 """
 
 from __future__ import annotations
