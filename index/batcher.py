@@ -49,6 +49,7 @@ CHARACTERS_PER_TOKEN = 64  # a text longer than this many per token of the windo
 UNIT_TOLERANCE = 1e-3
 WARM_UP = ("ready", "How do I reset the password of my account, and how long does it take?")
 WARM_UP_S = 60.0
+CONVERT_TIMEOUT_S = 1800.0  # 20 s on a quiet machine, five minutes seen on a busy one; requests do not wait for it
 HANGS_S = 10.0  # a call that takes longer is no longer late: the model hangs
 CLOSE_S = 1.0
 SPECIAL_TOKENS = 2  # the first and the last of a text, which have no place in its states
@@ -563,7 +564,7 @@ async def open_embedder(
     queue_deadline_s: float = 1.0,
     states_bytes: int = STATES_BYTES,
     guarded: bool = True,
-    convert_timeout_s: float = 300.0,
+    convert_timeout_s: float = CONVERT_TIMEOUT_S,
 ) -> EmbedderOwner:
     """A warmed owner of `model` (None: the bundled one), with its guard if there is one; the caller closes it.
 
@@ -616,7 +617,7 @@ async def load_backend(
     model: str | None = None,
     backend: str = ONNX,
     threads: int = 1,
-    convert_timeout_s: float = 300.0,
+    convert_timeout_s: float = CONVERT_TIMEOUT_S,
 ) -> Backend:
     """The model alone, for who calls it from one thread. As `open_embedder`, without the warm-up. Raises ModelFault."""
     if backend not in BACKENDS:

@@ -20,7 +20,7 @@ from proxy.app import banner
 from tests.flows.running import Process, running, serving, until
 from tests.upstream import ScriptedUpstream
 
-PATIENCE_S = 300.0
+PATIENCE_S = 1200.0
 ASKED = "How do I reset the password of my account?"
 OTHER = "Which bridge in Prague is the oldest one?"
 STRANGERS = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
