@@ -187,11 +187,12 @@ def load_reference(directory: Path, **model_kwargs: Any) -> Any:
 
 def convert(source: Path, models: Path, digest: str, window: int, backends: Sequence[str]) -> list[Path]:
     """Write one artefact per backend and return their directories. Raises ModelFault when agreement is not reached."""
-    reference = load_reference(source, attn_implementation="eager")
-    window = min(window, int(reference.max_seq_length or window))
     models.mkdir(mode=0o700, parents=True, exist_ok=True)
     done: list[Path] = []
     with _scratch(models) as scratch:
+        os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)  # where torch makes a folder for its compiler
+        reference = load_reference(source, attn_implementation="eager")
+        window = min(window, int(reference.max_seq_length or window))
         exported = scratch / "exported.onnx"
         inputs, layers = _export(reference, exported)
         for backend in backends:
