@@ -71,12 +71,15 @@ async def test_a_first_start_asks_nobody_but_the_upstream_and_writes_only_in_its
         monkeypatch.delenv(name, raising=False)
     env = {"HOME": str(home), "TMPDIR": str(tmp_path / "tmp"), **dict.fromkeys(STRANGERS, address)}
     (tmp_path / "tmp").mkdir()
-    async with serving(data_dir, up.url, env=env, loaded=False) as served:
+    patient = {"embedding": {"deadline_ms": 5000}}
+    async with serving(data_dir, up.url, patient, env=env, loaded=False) as served:
         first = await served.ask(ASKED)
         assert (first.status, first.cache, first.reason) == (200, "BYPASS", "loading")
         await served.ready(PATIENCE_S)
         kept = "Which planet of the solar system has the most moons?"
         assert (await served.ask(kept)).cache == "MISS"
+        while kept not in [entry["prompt"] for entry in await served.entries()]:
+            await asyncio.sleep(0.02)
         again = await served.ask("Please tell me: which planet of the solar system has the most moons?")
         assert (again.cache, again.tier) == ("HIT", "semantic")
         served.child.send_signal(signal.SIGTERM)
