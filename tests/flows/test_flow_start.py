@@ -78,8 +78,9 @@ async def test_a_first_start_asks_nobody_but_the_upstream_and_writes_only_in_its
         await served.ready(PATIENCE_S)
         kept = "Which planet of the solar system has the most moons?"
         assert (await served.ask(kept)).cache == "MISS"
-        while kept not in [entry["prompt"] for entry in await served.entries()]:
-            await asyncio.sleep(0.02)
+        async with asyncio.timeout(PATIENCE_S):
+            while kept not in [entry["prompt"] for entry in await served.entries()]:  # noqa: ASYNC110  # another process
+                await asyncio.sleep(0.02)
         again = await served.ask("Please tell me: which planet of the solar system has the most moons?")
         assert (again.cache, again.tier) == ("HIT", "semantic")
         served.child.send_signal(signal.SIGTERM)
