@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -36,6 +37,7 @@ UNHURRIED = "[embedding]\ndeadline_ms = 60000\n"  # on a busy machine a late vec
 SYSTEM = "Answer in one short sentence."
 PAUSE_S = 0.5  # a person's; within it a repeat may join the answer that is still being stored, and is then no hit
 START_TIMEOUT_S = 600.0
+READY_TIMEOUT_S = 1200.0
 LEDGER_TIMEOUT_S = 60.0
 LEDGER = (
     "SELECT cache_status, lane, reason, stream, in_tok, out_tok, baseline_nusd, actual_nusd,"
@@ -96,7 +98,9 @@ def proxy(upstream: str, data_dir: Path, listen: str, admin: str) -> Iterator[Pr
         banner = Banner(process.stderr, log)
         banner.start()
         try:
-            yield banner.wait(places)
+            found = banner.wait(places)
+            wait_until_ready(found, process)
+            yield found
         finally:
             process.terminate()
             try:
@@ -106,6 +110,17 @@ def proxy(upstream: str, data_dir: Path, listen: str, admin: str) -> Iterator[Pr
                 process.wait()
             banner.join()
             process.stderr.close()
+
+
+def wait_until_ready(found: Proxy, process: subprocess.Popen[str]) -> None:
+    """It listens before the model is loaded; a first start converts it."""
+    deadline_s = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline_s and process.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{found.admin}/readyz", timeout=10) as answer:
+            if answer.status == 200:
+                return
+        time.sleep(0.2)
+    raise DidNotStart("ibid is not ready")
 
 
 class Banner(threading.Thread):

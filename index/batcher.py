@@ -5,10 +5,10 @@ answered, refused or abandoned. Tenants take turns (`index.turns`). The loop own
 loop and owner thread share under `_turn`; the owner thread takes from it, encodes without the lock, and hands results
 back with `call_soon_threadsafe`.
 
-Two deadlines. `encode_deadline_s` bounds one call of the model: when it passes, every job fails with EmbedderFault
-and new texts are refused at once until the call returns. `queue_deadline_s` bounds the wait before a call begins: past
-it the text is refused as Overloaded. One loop timer watches both, armed only while jobs are in flight. The vectors of a
-call that was given up on are still remembered when it returns.
+Two deadlines. `encode_deadline_s` bounds one call of the model: when it passes, every job fails with EmbedderLate and
+new texts are refused at once until the call returns, after HANGS_S with EmbedderFault. `queue_deadline_s` bounds the
+wait before a call begins: past it the text is refused as Overloaded. One loop timer watches both, armed only while jobs
+are in flight. The vectors of a call that was given up on are still remembered when it returns.
 
 Taking equal-length texts together, ONNX fp32, 256 QQP questions (mean 15.4 tokens), 1 thread, machine shared with other
 work, 22 Nov 2026, texts/s against 124-132 one at a time: 4 waiting 136-141, 16 waiting 163-171, 64 waiting 180-186.
@@ -36,9 +36,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index import tokens
-from index.convert import INT8, ONNX, converted
+from index.convert import INT8, ONNX, artefact_directory, converted
 from index.embedder import Backend, OnnxBackend, TokenStates, TorchBackend, Vector, identity_of
-from index.errors import EmbedderFault, IndexRoomError, ModelFault, Overloaded, TextTooLong
+from index.errors import EmbedderFault, EmbedderLate, IndexRoomError, ModelFault, Overloaded, TextTooLong
 from index.guard.head import MAX_KEPT, MAX_TOKENS, Guard, load_guard
 from index.model import locate
 from index.turns import Turns
@@ -52,6 +52,8 @@ UNIT_TOLERANCE = 1e-3
 WARM_UP = ("ready", "How do I reset the password of my account, and how long does it take?")
 WARM_UP_S = 60.0
 QUEUE_DEADLINE_S = 1.0
+CONVERT_TIMEOUT_S = 1800.0  # 20 s on a quiet machine, five minutes seen on a busy one; requests do not wait for it
+HANGS_S = 10.0  # a call that takes longer is no longer late: the model hangs
 CLOSE_S = 1.0
 SPECIAL_TOKENS = 2  # the first and the last of a text, which have no place in its states
 BACKEND_FAULTS = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
@@ -183,6 +185,19 @@ class EmbedderOwner:
         return self._loop is not None and not self._hung and not self._closing and self._thread.is_alive()
 
     @property
+    def trouble(self) -> str:
+        """The reason texts are refused with just now: "embedder_late", "embedder_down"; "" when they are not."""
+        if self.is_ready:
+            return ""
+        return EmbedderLate.reason if self._is_late else EmbedderFault.reason
+
+    @property
+    def _is_late(self) -> bool:
+        since = self._busy_since
+        alive = self._hung and not self._closing and self._thread.is_alive()
+        return alive and (since is None or monotonic() - since < HANGS_S)
+
+    @property
     def can_verify(self) -> bool:
         """Whether there is a guard for this model."""
         return self._guard is not None
@@ -289,6 +304,8 @@ class EmbedderOwner:
 
     def _ready_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None or not self.is_ready:
+            if self._is_late:
+                raise EmbedderLate("the model is late with an earlier text")
             raise EmbedderFault("the embedder hangs or is closed")
         return self._loop
 
@@ -398,7 +415,7 @@ class EmbedderOwner:
             self.faults += 1
             with self._turn:
                 self._waiting.clear()
-            fault = EmbedderFault(f"no vector within {self._encode_deadline_s * 1e3:g} ms")
+            fault = EmbedderLate(f"no vector within {self._encode_deadline_s * 1e3:g} ms")
             self._fail(list(self._jobs.values()), fault)
             return
         with self._turn:
@@ -574,7 +591,7 @@ async def open_embedder(
     queue_deadline_s: float = QUEUE_DEADLINE_S,
     states_bytes: int = STATES_BYTES,
     guarded: bool = True,
-    convert_timeout_s: float = 300.0,
+    convert_timeout_s: float = CONVERT_TIMEOUT_S,
 ) -> EmbedderOwner:
     """A warmed owner of `model` (None: the bundled one), with its guard if there is one; the caller closes it.
 
@@ -601,6 +618,15 @@ async def open_embedder(
     return owner
 
 
+async def needs_conversion(data_dir: Path, *, model: str | None, backend: str) -> bool:
+    """Whether opening this model has to convert it first, as far as names tell. Raises ModelFault."""
+    if backend == "torch":
+        return False
+    models = data_dir / "models"
+    files = await asyncio.to_thread(locate, model, models)
+    return not artefact_directory(models, files.digest, backend).exists()
+
+
 def guard_for(backend: Backend) -> Guard | None:
     """The guard, if it was fitted on the states of this model. Raises ModelFault when it is damaged.
 
@@ -618,7 +644,7 @@ async def load_backend(
     model: str | None = None,
     backend: str = ONNX,
     threads: int = 1,
-    convert_timeout_s: float = 300.0,
+    convert_timeout_s: float = CONVERT_TIMEOUT_S,
 ) -> Backend:
     """The model alone, for who calls it from one thread. As `open_embedder`, without the warm-up. Raises ModelFault."""
     if backend not in BACKENDS:

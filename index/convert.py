@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -30,7 +30,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from index import lifeline
 from index.errors import ModelFault
-from index.model import ModelFiles, read_json, sha256_of, sync_directory
+from index.model import DAMAGED, TEMPORARY, ModelFiles, claim, read_json, settle_directory, sha256_of, sync_directory
+from index.quiet import SILENCE, library
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,6 @@ ONNX, INT8 = "onnx", "onnx-int8"
 OPSET = 17
 GRAPH_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 AGREEMENT = {ONNX: (0.9999, 0.9999), INT8: (0.94, 0.99)}  # cosine to sentence-transformers: smallest, mean
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 CHECK_TEXTS = (
     "hi",
     "How do I reset my password?",
@@ -115,6 +116,7 @@ def open_artefact(directory: Path, digest: str) -> Artefact:
 async def converted(files: ModelFiles, models: Path, backend: str, timeout_s: float) -> Artefact:
     """The artefact of this model, converting it first when it is absent or damaged. Raises ModelFault."""
     directory = artefact_directory(models, files.digest, backend)
+    await asyncio.to_thread(_settle, models)
     if directory.exists():
         try:
             return await asyncio.to_thread(open_artefact, directory, files.digest)
@@ -124,26 +126,45 @@ async def converted(files: ModelFiles, models: Path, backend: str, timeout_s: fl
     return await asyncio.to_thread(open_artefact, directory, files.digest)
 
 
+def _settle(models: Path) -> None:
+    try:
+        settle_directory(models)
+    except OSError as error:
+        log.warning("%s cannot be tidied: %s", models, error.strerror)
+
+
 async def _run_converter(files: ModelFiles, models: Path, backend: str, timeout_s: float) -> None:
-    """One child process; killed when the caller is cancelled or `timeout_s` passes."""
-    command = [sys.executable, "-P", "-m", "index.convert", str(files.directory), "--into", str(models)]
+    """One child process; killed when the caller is cancelled or `timeout_s` passes; it ends with this process."""
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        lifeline.MODULE,
+        "index.convert",
+        str(files.directory),
+        "--into",
+        str(models),
+    ]
     command += ["--digest", files.digest, "--window", str(files.window), "--backend", backend]
     process = await asyncio.create_subprocess_exec(
         *command,
-        stdin=asyncio.subprocess.DEVNULL,
+        stdin=asyncio.subprocess.PIPE,  # open while this process lives
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, **OFFLINE},
+        env={**os.environ, **SILENCE},
     )
+    assert process.stderr is not None
     try:
         async with asyncio.timeout(timeout_s):
-            _, errors = await process.communicate()
+            errors = await process.stderr.read()
+            await process.wait()
     except TimeoutError:
         raise ModelFault(f"converting the model took longer than {timeout_s:g} s") from None
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
+            _settle(models)
     if process.returncode != 0:
         lines = errors.decode(errors="replace").strip().splitlines()
         raise ModelFault(f"the model does not convert to {backend}: {lines[-1] if lines else process.returncode}")
@@ -154,8 +175,8 @@ async def _run_converter(files: ModelFiles, models: Path, backend: str, timeout_
 
 def load_reference(directory: Path, **model_kwargs: Any) -> Any:
     """The sentence-transformers model itself: local files, safetensors, no code of the model's own."""
-    library = importlib.import_module("sentence_transformers")
-    return library.SentenceTransformer(
+    sentence_transformers = library("sentence_transformers")
+    return sentence_transformers.SentenceTransformer(
         str(directory),
         device="cpu",
         trust_remote_code=False,
@@ -166,18 +187,19 @@ def load_reference(directory: Path, **model_kwargs: Any) -> Any:
 
 def convert(source: Path, models: Path, digest: str, window: int, backends: Sequence[str]) -> list[Path]:
     """Write one artefact per backend and return their directories. Raises ModelFault when agreement is not reached."""
-    reference = load_reference(source, attn_implementation="eager")
-    window = min(window, int(reference.max_seq_length or window))
-    models.mkdir(parents=True, exist_ok=True)
+    models.mkdir(mode=0o700, parents=True, exist_ok=True)
     done: list[Path] = []
-    with tempfile.TemporaryDirectory(dir=models, prefix=".tmp-") as scratch:
-        exported = Path(scratch) / "exported.onnx"
+    with _scratch(models) as scratch:
+        os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)  # where torch makes a folder for its compiler
+        reference = load_reference(source, attn_implementation="eager")
+        window = min(window, int(reference.max_seq_length or window))
+        exported = scratch / "exported.onnx"
         inputs, layers = _export(reference, exported)
         for backend in backends:
-            made = Path(scratch) / backend
+            made = scratch / backend
             made.mkdir()
             if backend == INT8:
-                _quantise(exported, made / "model.onnx", reference, Path(scratch))
+                _quantise(exported, made / "model.onnx", reference, scratch)
             else:
                 shutil.copyfile(exported, made / "model.onnx")
             reference.tokenizer.backend_tokenizer.save(str(made / "tokenizer.json"))
@@ -201,6 +223,18 @@ def convert(source: Path, models: Path, digest: str, window: int, backends: Sequ
     return done
 
 
+@contextlib.contextmanager
+def _scratch(models: Path) -> Iterator[Path]:
+    """A folder to work in, locked while it is ours, so that what a crash leaves can be told from work under way."""
+    with tempfile.TemporaryDirectory(dir=models, prefix=TEMPORARY) as name:
+        descriptor = os.open(name, os.O_RDONLY)
+        try:
+            claim(descriptor)
+            yield Path(name)
+        finally:
+            os.close(descriptor)
+
+
 VERSIONED = ("torch", "sentence-transformers", "transformers", "tokenizers", "onnx", "onnxruntime")
 
 
@@ -216,7 +250,7 @@ def _layers(reference: Any) -> dict[int, Any]:
 
 def _export(reference: Any, path: Path) -> tuple[list[str], list[int]]:
     """Trace the pipeline into `path`; the names of the graph's inputs, in order, and the layers it gives states of."""
-    torch = importlib.import_module("torch")
+    torch = library("torch")
     sample = reference.preprocess(list(CHECK_TEXTS[1:3]))
     tensors = {name: value for name, value in sample.items() if isinstance(value, torch.Tensor)}
     if not {"input_ids", "attention_mask"} <= tensors.keys() <= set(GRAPH_INPUTS):
@@ -272,8 +306,8 @@ def _quantise(exported: Path, path: Path, reference: Any, scratch: Path) -> None
     other of the eight settings tried kept all German ones above 0.985 either (best 0.982). Float tables cost 35 MB of
     disk and no time; with them quantised "hi" falls to 0.979.
     """
-    optimizer = importlib.import_module("onnxruntime.transformers.optimizer")
-    quantization = importlib.import_module("onnxruntime.quantization")
+    optimizer = library("onnxruntime.transformers.optimizer")
+    quantization = library("onnxruntime.quantization")
     settings = reference[0].auto_model.config
     fused = scratch / "fused.onnx"
     optimizer.optimize_model(
@@ -323,7 +357,7 @@ def _publish(made: Path, target: Path, digest: str) -> Path:
             os.fsync(file.fileno())
     sync_directory(made)
     if target.exists() and not _is_sound(target, digest):
-        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".damaged-"))
+        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=DAMAGED))
         os.rename(target, aside / target.name)
         shutil.rmtree(aside)
     try:
@@ -352,7 +386,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--window", type=int, required=True)
     parser.add_argument("--backend", choices=[ONNX, INT8], action="append", required=True)
     options = parser.parse_args(arguments)
-    os.environ.update(OFFLINE)
+    os.umask(0o077)
+    os.environ.update(SILENCE)
     warnings.simplefilter("ignore")  # the exporter's own, not ours
     try:
         for path in convert(options.source, options.into, options.digest, options.window, options.backend):

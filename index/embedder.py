@@ -7,19 +7,20 @@ torch (the reference and the fall-back). Only `TorchBackend` imports torch, when
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-import onnxruntime  # type: ignore[import-untyped]
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_state  # type: ignore[import-untyped]
 from tokenizers import Tokenizer
 
 from index.convert import INT8, Artefact, load_reference
 from index.errors import EmbedderFault, ModelFault, TextTooLong
 from index.model import ModelFiles
+from index.quiet import library
+
+onnxruntime = library("onnxruntime")
+ort_state = library("onnxruntime.capi.onnxruntime_pybind11_state")
 
 Vector = NDArray[np.float32]
 TokenStates = NDArray[np.float16]
@@ -153,7 +154,7 @@ class TorchBackend:
 
     def __init__(self, files: ModelFiles, threads: int = 1) -> None:
         try:
-            importlib.import_module("torch").set_num_threads(max(threads, 1))
+            library("torch").set_num_threads(max(threads, 1))
             self._model = load_reference(files.directory)
         except (ImportError, OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
             raise ModelFault(
@@ -173,7 +174,7 @@ class TorchBackend:
         return ids
 
     def encode_tokens(self, rows: Sequence[list[int]]) -> Vector:
-        torch = importlib.import_module("torch")
+        torch = library("torch")
         ids = torch.tensor(rows, dtype=torch.int64)
         with torch.inference_mode():
             features = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -22,9 +22,15 @@ class TextTooLong(IndexRoomError):
 
 
 class EmbedderFault(IndexRoomError):
-    """The model raised, hung past its deadline, or returned a vector that is not unit, finite and of its dimension."""
+    """The model raised, hangs, or returned a vector that is not unit, finite and of its dimension."""
 
     reason = "embedder_down"
+
+
+class EmbedderLate(EmbedderFault):
+    """No vector within the deadline, of a model that may well give it later: busy, not broken."""
+
+    reason = "embedder_late"
 
 
 class IndexFault(IndexRoomError):

@@ -309,6 +309,11 @@ def leave_many(
     return n
 
 
+def compiles() -> bool:
+    """False where Numba was told to compile nothing: the kernels are plain Python then, and slow."""
+    return not numba.config.DISABLE_JIT  # type: ignore[attr-defined]
+
+
 def compile_kernels(dimension: int = 384) -> None:
     """Compile every kernel for the types the index uses, by running each once. About 2.5 s; never inside a request.
 

@@ -22,10 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.features import FEATURES, WIDTH_FEATURES, WORD_CELLS, buffers, describe, digests, update
+from index.levels import LEVELS
 from index.tokens import WORDS
 
-LEVELS: Final = tuple(-1.0 + 0.25 * i for i in range(41))
-"""Log-odds at which the error is counted: -1 (probability .27) to 9 (.9999)."""
 FOLDS: Final = 4
 RING: Final = 4000
 """Labelled decisions kept; the oldest go first."""

@@ -6,11 +6,13 @@ model that needs anything else is refused. Neither torch nor sentence-transforme
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-import importlib
 import importlib.util
 import json
 import os
+import shutil
+import stat
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from index.errors import ModelFault
+from index.quiet import library
 
 BUNDLED = "all-MiniLM-L6-v2"
 BUNDLED_NAMES = frozenset({BUNDLED, f"sentence-transformers/{BUNDLED}"})
@@ -27,6 +30,7 @@ BUNDLED_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4
 PICKLES = ("pytorch_model.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 OWN_MODULES = "sentence_transformers."  # module classes outside it are code the model directory brings along
 WINDOW_FILES = ("sentence_bert_config.json", "sentence_roberta_config.json", "sentence_xlnet_config.json")
+TEMPORARY, DAMAGED = ".tmp-", ".damaged-"  # prefixes of what is being made, and taken away
 MIN_WINDOW, MAX_WINDOW = 8, 1 << 20  # tokenizers spell "no limit" as 1e30
 
 
@@ -70,10 +74,11 @@ def sha256_of(path: Path) -> str:
 
 def write_durably(path: Path, data: bytes) -> None:
     """Replace `path` by `data` in one step that survives a crash: temporary file, fsync, rename, fsync of folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
     try:
         with os.fdopen(descriptor, "wb") as file:
+            claim(descriptor)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -82,6 +87,43 @@ def write_durably(path: Path, data: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def claim(descriptor: int) -> bool:
+    """Lock a temporary file or folder for as long as the descriptor is open; whether nobody else holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def settle_directory(models: Path) -> None:
+    """Remove what earlier processes left half done in `models`, and close what is there to other users.
+
+    What a living process works on is locked by it, and stays.
+    """
+    if not models.is_dir():
+        return
+    for path in models.iterdir():
+        if path.name.startswith((TEMPORARY, DAMAGED)):
+            _remove_abandoned(path)
+    for path in (models, *models.rglob("*")):
+        if not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) & 0o077:
+            path.chmod(0o700 if path.is_dir() else 0o600)
+
+
+def _remove_abandoned(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        if not claim(descriptor):
+            return
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
 
 
 def sync_directory(directory: Path) -> None:
@@ -115,7 +157,7 @@ def _local_directory(model: str) -> Path:
     directory = Path(model).expanduser()
     if directory.is_dir():
         return directory.resolve()
-    hub = importlib.import_module("huggingface_hub")
+    hub = library("huggingface_hub")
     try:
         return Path(hub.snapshot_download(model, local_files_only=True))
     except (OSError, ValueError) as error:  # LocalEntryNotFoundError and HFValidationError are among them

@@ -14,7 +14,6 @@ November 2026); the threshold is lowered here.
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any, Final
 
 import faiss
@@ -39,14 +38,6 @@ def prepare_thread() -> None:
     """FAISS settings of this thread and process: one OpenMP thread, BLAS for batches."""
     faiss.omp_set_num_threads(1)
     faiss.cvar.distance_compute_blas_threshold = 20
-
-
-def trim_heap() -> None:
-    """Give freed pages back to the system where the C library can (glibc): training leaves much behind."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError, TypeError):
-        return
 
 
 def perturbed(

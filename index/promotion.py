@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from index.arena import Arena, Piece
 from index.errors import FAULTS, IndexRoomError
-from index.partition import QUERIES, Approximate, ExactBest, sample_queries, trim_heap
+from index.heap import trim_heap
+from index.partition import QUERIES, Approximate, ExactBest, sample_queries
 
 T = TypeVar("T")
 

@@ -104,6 +104,13 @@ class VectorOwner:
                 if (left := self._commands.get()) is not None:
                     left()
 
+    @property
+    def trouble(self) -> str:
+        """The reason searches are refused with just now: "index_rebuilding", "index_down"; "" when they are not."""
+        if self._thread is None or not self._thread.is_alive() or self._closing.is_set():
+            return IndexFault.reason
+        return IndexRebuilding.reason if self.rebuilding else ""
+
     def _submit(self, command: Callable[[], None], bounded: bool = True) -> None:
         if self._thread is None or not self._thread.is_alive() or self._closing.is_set():
             raise IndexFault("the index is not running")

@@ -86,7 +86,8 @@ class Operations(Protocol):
     """What the routes ask of the program. Every method may raise CacheFault (503) and BadRequest (4xx)."""
 
     def readiness(self) -> Mapping[str, Any]:
-        """{"ready": traffic can be forwarded, "degraded": {part: reason}}; touches nothing slow, shows no secret."""
+        """{"ready": everything is loaded, "degraded": {part: reason}} and, while it is not, "loading": the step under
+        way; touches nothing slow, shows no secret."""
         ...
 
     async def ping(self) -> Mapping[str, Any]:

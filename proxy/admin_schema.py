@@ -10,13 +10,15 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
-from aiohttp import web
 
 from proxy.core.errors import BadRequest
 from proxy.core.units import LAST_MS, instant_ms
+
+if TYPE_CHECKING:
+    from aiohttp import web
 
 MAX_LIMIT = 1000
 MAX_ID = 2**63 - 1
@@ -112,6 +114,8 @@ async def read_bytes(request: web.Request) -> bytes:
     bare = "application/octet-stream" if not request.body_exists else None  # what no type at all reads as
     if request.content_type not in ("application/json", bare):
         raise BadRequest("send application/json", code="unsupported_media_type", status=415)
+    from aiohttp import web  # here: the command line reads this module, and aiohttp is half a second
+
     try:
         return await request.read()
     except web.HTTPRequestEntityTooLarge as error:

@@ -1,42 +1,39 @@
 """Composition root: builds every edge, opens them in order, closes them in reverse. Imported by the command line only.
 
-Order: data directory and secret → database → model and index → listeners. The client listener accepts only when the
-embedder is warm, the kernels are compiled and the index holds what SQL holds, or when it is certain that they will not
-be there (then exact hits and forwarding still work, and `/readyz` says what is degraded).
+Order: ports (`proxy.doorstep`) → data directory and secret → database → listeners → model, kernels, index, evidence
+(`proxy.loading`). Until those are there, lookups that need them are a bypass `loading`; ledger, keys, limits, exact
+hits and forwards need none of them. Importing this module must stay quick: FAISS, Numba and ONNX Runtime stay out.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import gc
+import importlib
 import logging
 import os
 import signal
+import socket
 import stat
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import numpy as np
 import orjson
 import uvloop
 from aiohttp import web
 
-from index.answers import SENSITIVITY, Comparer
-from index.batcher import QUEUE_DEADLINE_S, EmbedderOwner, open_embedder
-from index.errors import IndexRoomError, SnapshotRefused
-from index.features import compile_features
-from index.kernels import compile_kernels
-from index.learner import LEVELS, Learner
-from index.partition import trim_heap
-from index.vectors import VectorOwner
-from proxy import admin, listener, logs
+from index.answers import SENSITIVITY
+from index.errors import IndexRoomError
+from index.heap import trim_heap
+from index.levels import LEVELS
+from proxy import admin, doorstep, listener, logs
 from proxy.admin_auth import LOOPBACK_NAMES, Gate, load_token
 from proxy.arbiter import Arbiter
 from proxy.audits import Auditor
@@ -44,17 +41,19 @@ from proxy.batch_engine import Engine
 from proxy.batch_http import BatchApi
 from proxy.batch_lines import Lines
 from proxy.books import Books
-from proxy.config import Address, Settings, UpstreamSettings
+from proxy.config import Settings, UpstreamSettings
 from proxy.core.answer import decode_answer
 from proxy.core.dialects.routes import Routes
 from proxy.core.errors import CacheFault, ConfigError, NotYet
 from proxy.core.model import Answer
 from proxy.core.rates import writes_cost_extra
+from proxy.core.risk import LevelName, Tally
 from proxy.core.units import DAY_S
 from proxy.deferred import DeferredCalls
 from proxy.embeddings import Embeddings
 from proxy.explain import Explainer
 from proxy.handlers import ClientHandler
+from proxy.health import Health, Trouble
 from proxy.hot import HotRows
 from proxy.judge import Judge
 from proxy.keys import KeyRing, MeteredLedger
@@ -64,27 +63,36 @@ from proxy.lanes.prefetch import Prefetcher
 from proxy.lanes.prefixes import PrefixMarks
 from proxy.lanes.route import Router
 from proxy.leaving import Finisher
+from proxy.meaning import Meaning, Step
 from proxy.memory import Memory, group_limit_bytes
 from proxy.operations import Operator
 from proxy.pipeline import Pipeline
-from proxy.ports import EntryStore
-from proxy.prices import Prices, configured
+from proxy.ports import EntryStore, Learner
+from proxy.prices import Booking, Prices, configured
 from proxy.reading import Reader, Steering
 from proxy.reindex import Reindex
 from proxy.store.store import Store, open_store
-from proxy.tasks import Tasks
+from proxy.tasks import Tasks, aside
 from proxy.telemetry import Telemetry
 from proxy.upstream import UpstreamAddress, UpstreamLimits, Upstreams
 
+if TYPE_CHECKING:
+    from proxy.loading import Opened
+
 log = logging.getLogger(__name__)
 
-BUNDLED_MODEL = "all-MiniLM-L6-v2"
 SNAPSHOT_NAME = "index.snapshot"
 SECRET_NAME = "installation-secret"
 BEAT_S = 0.02
 HOUSEKEEPING_S = 60.0
+ACCEPT_TICK_S = 0.25
+PROGRESS_S = 10.0  # between two lines about a step of loading
+SLOW_OPENING_S = 1.0  # a database that takes longer is named on standard error
 ADMIN_LINE_BYTES = 64 * 1024  # every parameter at its longest, percent-encoded
 FOLLOW_S = 2.0
+
+Tell = Callable[[str], None]
+"""Says one line to whoever started the program."""
 
 
 class Pulse:
@@ -93,7 +101,7 @@ class Pulse:
     def __init__(self) -> None:
         self.longest_ms = 0.0
 
-    async def run(self, handler: ClientHandler, memory: Memory) -> None:
+    async def run(self, memory: Memory, each_second: Callable[[float], None]) -> None:
         second = time.monotonic()
         while True:
             before = time.monotonic()
@@ -103,7 +111,7 @@ class Pulse:
             memory.look(now)
             if now - second >= 1.0:
                 second = now
-                handler.beat(now)
+                each_second(now)
 
 
 @dataclass(slots=True)
@@ -119,9 +127,20 @@ class App:
     admin_token: str
     admin_token_path: Path | None
     stopping: asyncio.Event
+    health: Health
     memory: Memory
     port: int = 0
     admin_port: int = 0
+    opened: Opened | None = None  # what compares by meaning, once it is loaded
+    reindex: Reindex | None = None
+    refusal: ConfigError | None = None  # why it stops by itself
+    unlearned: str = ""  # why the judge starts without what it had learned
+
+    async def settled(self) -> None:
+        """Wait for what is loaded behind the listeners. Raises ConfigError where it is required and not to be had."""
+        await self.pipeline.meaning.settled()
+        if self.refusal is not None:
+            raise self.refusal
 
 
 def read_secret(data_dir: Path) -> bytes:
@@ -144,111 +163,107 @@ def read_secret(data_dir: Path) -> bytes:
     return secret
 
 
-async def open_index(settings: Settings, embedder: EmbedderOwner, store: Store) -> VectorOwner:
-    """The index as SQL says it must be: the snapshot, less what SQL no longer has, plus what it does not hold yet."""
-    path = settings.data_dir / SNAPSHOT_NAME
-    promote_above, queue_limit = settings.index.promote_at, settings.index.queue
-    try:
-        index = await asyncio.to_thread(
-            VectorOwner.load,
-            path,
-            embedder.identity,
-            embedder.dimension,
-            promote_above=promote_above,
-            queue_limit=queue_limit,
-        )
-    except SnapshotRefused as refusal:
-        log.info("building the index from SQL", extra={"reason": str(refusal)})
-        index = VectorOwner(embedder.identity, embedder.dimension, promote_above=promote_above, queue_limit=queue_limit)
-    try:
-        async with index.replaying():
-            index.start()
-            await _reconcile(index, embedder.identity, store)
-    except BaseException:
-        await asyncio.to_thread(index.close)
-        raise
-    return index
+def new_learner() -> Learner:
+    """The first one is made behind the listeners: it brings Numba."""
+    from index.learner import Learner
+
+    return Learner()
 
 
-async def _reconcile(index: VectorOwner, identity: str, store: Store) -> None:
-    held, wanted = await index.ids(), await store.entries.ids(identity)
-    gone = np.setdiff1d(held, wanted, assume_unique=True)
-    if len(gone):
-        index.remove(gone.tolist())
-    missing = np.setdiff1d(wanted, held, assume_unique=True)
-    if not len(missing):
-        return
-    async for block in store.entries.vectors(identity, after_id=int(missing[0]) - 1):
-        places = np.minimum(np.searchsorted(missing, block.ids), len(missing) - 1)
-        new = missing[places] == block.ids
-        scopes = [scope.tobytes() for scope in block.scopes[new]]
-        await index.add_many(block.ids[new], scopes, block.vectors[new], block.signatures[new], block.expires_ms[new])
+async def load_meaning(app: App, stack: contextlib.AsyncExitStack, tell: Tell) -> None:
+    """Open what compares questions by meaning, while requests are answered without it. `stack` closes it."""
+    meaning, settings = app.pipeline.meaning, app.settings
+    began_s = time.monotonic()
 
+    def step(now: Step) -> None:
+        meaning.step = now
+        tell(f"loading       {now.number}/{now.of} {now.about}")
 
-async def open_semantic(
-    settings: Settings, store: Store, stack: contextlib.AsyncExitStack
-) -> tuple[EmbedderOwner | None, VectorOwner | None, str]:
-    """Embedder and index, or why there are none. Raises ConfigError when `embedding.require_semantic` is set."""
-    wanted = settings.embedding
+    async def progress() -> None:
+        while True:
+            await asyncio.sleep(PROGRESS_S)
+            if (now := meaning.step) is not None:
+                tell(f"loading       {now.number}/{now.of} {now.about}: {time.monotonic() - began_s:.0f} s so far")
+
     if not settings.rules.semantic:
-        return None, None, "semantic_off"
+        meaning.close("semantic_off")
+        return
+    telling = asyncio.ensure_future(progress())
     try:
-        embedder = await open_embedder(
-            settings.data_dir,
-            model=None if wanted.model == BUNDLED_MODEL else wanted.model,
-            backend=wanted.backend,
-            threads=wanted.threads,
-            queue=wanted.queue,
-            lru=wanted.lru,
-            states_bytes=wanted.states_bytes,
-            guarded=settings.rules.pair_guard,
-            encode_deadline_s=wanted.deadline_ms / 1000,
-            queue_deadline_s=max(QUEUE_DEADLINE_S, wanted.deadline_ms / 1000),  # a turn may take as long as a call
-        )
-        stack.push_async_callback(embedder.close)
-        if settings.rules.pair_guard and not embedder.can_verify:
-            log.warning("no pair guard for this model: only evidence serves", extra={"cause": embedder.identity})
-        index = await open_index(settings, embedder, store)
-        stack.push_async_callback(asyncio.to_thread, index.close)
-    except (IndexRoomError, CacheFault) as fault:
-        if wanted.require_semantic:
-            raise ConfigError(f"semantic lookups are required and cannot start: {fault}") from fault
-        reason = fault.code if isinstance(fault, CacheFault) else fault.reason
+        step(Step("libraries", 1, 4))
+        room = await aside(lambda: importlib.import_module("proxy.loading"))
+        app.opened = opened = await room.open_semantic(settings, app.store, stack, step)
+        meaning.identity = opened.embedder.identity
+        await learn(app, opened.embedder.identity)
+    except (IndexRoomError, CacheFault, ImportError) as fault:
+        reason = fault.code if isinstance(fault, CacheFault) else getattr(fault, "reason", "embedder_down")
         log.error("serving exact hits only", extra={"reason": reason, "cause": str(fault)})
-        return None, None, reason
-    return embedder, index, ""
+        if settings.embedding.require_semantic:
+            app.refusal = ConfigError(f"semantic lookups are required and cannot start: {fault}")
+            app.stopping.set()
+        meaning.close(reason, str(fault))
+        tell(f"semantic      {reason}: exact hits only ({fault})")
+        return
+    finally:
+        telling.cancel()
+    app.reindex = Reindex(
+        opened.embedder, app.store.entries, app.pipeline.propose, lambda: opened.embedder.queue_length
+    )
+    app.pipeline.on_lacking = app.reindex.wake
+    meaning.open(opened.parts(guarded=settings.rules.pair_guard))
+    tell(f"semantic      {describe(meaning)}, after {time.monotonic() - began_s:.1f} s")
+    for line in degraded_lines(app.health):
+        tell(line)
 
 
-def renewal(edges: Edges, pipeline: Pipeline) -> Reindex | None:
-    embedder = edges.embedder
-    if embedder is None:
-        return None
-    reindex = Reindex(embedder, edges.store.entries, pipeline.propose, lambda: embedder.queue_length)
-    pipeline.on_lacking = reindex.wake
-    return reindex
-
-
-async def learn(pipeline: Pipeline) -> None:
+async def learn(app: App, embedder: str) -> None:
     """What judge and router knew when they stopped. Without it they start strict, which is safe."""
     try:
-        await pipeline.auditor.load()
-        await pipeline.errands.router.load()
+        await app.pipeline.auditor.load(embedder)
+        await app.pipeline.errands.router.load()
     except CacheFault as fault:
         log.error("the judge starts without what it had learned", extra={"cause": fault.message})
+        app.unlearned = fault.message
 
 
 async def follow(app: App) -> None:
-    """Learn what other replicas of this database purge and learn."""
+    """Take up what other replicas of this database purge, and what they learn, after what is written down."""
     while True:
         await asyncio.sleep(FOLLOW_S)
         try:
             await app.pipeline.follow()
-            await app.pipeline.auditor.follow()
+            if app.pipeline.meaning.parts is not None:
+                await app.pipeline.auditor.follow()
         except CacheFault as fault:
             app.telemetry.fault(fault.code)
 
 
-async def housekeep(app: App, index: VectorOwner | None) -> None:
+async def renew(app: App) -> None:
+    """Vectors of this model for the entries that have none of it."""
+    await app.pipeline.meaning.settled()
+    if app.reindex is not None:
+        await app.reindex.keep_up()
+
+
+class Saving:
+    """The snapshot of the index, and why its last saving failed; "" when it did not."""
+
+    def __init__(self) -> None:
+        self.fault = ""
+
+    async def save(self, app: App) -> None:
+        """Raises IndexRoomError."""
+        if app.opened is None:
+            return
+        try:
+            await app.opened.index.snapshot(app.settings.data_dir / SNAPSHOT_NAME)
+            self.fault = ""
+        except IndexRoomError as fault:
+            self.fault = str(fault)
+            raise
+
+
+async def housekeep(app: App, saving: Saving) -> None:
     """Expire, evict, and save the index now and then."""
     saved_s = time.monotonic()
     while True:
@@ -261,8 +276,8 @@ async def housekeep(app: App, index: VectorOwner | None) -> None:
             await app.store.comparisons.housekeep()
             await app.store.votes.housekeep()
             await app.store.batches.housekeep(now_ms)
-            if index is not None and time.monotonic() - saved_s >= app.settings.index.snapshot_interval_s:
-                await index.snapshot(app.settings.data_dir / SNAPSHOT_NAME)
+            if time.monotonic() - saved_s >= app.settings.index.snapshot_interval_s:
+                await saving.save(app)
                 saved_s = time.monotonic()
         except (CacheFault, IndexRoomError) as fault:
             app.telemetry.fault(fault.code if isinstance(fault, CacheFault) else fault.reason)
@@ -270,41 +285,36 @@ async def housekeep(app: App, index: VectorOwner | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Edges:
-    """What the pipeline stands between, open and warm."""
+    """What the pipeline stands between, open."""
 
     telemetry: Telemetry
     prices: Prices
+    booking: Booking
     store: Store
     upstreams: Upstreams
-    embedder: EmbedderOwner | None
-    index: VectorOwner | None
-    semantic_fault: str
 
 
-def _compile() -> None:
-    compile_kernels()
-    compile_features()
-
-
-async def open_edges(settings: Settings, log_writer: logs.LogWriter | None, stack: contextlib.AsyncExitStack) -> Edges:
-    """Everything but the listeners; `stack` closes it. Raises ConfigError."""
+async def open_edges(
+    settings: Settings, log_writer: logs.LogWriter | None, stack: contextlib.AsyncExitStack, tell: Tell
+) -> Edges:
+    """What answers requests without meaning; `stack` closes it. Raises ConfigError."""
     telemetry = Telemetry(log_writer, level=logging.getLevelNamesMapping()[settings.log.level])
     prices = configured(settings)
-    if settings.rules.semantic:  # seconds: beside the opening of database and model; whoever needs them waits
-        compiling = asyncio.get_running_loop().run_in_executor(None, _compile)
-        stack.push_async_callback(asyncio.wait, [compiling])
-    await asyncio.to_thread(prices.load)
-    store = await open_store(
-        settings.store.database_url or None,
-        settings.data_dir,
-        price=prices.price,
-        rates=prices.rates,
-        limit_entries=settings.store.max_entries,
-        limit_bytes=settings.store.max_bytes,
-        queue_limit=settings.store.queue,
-    )
+    booking = Booking(prices)
+    slow = asyncio.get_running_loop().call_later(SLOW_OPENING_S, tell, "waiting       for the database")
+    try:
+        store = await open_store(
+            settings.store.database_url or None,
+            settings.data_dir,
+            price=booking.price,
+            rates=prices.rates,
+            limit_entries=settings.store.max_entries,
+            limit_bytes=settings.store.max_bytes,
+            queue_limit=settings.store.queue,
+        )
+    finally:
+        slow.cancel()
     stack.push_async_callback(store.close)
-    embedder, index, fault = await open_semantic(settings, store, stack)
     forward = settings.forward
     upstreams = Upstreams(
         [upstream_address(name, upstream) for name, upstream in settings.upstreams.items()],
@@ -318,13 +328,13 @@ async def open_edges(settings: Settings, log_writer: logs.LogWriter | None, stac
     )
     await upstreams.start()
     stack.push_async_callback(upstreams.close)
-    return Edges(telemetry, prices, store, upstreams, embedder, index, fault)
+    return Edges(telemetry, prices, booking, store, upstreams)
 
 
 def assemble(settings: Settings, edges: Edges, tasks: Tasks, finishing: Tasks) -> tuple[Pipeline, ClientHandler]:
     """The pipeline over its edges, and the handler in front of it."""
     hot = HotRows(settings.cache.hot_bytes)
-    embedder = edges.embedder
+    meaning = Meaning()
     routes = Routes(orjson.loads)
     secret = read_secret(settings.data_dir)
     steering = Steering(settings.policies, settings.aliases, settings.ready)
@@ -333,15 +343,16 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks, finishing: Tasks) -
     ledger = MeteredLedger(edges.store.ledger, ring)
     books = Books(ledger, edges.prices, edges.telemetry)
     model = settings.cache.judge_model
-    identity = "" if embedder is None else embedder.identity
+
+    def note(level: LevelName, change: Tally) -> None:
+        edges.store.comparisons.note(meaning.identity, level, change)
+
     auditor = Auditor(
-        judge=Judge(settings.rules, Learner, LEVELS, SENSITIVITY, partial(edges.store.comparisons.note, identity)),
+        judge=Judge(settings.rules, new_learner, LEVELS, SENSITIVITY, note),
         entries=edges.store.entries,
         comparisons=edges.store.comparisons,
-        comparer=None if embedder is None else Comparer(embedder.embed, lambda: embedder.queue_length),
+        meaning=meaning,
         arbiter=Arbiter(model=model, upstream=edges.upstreams, books=books) if model else None,
-        verify=embedder.verify if embedder is not None and embedder.can_verify and settings.rules.pair_guard else None,
-        embedder=identity,
         hot=hot,
         tasks=tasks,
         telemetry=edges.telemetry,
@@ -365,21 +376,17 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks, finishing: Tasks) -
         telemetry=edges.telemetry,
         tasks=tasks,
         hot=hot,
-        embedder=embedder,
-        index=edges.index,
+        meaning=meaning,
         auditor=auditor,
         forwarder=forwarder,
         router=Router(
             settings.lanes.route,
             reader=reader,
             votes=edges.store.votes,
-            embedder=embedder,
-            index=edges.index,
-            comparer=None if embedder is None else Comparer(embedder.embed, lambda: embedder.queue_length),
+            meaning=meaning,
         ),
         prefetcher=Prefetcher(settings.lanes.prefetch),
         stale=settings.lanes.stale,
-        semantic_fault=edges.semantic_fault,
         usage_on_hit=settings.cache.usage_on_hit,
         pace=settings.stream.pace,
         finisher=Finisher(settings.stream.on_leave, finishing, settings.rules.answer_limit_bytes),
@@ -414,7 +421,7 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks, finishing: Tasks) -
     if settings.batch.serve:
         handler.batches = batch_api(settings, edges, tasks, handler, Lines(
             pipeline, embeddings, books, settings.rules, aliases_of(settings.forward.model_aliases), ring,
-            settings.cache.usage_on_hit, lambda: 0 if embedder is None else embedder.queue_length,
+            settings.cache.usage_on_hit, lambda: meaning.waiting,
         ))  # fmt: skip
     return pipeline, handler
 
@@ -449,61 +456,59 @@ def batch_api(settings: Settings, edges: Edges, tasks: Tasks, handler: ClientHan
     )
 
 
-async def open_admin(settings: Settings, operator: Operator, edges: Edges, token: str) -> web.AppRunner:
-    """The admin listener, accepting; the caller cleans it up. Raises ConfigError."""
+async def open_admin(
+    settings: Settings, operator: Operator, telemetry: Telemetry, token: str, sockets: Sequence[socket.socket]
+) -> web.AppRunner:
+    """The admin listener, accepting; the caller cleans it up."""
     gate = Gate(token, LOOPBACK_NAMES | {settings.server.admin.host})
-    built = admin.build(operator, edges.telemetry, gate)
+    built = admin.build(operator, telemetry, gate)
     runner = web.AppRunner(built, access_log=None, handle_signals=False, max_line_size=ADMIN_LINE_BYTES)
     await runner.setup()
-    site = web.TCPSite(runner, settings.server.admin.host, settings.server.admin.port)
-    try:
-        await site.start()
-    except OSError as error:
-        await runner.cleanup()
-        raise _no_listener(settings.server.admin, error) from error
+    for one in sockets:
+        await web.SockSite(runner, one).start()
     return runner
 
 
-async def open_clients(settings: Settings, handler: ClientHandler) -> listener.Listener:
-    """The client listener, accepting. Raises ConfigError."""
-    address = settings.server.listen
-    try:
-        return await listener.start(handler, address.host, address.port, settings.limits)
-    except OSError as error:
-        raise _no_listener(address, error) from error
-
-
-def _no_listener(address: Address, error: OSError) -> ConfigError:
-    """A port that another process holds, and an address that the machine does not have, may come by themselves."""
-    kind = NotYet if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) else ConfigError
-    return kind(f"cannot listen on {address}: {error.strerror}")
+def _silent(_line: str) -> None:
+    return None
 
 
 @contextlib.asynccontextmanager
-async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = None) -> AsyncIterator[App]:
-    """A serving ibid; leaving the context stops accepting, drains, flushes and closes. Raises ConfigError."""
+async def open_app(
+    settings: Settings,
+    *,
+    log_writer: logs.LogWriter | None = None,
+    door: doorstep.Doorstep | None = None,
+    tell: Tell = _silent,
+    stopping: asyncio.Event | None = None,
+) -> AsyncIterator[App]:
+    """A serving ibid; what compares by meaning may still be loading (`App.settled`). Leaving the context stops
+    accepting, drains, flushes and closes. `door`: where the ports are open already. Raises ConfigError."""
+    stopping = stopping or asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
         started_s = time.perf_counter()
-        edges = await open_edges(settings, log_writer, stack)
+        bound = doorstep.bind(settings) if door is None else None
+        if bound is not None:
+            stack.callback(bound.close)
+        edges = await open_edges(settings, log_writer, stack, tell)
         token, token_path = load_token(settings.server.admin_token, settings.data_dir)
         if log_writer is not None:
             log_writer.form.redactor.register(token)
         tasks, background = Tasks(edges.telemetry.fault), Tasks(edges.telemetry.fault)
         finishing = Tasks(edges.telemetry.fault)
+        behind = await stack.enter_async_context(contextlib.AsyncExitStack())
         stack.push_async_callback(background.close, 1.0)
         pipeline, handler = assemble(settings, edges, tasks, finishing)
         try:
             await handler.keys.load()
         except CacheFault as fault:
             raise NotYet(f"virtual keys cannot be read: {fault.message}") from fault
-        if edges.embedder is not None:
-            await learn(pipeline)
-        pulse, stopping = Pulse(), asyncio.Event()
-        reindex = renewal(edges, pipeline)
+        pulse, health, saving = Pulse(), Health(), Saving()
         operator = Operator(
             pipeline=pipeline,
             store=edges.store,
             telemetry=edges.telemetry,
+            health=health,
             explain=Explainer(pipeline, handler, edges.store, settings.lanes, edges.prices).explain,
             gauges=lambda: {
                 "loop_stall_ms_max": round(pulse.longest_ms, 3),
@@ -511,32 +516,51 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
             },
             settings=settings,
             keys=handler.keys,
-            reindex=reindex,
+            reindex=lambda: app.reindex,
             spawn=background.spawn,
             is_stopping=stopping.is_set,
         )
-        memory = memory_of(settings, pipeline, handler)
         app = App(
-            settings, pipeline, edges.store, edges.telemetry, operator, handler.keys, token, token_path, stopping,
-            memory,
-        )  # fmt: skip
+            settings,
+            pipeline,
+            edges.store,
+            edges.telemetry,
+            operator,
+            handler.keys,
+            token,
+            token_path,
+            stopping,
+            health,
+            memory_of(settings, pipeline, handler),
+        )
+        watch_health(app, edges, saving)
         watch(app, handler, pulse, edges)
-        runner = await open_admin(settings, operator, edges, token)
+        if door is not None:
+            bound = door.take()
+            stack.callback(bound.close)
+        assert bound is not None
+        runner = await open_admin(settings, operator, edges.telemetry, token, bound.admin)
         stack.push_async_callback(runner.cleanup)
         app.admin_port = int(runner.addresses[0][1])
-        clients = await open_clients(settings, handler)
+        clients = listener.Listener(listener.ClientServer(handler, settings.limits), bound.clients, ACCEPT_TICK_S)
         app.port = clients.port
+
+        def each_second(now_s: float) -> None:
+            handler.beat(now_s)
+            health.look()
+
         endless = [
-            background.spawn(pulse.run(handler, memory), "pulse"),
-            background.spawn(housekeep(app, edges.index), "housekeeping"),
+            background.spawn(pulse.run(app.memory, each_second), "pulse"),
+            background.spawn(load_meaning(app, behind, tell), "loading"),
+            background.spawn(load_prices(edges.prices), "prices"),
+            background.spawn(housekeep(app, saving), "housekeeping"),
             background.spawn(handler.keys.follow(edges.telemetry.fault), "keys"),
+            background.spawn(renew(app), "reindex"),
         ]
-        if reindex is not None:
-            endless.append(background.spawn(reindex.keep_up(), "reindex"))
         if edges.store.database.dialect == "postgresql":  # SQLite has one process
             endless.append(background.spawn(follow(app), "follow"))
         if (batches := handler.batches) is not None:
-            endless.append(background.spawn(take_up(batches, edges.store.database.dialect), "batches"))
+            endless.append(background.spawn(take_up(app, batches), "batches"))
         try:
             yield app
         finally:
@@ -553,40 +577,41 @@ async def open_app(settings: Settings, *, log_writer: logs.LogWriter | None = No
                 await batches.deferred.drained(settings.server.drain_timeout_s)
             await finishing.close(max(0.0, drained_s - time.perf_counter()))
             await tasks.close(5.0)
-            if edges.index is not None:
+            if not pipeline.meaning.is_loading:
                 with contextlib.suppress(IndexRoomError):
-                    await edges.index.snapshot(settings.data_dir / SNAPSHOT_NAME)
+                    await saving.save(app)
 
 
 def memory_of(settings: Settings, pipeline: Pipeline, handler: ClientHandler) -> Memory:
     """The bound on memory, over the caches that can be dropped and the way in that can be shut."""
-    embedder = pipeline.embedder
-    caches = [pipeline.hot.clear, pipeline.judge.shed]
-    if isinstance(embedder, EmbedderOwner):
-        caches.append(embedder.shed)
 
-    def refuse(is_short: bool) -> None:
-        handler.admission.is_shut = is_short
-
-    return Memory(settings.server.memory_bytes or group_limit_bytes(), [*caches, trim_heap], refuse)
+    caches = [pipeline.hot.clear, pipeline.judge.shed, handler.shed, pipeline.meaning.shed, trim_heap]
+    return Memory(settings.server.memory_bytes or group_limit_bytes(), caches, handler.shut)
 
 
-async def take_up(batches: BatchApi, database: str) -> None:
-    """Go on with batches and deferred calls of an earlier process, and of replicas that are gone."""
+async def load_prices(prices: Prices) -> None:
+    """The price list, behind the listeners: reading it takes most of a second."""
+    await aside(prices.load)
+
+
+async def take_up(app: App, batches: BatchApi) -> None:
+    """Go on with batches and deferred calls of an earlier process, and of replicas that are gone: as soon as what may
+    answer them without a call is loaded."""
+    await app.pipeline.meaning.settled()
     while True:
         try:
             await batches.engine.start()
             await batches.deferred.start()
         except CacheFault as fault:
             log.warning("batches of before wait", extra={"cause": fault.message})
-        if database == "sqlite":  # one process: nobody else can leave any
+        if app.store.database.dialect == "sqlite":  # one process: nobody else can leave any
             return
         await asyncio.sleep(HOUSEKEEPING_S)
 
 
 def watch(app: App, handler: ClientHandler, pulse: Pulse, edges: Edges) -> None:
     """Gauges that are read at scrape time."""
-    gauge, embedder, index = app.telemetry.watch, edges.embedder, edges.index
+    gauge = app.telemetry.watch
     for name in app.settings.upstreams:
         is_open = partial(lambda one: float(edges.upstreams.breaker(one).is_open), name)
         gauge("ibid_upstream_down", "An upstream that keeps failing is only probed", is_open, upstream=name)
@@ -607,10 +632,46 @@ def watch(app: App, handler: ClientHandler, pulse: Pulse, edges: Edges) -> None:
     gauge("ibid_hot_bytes", "Memory of rows served without SQL", lambda: app.pipeline.hot.size_bytes)
     gauge("ibid_memory_used_share", "Resident memory by what it may be", lambda: app.memory.used_share)
     gauge("ibid_loop_stall_seconds_max", "Longest stall of the event loop", lambda: pulse.longest_ms / 1e3)
-    if embedder is not None and index is not None:
-        gauge("ibid_queue_length", "Waiting work", lambda: embedder.queue_length, queue="embedder")
-        gauge("ibid_queue_length", "Waiting work", lambda: index.waiting, queue="index")
-        gauge("ibid_vectors", "Vectors in the index", lambda: index.size)
+    gauge("ibid_unpriced_models", "Models that answered without a price", lambda: len(edges.booking.unpriced))
+    for part in app.health.parts:
+        is_degraded = partial(lambda one: float(app.health.is_degraded(one)), part)
+        gauge("ibid_degraded", "1 for a part that is not as it should be", is_degraded, part=part)
+    if app.settings.rules.semantic:
+        meaning = app.pipeline.meaning
+        gauge("ibid_queue_length", "Waiting work", lambda: meaning.waiting, queue="embedder")
+        gauge("ibid_queue_length", "Waiting work", lambda: app.opened.index.waiting if app.opened else 0, queue="index")
+        gauge("ibid_vectors", "Vectors in the index", lambda: app.opened.index.size if app.opened else 0)
+
+
+def watch_health(app: App, edges: Edges, saving: Saving) -> None:
+    """Every part that can serve less well without anybody being told by an error."""
+    meaning, store, watch = app.pipeline.meaning, app.store, app.health.watch
+
+    def semantic() -> Trouble | None:
+        if meaning.reason in ("", "semantic_off"):
+            return None
+        at = meaning.step
+        return Trouble(meaning.reason, meaning.cause if at is None else f"{at.number}/{at.of} {at.about}")
+
+    watch("semantic", semantic)
+    watch("model", lambda: _opened_trouble(app, lambda found: "" if found.is_converted else "torch_fallback"))
+    watch("pair_guard", lambda: _opened_trouble(app, lambda found: "" if found.is_guarded else "no_pair_guard"))
+    watch("embedder", lambda: _opened_trouble(app, lambda found: found.embedder.trouble))
+    watch("index", lambda: _opened_trouble(app, lambda found: found.index.trouble))
+    watch("kernels", lambda: _opened_trouble(app, lambda found: "" if found.is_compiled else "interpreted"))
+    watch("evidence", lambda: Trouble("unlearned", app.unlearned) if app.unlearned else None)
+    watch("snapshot", lambda: Trouble("snapshot_unsaved", saving.fault) if saving.fault else None)
+    watch("store", lambda: None if store.state == "ok" else Trouble(store.state, store.database.label))
+    watch("ledger", lambda: None if store.ledger.state == "ok" else Trouble(store.ledger.state))
+    watch("keys", lambda: Trouble("unread") if app.keys.is_stale else None)
+    watch("prices", lambda: Trouble("unpriced", ", ".join(edges.booking.unpriced)) if edges.booking.unpriced else None)
+
+
+def _opened_trouble(app: App, look: Callable[[Opened], str]) -> Trouble | None:
+    """What is the matter with a part of what was loaded; none before it is."""
+    if app.pipeline.meaning.parts is None or app.opened is None or not (reason := look(app.opened)):
+        return None
+    return Trouble(reason, app.opened.embedder.identity)
 
 
 def keyed(settings: Settings) -> set[str]:
@@ -631,9 +692,15 @@ def banner(app: App) -> str:
         f"admin         http://{host.admin.host}:{app.admin_port}  (token: {token})",
         f"upstreams     {', '.join(f'{n} {u.base_url}' for n, u in app.settings.upstreams.items())}",
         f"database      {app.store.database.label}{' (new)' if app.store.database.is_new else ''}",
-        f"semantic      {describe(app.pipeline)}",
+        f"semantic      {describe(app.pipeline.meaning)}",
+        *degraded_lines(app.health),
     ]
     return "\n".join(lines)
+
+
+def degraded_lines(health: Health) -> list[str]:
+    """What the banner says of every part but semantic lookups, which have a line of their own."""
+    return [f"degraded      {part}: {reason}" for part, reason in health.reasons().items() if part != "semantic"]
 
 
 def extra_headers(settings: Settings) -> frozenset[str]:
@@ -667,30 +734,61 @@ def answers_of(entries: EntryStore, hot: HotRows) -> Callable[[int], Awaitable[A
     return find
 
 
-def describe(pipeline: Pipeline) -> str:
-    return pipeline.semantic_fault if pipeline.embedder is None else f"on, embedder {pipeline.embedder.identity}"
+def describe(meaning: Meaning) -> str:
+    """What the banner says of semantic lookups."""
+    if meaning.embedder is not None:
+        return f"on, embedder {meaning.identity}"
+    return "loading; exact hits and forwards are served meanwhile" if meaning.is_loading else meaning.reason
 
 
-async def run(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT; a second signal ends the process at once."""
+async def run(settings: Settings, door: doorstep.Doorstep | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; a second signal ends the process at once. Raises ConfigError."""
+    loop, main = asyncio.get_running_loop(), asyncio.current_task()
+    assert main is not None
+    stopping, is_open = asyncio.Event(), False
+
+    def on_signal() -> None:
+        if stopping.is_set():
+            os._exit(1)
+        stopping.set()
+        if not is_open:
+            main.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
     writer = logs.set_up(settings.log.level, as_json=settings.log.format == "json", secrets=secrets_of(settings))
+    meaning: Meaning | None = None
     try:
-        async with open_app(settings, log_writer=writer) as app:
-            loop = asyncio.get_running_loop()
-
-            def on_signal() -> None:
-                if app.stopping.is_set():
-                    os._exit(1)
-                app.stopping.set()
-
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, on_signal)
+        async with open_app(settings, log_writer=writer, door=door, tell=_say, stopping=stopping) as app:
+            is_open, meaning = True, app.pipeline.meaning
             settle_garbage()
-            sys.stderr.write(banner(app) + "\n")
-            sys.stderr.flush()
-            await app.stopping.wait()
+            _say(banner(app))
+            await _first(stopping.wait(), meaning.settled())
+            settle_garbage()
+            await stopping.wait()
+        if app.refusal is not None:
+            raise app.refusal
+    except asyncio.CancelledError:
+        if not stopping.is_set():
+            raise
     finally:
         logs.tear_down(writer)
+    if meaning is None or meaning.is_loading:  # a thread is importing or compiling, and nobody needs what it makes
+        sys.stderr.flush()
+        os._exit(0)
+
+
+async def _first(*events: Coroutine[Any, Any, object]) -> None:
+    """Wait for one of these."""
+    waiting = [asyncio.ensure_future(event) for event in events]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    for one in waiting:
+        one.cancel()
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 def settle_garbage() -> None:
@@ -711,6 +809,7 @@ def secrets_of(settings: Settings) -> list[str]:
     return [secret for secret in (settings.server.admin_token, password, *keys) if secret]
 
 
-def serve(settings: Settings) -> None:
-    """Run in the foreground. Raises ConfigError."""
-    uvloop.run(run(settings))
+def serve(settings: Settings, door: doorstep.Doorstep | None = None) -> None:
+    """Run in the foreground. What is written is its owner's alone. Raises ConfigError."""
+    os.umask(0o077)
+    uvloop.run(run(settings, door))

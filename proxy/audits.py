@@ -21,8 +21,8 @@ import contextlib
 import logging
 import random
 import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple
 
 import orjson
@@ -45,6 +45,7 @@ from proxy.judge import (
     place_of,
     signature_from,
 )
+from proxy.meaning import Meaning
 from proxy.tasks import Tasks
 from proxy.telemetry import Telemetry
 
@@ -56,11 +57,9 @@ COMPARISONS_AT_ONCE = 32  # after misses; an audit, which was paid for, is alway
 OTHER_GROUPS = 2  # further groups a new answer is compared with, to join one
 REMEMBERED = 16_384  # semantic hits that feedback can still name
 EQUAL = 0.999  # equal but for case, space and punctuation: no model is asked
+RELEARNED_AT_ONCE = 32  # a millisecond or two
+LATE = 10_000  # corrections kept until what is written down was learned
 LOADED = 10_000  # comparisons a start learns from
-
-
-Verify = Callable[[str, Sequence[str], str], Awaitable[list[float]]]
-"""(text asked, stored texts, tenant) → the pair guard's logits. Raises as `ports.Embedder.verify`."""
 
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -93,10 +92,8 @@ class Auditor:
         judge: Judge,
         entries: ports.EntryStore,
         comparisons: ports.Comparisons,
-        comparer: ports.AnswerComparer | None,
+        meaning: Meaning,
         arbiter: ports.Arbiter | None,
-        verify: Verify | None,
-        embedder: str,
         hot: HotRows,
         tasks: Tasks,
         telemetry: Telemetry,
@@ -104,13 +101,11 @@ class Auditor:
         chance: Callable[[], float] = random.random,
     ) -> None:
         self.judge = judge
-        self.evidence = Evidence(judge, comparisons, embedder, tasks)
+        self.evidence = Evidence(judge, comparisons, lambda: meaning.identity, tasks)
         self._entries = entries
         self._comparisons = comparisons
-        self._comparer = comparer
+        self._meaning = meaning
         self._arbiter = arbiter
-        self._verify = verify
-        self._embedder = embedder
         self._hot = hot
         self._tasks = tasks
         self._telemetry = telemetry
@@ -121,6 +116,8 @@ class Auditor:
         self._comparing = 0
         self._hits: OrderedDict[str, _Hit] = OrderedDict()
         self._last_row = 0
+        self._has_learned = False
+        self._late: deque[tuple[Comparison, float]] = deque(maxlen=LATE)  # corrections that came while it was learning
         self._last_refused_ms = 0
 
     # -- what was served --------------------------------------------------------------------------------------------
@@ -135,7 +132,7 @@ class Auditor:
         It must not when an audit is due and has no room, and nothing is proven.
         """
         share = self.judge.audit_share(opinion, judged)
-        due = self._comparer is not None and self._chance() < share
+        due = self._meaning.comparer is not None and self._chance() < share
         opinion.stands_for = 1.0 / share if due else None
         has_room = self._audits < AUDITS_AT_ONCE + AUDITS_WAITING
         return "audits_behind" if due and not has_room and judged.standing is not Standing.PROVEN else ""
@@ -183,7 +180,11 @@ class Auditor:
         if again is None and not opinion.judged:
             self.judge.enter(opinion.place, entry.id, entry.id)
             return
-        if self._comparer is None or self._tasks.closed or (again is None and self._comparing >= COMPARISONS_AT_ONCE):
+        if (
+            self._meaning.comparer is None
+            or self._tasks.closed
+            or (again is None and self._comparing >= COMPARISONS_AT_ONCE)
+        ):
             self._telemetry.audit("skipped")
             self.judge.enter(opinion.place, entry.id, entry.id)
             return
@@ -242,8 +243,9 @@ class Auditor:
 
     async def _likeness(self, answer: Answer, kept: HotRow, tenant: str) -> float:
         """Probability that two answers say the same."""
-        assert self._comparer is not None
-        return await self._comparer.compare(_text(answer), _text(kept.answer), tenant)
+        comparer = self._meaning.comparer
+        assert comparer is not None
+        return await comparer.compare(_text(answer), _text(kept.answer), tenant)
 
     async def _verdict(self, answer: Answer, kept: HotRow, query: Query, headers: Headers, request_id: str) -> float:
         """Probability that two answers say the same, of the language model where there is one and it is needed."""
@@ -262,9 +264,10 @@ class Auditor:
 
     async def _weight(self, opinion: Opinion, judged: Judged, query: Query, kept: HotRow) -> float:
         """For how many decisions a forwarded one stands: 0 when the pair guard would have refused it."""
-        if self._verify is not None and judged.candidate.entry_id not in opinion.logits:
+        verify = self._meaning.verify
+        if verify is not None and judged.candidate.entry_id not in opinion.logits:
             with contextlib.suppress(*ports.CACHE_FAULTS):  # not asked: like any other, which is strict
-                (logit,) = await self._verify(query.prompt, [kept.entry.draft.prompt], query.tenant)
+                (logit,) = await verify(query.prompt, [kept.entry.draft.prompt], query.tenant)
                 if logit <= 0.0:
                     return 0.0
         return opinion.stands_for or 1.0
@@ -280,7 +283,7 @@ class Auditor:
             served=served,
             source="audit" if served else "forward",
             request_id=request_id,
-            embedder=self._embedder,
+            embedder=self._meaning.identity,
             ts_ms=int(self._clock() * 1000),
         )
         self.judge.apply(found)
@@ -307,8 +310,7 @@ class Auditor:
         known = await self._comparisons.judged(request_id, entry_id)
         p_same = 1.0 if verdict == "right" else 0.0
         for seen in known:
-            await self.evidence.read(place_of(seen.comparison))
-            self.judge.correct(seen.comparison, p_same)
+            await self._correct(seen.comparison, p_same)
             await self._comparisons.correct(seen.id, p_same, "feedback")
         if not known and hit is not None and hit.opinion is not None and hit.judged is not None:
             assert request_id is not None
@@ -320,11 +322,19 @@ class Auditor:
                 served=True,
                 source="feedback",
                 request_id=request_id,
-                embedder=self._embedder,
+                embedder=self._meaning.identity,
                 ts_ms=int(self._clock() * 1000),
             )
             self.judge.apply(found)
             await self._comparisons.keep(found)  # whoever gave the verdict is told that it counts
+
+    async def _correct(self, found: Comparison, p_same: float) -> None:
+        """At once, or after what is written down was learned: the judge knows nothing of it before."""
+        if self._has_learned:
+            await self.evidence.read(place_of(found))
+            self.judge.correct(found, p_same)
+        else:
+            self._late.append((found, p_same))
 
     async def _never_again(self, asked: bytes, entry_id: int, request_id: str, source: str) -> None:
         """A hard negative: in memory at once, then in SQL."""
@@ -343,17 +353,23 @@ class Auditor:
 
     # -- memory -----------------------------------------------------------------------------------------------------
 
-    async def load(self) -> None:
-        """Learn what is written down. Raises CacheFault."""
+    async def load(self, embedder: str) -> None:
+        """Learn what is written down, from comparisons made with this embedder. Raises CacheFault."""
         for pair in await self._comparisons.refused(0):
             self.judge.refuse(pair.asked, pair.kept)
             self._last_refused_ms = max(self._last_refused_ms, pair.ts_ms)
         async for entry_id, group_id in self._comparisons.groups():
             self.judge.join(entry_id, group_id)
-        for seen in await self._comparisons.newest(self._embedder, LOADED):
+        known = await self._comparisons.newest(embedder, LOADED)
+        for place, seen in enumerate(known):
             self._relearn(seen.comparison)
             self._last_row = seen.id
+            if place % RELEARNED_AT_ONCE == 0:
+                await asyncio.sleep(0)  # requests are answered meanwhile
         await self.evidence.read_all()
+        self._has_learned = True
+        while self._late:
+            await self._correct(*self._late.popleft())
 
     async def follow(self) -> None:
         """Learn what other replicas wrote since. Raises CacheFault."""
@@ -362,7 +378,7 @@ class Auditor:
                 self.judge.refuse(pair.asked, pair.kept)
                 self._hot.drop_alias(pair.asked)
             self._last_refused_ms = max(self._last_refused_ms, pair.ts_ms)
-        for seen in await self._comparisons.after(self._embedder, self._last_row):
+        for seen in await self._comparisons.after(self._meaning.identity, self._last_row):
             self._last_row = seen.id
             if not seen.own:
                 self._relearn(seen.comparison)

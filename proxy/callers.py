@@ -68,6 +68,11 @@ class Callers:
         """Call it for one whose request was answered: of a refused one nothing is kept."""
         self._known.put((headers, target.keys, target.is_keyless), caller, 2 * _size_of_lines(headers) + CALLER_BYTES)
 
+    def shed(self) -> None:
+        """Forget everybody: they are read anew."""
+        self._known.clear()
+        self._of_lines.clear()
+
     def of_line(self, tenant: str, headers: Lines, key_id: str) -> Caller:
         """Who asks a line of a batch, or asked earlier, with this virtual key."""
         grant = self._keys.grant_of(key_id) if key_id else None

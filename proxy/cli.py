@@ -192,9 +192,12 @@ def _add_selection(parser: argparse.ArgumentParser, *, listing: bool) -> None:
 
 
 def _serve(settings: config.Settings, _chosen: argparse.Namespace) -> int:
-    from proxy import app
+    from proxy.doorstep import open_doorstep
 
-    app.serve(settings)
+    door = open_doorstep(settings)
+    from proxy import app  # seconds: behind the open ports
+
+    app.serve(settings, door)
     return FINE
 
 

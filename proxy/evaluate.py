@@ -16,7 +16,8 @@ from scipy.special import betaincinv  # type: ignore[import-untyped]
 
 from index.batcher import guard_for, load_backend
 from index.errors import ModelFault
-from index.learner import LEVELS, Learner
+from index.learner import Learner
+from index.levels import LEVELS
 from index.vectors import VectorOwner
 from proxy.core import policy
 from proxy.core.errors import ConfigError

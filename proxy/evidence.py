@@ -8,7 +8,7 @@ takes a fraction of a second, is done once for all who wait, and goes on when th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from proxy import ports
@@ -25,7 +25,7 @@ A_TURN: Final = 16  # of them before the loop gets its turn: 1.5 ms
 class Evidence:
     """Lives on the event loop; owns nothing it is given."""
 
-    def __init__(self, judge: Judge, comparisons: ports.Comparisons, embedder: str, tasks: Tasks) -> None:
+    def __init__(self, judge: Judge, comparisons: ports.Comparisons, embedder: Callable[[], str], tasks: Tasks) -> None:
         self._judge = judge
         self._comparisons = comparisons
         self._embedder = embedder
@@ -51,7 +51,7 @@ class Evidence:
 
     async def _restore(self, levels: Sequence[LevelName]) -> list[LevelName]:
         """Levels that lack their comparisons; the others are whole."""
-        written = await self._comparisons.tallies(self._embedder, levels)
+        written = await self._comparisons.tallies(self._embedder(), levels)
         lacking = [level for level in levels if self._judge.lacks_rows(level, written[level])]
         for level in levels:
             if level not in lacking:
@@ -71,12 +71,12 @@ class Evidence:
     async def _relearn_one(self, level: LevelName) -> None:
         try:
             learner = self._judge.new_learner()
-            rows = await self._comparisons.of_level(self._embedder, level, RELEARNED)
+            rows = await self._comparisons.of_level(self._embedder(), level, RELEARNED)
             for number, found in enumerate(rows, start=1):
                 teach(learner, found)
                 if not number % A_TURN:
                     await asyncio.sleep(0)
-            written = await self._comparisons.tallies(self._embedder, [level])
+            written = await self._comparisons.tallies(self._embedder(), [level])
             self._judge.restore(level, written[level], learner)
         finally:
             del self._relearning[level]

@@ -446,6 +446,16 @@ class ClientHandler:
         await response.write_eof()
         return "error" if relay.broken is not None or relay.status >= 400 else "ok"
 
+    def shed(self) -> None:
+        """Drop what is remembered of requests, for want of memory."""
+        self._targets.clear()
+        self._queries.clear()
+        self._callers.shed()
+
+    def shut(self, is_shut: bool) -> None:
+        """Let nobody new in, for want of memory, or let them in again."""
+        self.admission.is_shut = self.arriving.is_shut = is_shut
+
     def beat(self, now_s: float) -> None:
         """Called about once a second: keep silent event streams alive. `now_s` is `time.monotonic`."""
         for live in self.streams:

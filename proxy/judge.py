@@ -200,7 +200,10 @@ class Judge:
         self._groups: OrderedDict[int, int] = OrderedDict()  # of entries whose group is not their own id
         self._refused: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
         self.knows_all_refused = True  # no refused pair was dropped from memory
-        self.feature_names: Sequence[str] = self._level(INSTALLATION).learner.names
+
+    @property
+    def feature_names(self) -> Sequence[str]:
+        return self._level(INSTALLATION).learner.names
 
     # -- judging ----------------------------------------------------------------------------------------------------
 

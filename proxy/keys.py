@@ -116,6 +116,7 @@ class KeyRing:
         self._all_read_s = 0.0
         self._spent_read_s = 0.0
         self._pause_s = 0.0
+        self.is_stale = False  # what other processes did could not be read
 
     # -- who asks -------------------------------------------------------------------------------------------------
 
@@ -285,7 +286,9 @@ class KeyRing:
             await asyncio.sleep(FOLLOW_S)
             try:
                 await self._notice()
+                self.is_stale = False
             except ports.CACHE_FAULTS as error:
+                self.is_stale = True
                 fault(getattr(error, "code", "timeout"))
 
     async def _notice(self) -> None:

@@ -19,6 +19,7 @@ from proxy.core.answer import decode_answer
 from proxy.core.errors import BadRequest, CacheFault
 from proxy.core.model import Draft
 from proxy.core.purges import Selector
+from proxy.health import Health
 from proxy.keys import KeyRing
 from proxy.pipeline import Pipeline
 from proxy.reindex import Reindex
@@ -40,11 +41,12 @@ class Operator:
         pipeline: Pipeline,
         store: Store,
         telemetry: Telemetry,
+        health: Health,
         explain: Explainer,
         gauges: Callable[[], Mapping[str, Any]],
         settings: Settings,
         keys: KeyRing,
-        reindex: Reindex | None,
+        reindex: Callable[[], Reindex | None],
         spawn: Callable[[Coroutine[Any, Any, None], str], object],
         is_stopping: Callable[[], bool],
         clock: Callable[[], float] = time.time,
@@ -52,6 +54,7 @@ class Operator:
         self._pipeline = pipeline
         self._store = store
         self._telemetry = telemetry
+        self._health = health
         self._explain = explain
         self._gauges = gauges
         self._settings = settings
@@ -62,15 +65,12 @@ class Operator:
         self._clock = clock
 
     def readiness(self) -> Mapping[str, Any]:
-        degraded = {}
-        if self._store.state != "ok":
-            degraded["store"] = self._store.state
-        if self._store.ledger.state != "ok":
-            degraded["ledger"] = self._store.ledger.state
-        if self._pipeline.rules.semantic and (self._pipeline.embedder is None or self._pipeline.index is None):
-            degraded["semantic"] = self._pipeline.semantic_fault
-        ready = not self._is_stopping()
-        return {"ready": ready, "degraded": degraded if ready else {**degraded, "listener": "stopping"}}
+        degraded, step = self._health.reasons(), self._pipeline.meaning.step
+        if self._is_stopping():
+            return {"ready": False, "degraded": {**degraded, "listener": "stopping"}}
+        if not self._pipeline.meaning.is_loading:
+            return {"ready": True, "degraded": degraded}
+        return {"ready": False, "degraded": degraded, "loading": None if step is None else step._asdict()}
 
     async def ping(self) -> Mapping[str, Any]:
         started = time.perf_counter()
@@ -87,7 +87,8 @@ class Operator:
             "flights": len(self._pipeline.flights),
             "judge": self._pipeline.auditor.status(),
             "lanes": {**self._pipeline.forwarder.status(), **self._pipeline.errands.status()},
-            "reindex": None if self._reindex is None else self._reindex.progress(),
+            "reindex": None if (reindex := self._reindex()) is None else reindex.progress(),
+            "degraded": self._health.told(),
             "ledger": {
                 name: getattr(self._store.ledger, name)
                 for name in ("state", "waiting", "written", "spilled", "dropped", "refused", "journal_bytes")
@@ -172,15 +173,25 @@ class Operator:
         return {"rules": asdict(rules), "sensitivity": judge.sensitivity, "evidence": judge.status()}
 
     def reindex(self) -> Mapping[str, Any]:
-        if self._reindex is None:
+        reindex = self._reindex()
+        if reindex is None:
             raise CacheFault("there is no embedding model to index with", code=self._pipeline.semantic_fault)
-        if not self._reindex.running:
-            self._spawn(self._reindex.run(), "reindex")
-        return self._reindex.progress()
+        if not reindex.running:
+            self._spawn(reindex.run(), "reindex")
+        return reindex.progress()
 
     async def simulate(self, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
         """In a process of its own: it computes for seconds, which this one's loop must not."""
-        command = [sys.executable, "-m", "proxy", "simulate", "--json", "--data-dir", str(self._settings.data_dir)]
+        command = [
+            sys.executable,
+            "-m",
+            "index.lifeline",
+            "proxy",
+            "simulate",
+            "--json",
+            "--data-dir",
+            str(self._settings.data_dir),
+        ]
         if self._settings.source is not None:
             command += ["--config", str(self._settings.source)]
         if wanted["max_error"] is not None:
@@ -195,14 +206,17 @@ class Operator:
             environment["IBID_DATABASE_URL"] = self._settings.store.database_url  # may hold a password: no argument
         process = await asyncio.create_subprocess_exec(
             *command,
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.PIPE,  # open while this process lives
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env=environment,
         )
         try:
             async with asyncio.timeout(SIMULATE_S):
-                out, errors = await process.communicate()
+                assert process.stdout is not None
+                assert process.stderr is not None
+                out, errors = await asyncio.gather(process.stdout.read(), process.stderr.read())
+                await process.wait()
         finally:
             if process.returncode is None:
                 process.kill()

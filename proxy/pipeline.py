@@ -41,6 +41,7 @@ from proxy.lanes.route import MECHANISM as ROUTED
 from proxy.lanes.route import Choice, Router
 from proxy.lanesettings import StaleLane
 from proxy.leaving import Finisher
+from proxy.meaning import Meaning
 from proxy.relay import Head, Paced, Relay, Replay
 from proxy.tasks import Tasks
 from proxy.telemetry import Telemetry
@@ -63,14 +64,12 @@ class Pipeline:
         telemetry: Telemetry,
         tasks: Tasks,
         hot: HotRows,
-        embedder: ports.Embedder | None,
-        index: ports.VectorIndex | None,
+        meaning: Meaning,
         auditor: Auditor,
         forwarder: Forwarder,
         router: Router,
         prefetcher: Prefetcher,
         stale: StaleLane,
-        semantic_fault: str = "",
         usage_on_hit: UsageMode = "original",
         pace: Pace = "instant",
         finisher: Finisher | None = None,
@@ -81,11 +80,9 @@ class Pipeline:
         self.rules = rules
         self._misses = Allowance(semantic_misses_per_min)
         self.hot = hot
-        self.embedder = embedder
-        self.index = index
+        self.meaning = meaning
         self.auditor = auditor
         self.judge = auditor.judge
-        self.semantic_fault = semantic_fault  # why there is no embedder or index; "" when there are
         self.flights: dict[bytes, Flight[Fetch]] = {}
         self._store = store
         self._books = books
@@ -108,12 +105,25 @@ class Pipeline:
             telemetry=telemetry,
             flights=self.flights,
             take_off=self._take_off,
-            embedder=lambda: self.embedder,
+            embedder=lambda: meaning.embedder,
             clock=clock,
         )
         self.purges = 0  # rows read or written before the last of them may be gone
         self._followed = store.purges.newest
         self.on_lacking: Callable[[], None] = _nobody_is_told  # an entry was stored without the vector of its question
+
+    @property
+    def embedder(self) -> ports.Embedder | None:
+        return self.meaning.embedder
+
+    @property
+    def index(self) -> ports.VectorIndex | None:
+        return self.meaning.index
+
+    @property
+    def semantic_fault(self) -> str:
+        """Why there is no embedder and index, or not yet; "" when there are."""
+        return self.meaning.reason
 
     # -- the story ----------------------------------------------------------------------------------------------
 

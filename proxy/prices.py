@@ -19,10 +19,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from fractions import Fraction
 from importlib.metadata import version
-from typing import NamedTuple
-
-from genai_prices.data_snapshot import DataSnapshot
-from genai_prices.types import ModelInfo, ModelPrice, TieredPrices
+from typing import TYPE_CHECKING, NamedTuple
 
 from proxy.core.errors import ConfigError
 from proxy.core.model import Usage
@@ -31,9 +28,14 @@ from proxy.core.units import DAY_MS, NUSD_PER_USD
 from proxy.ports import Price
 from proxy.settings import Settings
 
+if TYPE_CHECKING:  # most of a second to import: when a list price is first asked for
+    from genai_prices.data_snapshot import DataSnapshot
+    from genai_prices.types import ModelInfo, ModelPrice, TieredPrices
+
 NUSD_PER_TOKEN = 1_000  # nano-dollars a token costs at one USD per million tokens
 MEMO_LIMIT = 4_096  # model names come from clients: the memo must not grow with them
 TOKEN_FIELDS = frozenset({"input", "output", "cache_read", "cache_write"})
+UNPRICED_LIMIT = 32
 FACTORS = {"flex_factor": "flex", "batch_factor": "batch", "priority_factor": "priority"}
 """Field of an override → the tier whose rates are that many times the default tier's."""
 OVERRIDE_FIELDS = TOKEN_FIELDS | FACTORS.keys() | {"per_second_usd"}
@@ -109,7 +111,7 @@ class Prices:
         self._snapshot: DataSnapshot | None = None
 
     def load(self) -> None:
-        """Read the snapshot now instead of at the first list price; blocks for about 50 ms."""
+        """Read the snapshot now instead of at the first list price; blocks for most of a second."""
         self._snapshot = self._snapshot or self._load()
 
     def price(self, upstream: str, model: str, usage: Usage, tier: str, ts_ms: int, seconds: float = 0.0) -> Price:
@@ -192,10 +194,26 @@ class Prices:
         return _rates(info.get_prices(at, context), f"{self.source} {provider.id}/{info.id}")
 
     def _load(self) -> DataSnapshot:
-        from genai_prices.data import providers  # 50 ms and 10 MB: only when a list price is first asked for
+        from genai_prices.data import providers
+        from genai_prices.data_snapshot import DataSnapshot
 
         self._snapshot = DataSnapshot(providers=providers, from_auto_update=False)
         return self._snapshot
+
+
+class Booking:
+    """The price book as the ledger uses it: it remembers the models that answered and have no price."""
+
+    def __init__(self, prices: Prices) -> None:
+        self._prices = prices
+        self.unpriced: dict[str, None] = {}  # "upstream/model", in the order they were met
+
+    def price(self, upstream: str, model: str, usage: Usage, tier: str, ts_ms: int, seconds: float = 0.0) -> Price:
+        """As that of `Prices`."""
+        found = self._prices.price(upstream, model, usage, tier, ts_ms, seconds)
+        if found.basis == "unpriced" and len(self.unpriced) < UNPRICED_LIMIT:
+            self.unpriced[f"{upstream}/{model}" if tier == "default" else f"{upstream}/{model} ({tier})"] = None
+        return found
 
 
 def configured(settings: Settings) -> Prices:
@@ -231,6 +249,8 @@ def _exact(usd_per_mtok: Decimal) -> Fraction:
 def _tiers(value: Decimal | TieredPrices | None) -> tuple[tuple[int, Fraction], ...] | None:
     if value is None:
         return None
+    from genai_prices.types import TieredPrices
+
     if isinstance(value, TieredPrices):
         steps = sorted(((tier.start, _exact(tier.price)) for tier in value.tiers), reverse=True)
         return (*steps, (-1, _exact(value.base)))

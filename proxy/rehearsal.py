@@ -22,7 +22,8 @@ from index.errors import TextTooLong
 from index.features import compile_features
 from index.guard.head import Guard
 from index.kernels import compile_kernels
-from index.learner import LEVELS, Learner
+from index.learner import Learner
+from index.levels import LEVELS
 from index.tokens import signature as signature_of
 from index.vectors import VectorOwner
 from proxy.core import policy

@@ -11,8 +11,9 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from index.convert import INT8, OFFLINE, ONNX, artefact_directory
+from index.convert import INT8, ONNX, artefact_directory
 from index.model import locate
+from index.quiet import SILENCE
 from tests.waiting import PATIENCE_S
 
 
@@ -37,7 +38,7 @@ def converted_data_dir() -> Path:
         for name in absent:
             command += ["--backend", name]
         done = subprocess.run(
-            command, env={**os.environ, **OFFLINE}, capture_output=True, text=True, timeout=3 * PATIENCE_S
+            command, env={**os.environ, **SILENCE}, capture_output=True, text=True, timeout=3 * PATIENCE_S
         )
         assert done.returncode == 0, done.stderr
     return data_dir

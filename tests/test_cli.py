@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -26,6 +27,7 @@ from proxy import checks, cli, printing, rebuild
 from proxy.admin import EntryFilter, Selector, build
 from proxy.admin_auth import Gate, load_token
 from proxy.core.errors import ConfigError
+from proxy.doorstep import Doorstep
 from proxy.store.store import migrate_store, open_store
 from proxy.telemetry import Telemetry
 from tests.rows import NOW, draft, list_price
@@ -351,16 +353,26 @@ def test_serve_hands_checked_settings_to_the_program(
 ) -> None:
     app = pytest.importorskip("proxy.app")
     seen: list[Any] = []
-    monkeypatch.setattr(app, "serve", seen.append)
-    assert run(capsys, "serve", "--listen", "127.0.0.1:5151", "--upstream", "http://127.0.0.1:9")[0] == 0
-    assert seen[0].server.listen == ("127.0.0.1", 5151)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # they are those of this process
 
-    def refuse(settings: object) -> None:
-        raise ConfigError("port taken\x1b[2J")
+    def serve(settings: Any, door: Doorstep) -> None:
+        seen.append(settings)
+        sockets = door.take()
+        assert sockets.clients[0].getsockname()[1] > 0
+        sockets.close()
+
+    monkeypatch.setattr(app, "serve", serve)
+    free = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
+    assert run(capsys, "serve", *free, "--upstream", "http://127.0.0.1:9")[0] == 0
+    assert seen[0].server.listen == ("127.0.0.1", 0)
+
+    def refuse(settings: object, door: Doorstep) -> None:
+        door.take().close()
+        raise ConfigError("no room\x1b[2J")
 
     monkeypatch.setattr(app, "serve", refuse)
-    code, _, err = run(capsys, "serve")
-    assert (code, err) == (2, "ibid: port taken\\x1b[2J\n")
+    code, _, err = run(capsys, "serve", *free)
+    assert (code, err) == (2, "ibid: no room\\x1b[2J\n")
 
 
 def test_rebuild_index_saves_every_vector_of_sql_and_of_the_model_in_use(

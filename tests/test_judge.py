@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from index import tokens
 from index.kernels import veto_bits
-from index.learner import LEVELS, Learner
+from index.learner import Learner
+from index.levels import LEVELS
 from proxy.core import policy
 from proxy.core.model import Candidate, Comparison, Miss, NearMiss, Rules
 from proxy.core.risk import Standing

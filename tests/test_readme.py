@@ -14,6 +14,7 @@ from index.tokens import GUARDS
 from proxy import cli
 from proxy.admin_routes import ROUTES
 from proxy.core.directives import MODES
+from proxy.meaning import LOADING
 from proxy.settings import options
 from proxy.store.named_queries import NAMED
 from proxy.store.schema import VIEWS, metadata
@@ -98,7 +99,7 @@ def reasons_in_code() -> set[str]:
     for node in nodes_of(*sorted((ROOT / "proxy/store").glob("*.py"))):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "CacheFault":
             found |= words(keyword.value for keyword in node.keywords if keyword.arg == "code")
-    return found | set(GUARDS)
+    return found | {LOADING} | set(GUARDS)
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:

@@ -5,7 +5,6 @@ torch is imported by name inside functions, so that importing this module loads 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.guard.generate import Pair
+from index.quiet import library
 
 Weights = dict[str, NDArray[np.float32]]
 Half = NDArray[np.float16]
@@ -62,7 +62,7 @@ class States:
 
 def build(layers: int, dimension: int, recipe: Recipe) -> Any:
     """The head as a torch module; its parameter names are those of the weight file."""
-    torch = importlib.import_module("torch")
+    torch = library("torch")
     nn = torch.nn
     width = recipe.width
 
@@ -127,7 +127,7 @@ def _batches(lengths: NDArray[np.int64], size: int, rng: np.random.Generator) ->
 
 
 def _tensors(pairs: Sequence[Pair], states: States) -> list[Any]:
-    torch = importlib.import_module("torch")
+    torch = library("torch")
     sides = (states.side([pair.a for pair in pairs]), states.side([pair.b for pair in pairs]))
     return [torch.from_numpy(array) for side in sides for array in side]
 
@@ -136,7 +136,7 @@ def fit(
     pairs: Sequence[Pair], states: States, recipe: Recipe, report: Callable[[str], None] = lambda line: None
 ) -> Any:
     """The fitted module, its weights averaged over the last steps. One seed, one thread: the same weights each time."""
-    torch = importlib.import_module("torch")
+    torch = library("torch")
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
     _, layers, dimension = states.flat.shape
@@ -176,7 +176,7 @@ def fit(
 
 def score(model: Any, pairs: Sequence[Pair], states: States) -> NDArray[np.float32]:
     """Logits, (len(pairs),)."""
-    torch = importlib.import_module("torch")
+    torch = library("torch")
     out = np.zeros(len(pairs), dtype=np.float32)
     order = np.argsort(states.lengths(pairs), kind="stable")
     with torch.inference_mode():

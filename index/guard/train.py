@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gzip
-import importlib
 import json
 import logging
 import sys
@@ -36,6 +35,7 @@ from index.guard.generate import Pair, around, from_grammar
 from index.guard.head import MAX_TOKENS
 from index.guard.learn import Recipe, States, Weights, fit
 from index.model import locate
+from index.quiet import library
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def is_edited(pair: Pair) -> bool:
 
 def one_thread() -> None:
     """Sums are then always taken in the same order, so a seed fixes the weights."""
-    torch = importlib.import_module("torch")
+    torch = library("torch")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
 

@@ -85,6 +85,7 @@ class Room:
         # Bodies that pass through are admitted while they arrive: they may have half of the turns, never all.
         self.places = max(1, min(limits.bodies, limits.in_flight // 2))
         self.held_bytes = 0
+        self.is_shut = False  # for want of memory: no body is begun or read on
         self._limit_bytes = limits.bodies_bytes
         self._share = max(1, int(self.places * limits.body_share))
         self._limits = limits
@@ -96,6 +97,7 @@ class Room:
 
     def enter(self, owners: tuple[Hashable, ...], now_s: float) -> Arrival:
         """A place for one more body; its end is `leave`. Raises Busy."""
+        self._refuse_if_shut()
         if len(self._arriving) >= self.places * SCARCE:
             greedy = [owner for owner in owners if self._held_by[owner] >= self._share]
             if greedy or len(self._arriving) >= self.places:
@@ -106,11 +108,17 @@ class Room:
         return arrival
 
     def hold(self, arrival: Arrival, size_bytes: int, now_s: float) -> None:
+        """These bytes of it are kept in memory. Raises Busy."""
+        self._refuse_if_shut()
         while self.held_bytes + size_bytes > self._limit_bytes:
             self._displace(None, now_s)
         if arrival in self._arriving:
             arrival.held_bytes += size_bytes
             self.held_bytes += size_bytes
+
+    def _refuse_if_shut(self) -> None:
+        if self.is_shut:
+            raise Busy("Memory is short.")
 
     def leave(self, arrival: Arrival) -> None:
         if arrival not in self._arriving:

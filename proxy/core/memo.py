@@ -44,6 +44,11 @@ class Memo(Generic[K, V]):
         while self.size_bytes > self.limit_bytes:
             self.forget(next(iter(self._kept)))
 
+    def clear(self) -> None:
+        self._kept.clear()
+        self._sizes.clear()
+        self.size_bytes = 0
+
     def forget(self, key: K) -> None:
         if self._kept.pop(key, None) is not None:
             self.size_bytes -= self._sizes.pop(key)

@@ -26,6 +26,7 @@ from proxy.core.query import Query
 from proxy.core.routing import REPHRASE_MS, REPHRASE_SIMILARITY, Votes, conversation_of, is_refusal
 from proxy.lanes.sending import Sending, speaks_chat, to_other
 from proxy.lanesettings import RouteLane
+from proxy.meaning import Meaning
 from proxy.ports import Vote
 
 MECHANISM: Final = "hybrid.route"
@@ -76,9 +77,7 @@ class Router:
         *,
         reader: Reads,
         votes: ports.RouteVotes,
-        embedder: ports.Embedder | None,
-        index: ports.VectorIndex | None,
-        comparer: ports.AnswerComparer | None,
+        meaning: Meaning,
         chance: Callable[[], float] = random.random,
     ) -> None:
         self.lane = lane
@@ -86,9 +85,7 @@ class Router:
         self.kept = 0
         self._reader = reader
         self._rows = votes
-        self._embedder = embedder
-        self._index = index
-        self._comparer = comparer
+        self._meaning = meaning
         self._chance = chance
         self._votes: dict[tuple[int, str], list[int]] = defaultdict(lambda: [0, 0])  # good, total
         self._sticky: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
@@ -118,12 +115,13 @@ class Router:
         return choice
 
     async def _best(self, query: Query, client: Client, lookup: Lookup, facts: Facts) -> Choice | None:
-        if query.eligibility.level is not Level.FULL or self._embedder is None:
+        embedder = self._meaning.embedder
+        if query.eligibility.level is not Level.FULL or embedder is None:
             return None
         if lookup.vector is None:
             try:
-                lookup.signature = self._embedder.signature(query.prompt)
-                lookup.vector = await self._embedder.embed(query.prompt, query.tenant)
+                lookup.signature = embedder.signature(query.prompt)
+                lookup.vector = await embedder.embed(query.prompt, query.tenant)
             except ports.CACHE_FAULTS:
                 return None
         for candidate in self.lane.candidates:
@@ -143,12 +141,13 @@ class Router:
         self, query: Query, variant: Query, candidate: str, lookup: Lookup, now_ms: int
     ) -> tuple[Votes, int]:
         """What the nearest answered questions say of a candidate, and the entry of the nearest; none on a fault."""
-        if self._index is None or lookup.vector is None or lookup.signature is None:
+        index = self._meaning.index
+        if index is None or lookup.vector is None or lookup.signature is None:
             return Votes(0, 0), 0
         near: dict[int, float] = {}
         try:
             for scope in (query.scope, variant.scope):
-                found = await self._index.search(scope, lookup.vector, lookup.signature, now_ms, self.lane.k)
+                found = await index.search(scope, lookup.vector, lookup.signature, now_ms, self.lane.k)
                 near.update({row[0]: row[1] for row in found if row[1] >= self.lane.min_similarity})
         except ports.CACHE_FAULTS:
             return Votes(0, 0), 0
@@ -218,7 +217,7 @@ class Router:
 
     def wants_shadow(self) -> bool:
         """Draw whether this question is also put to the other model."""
-        return self._comparer is not None and self._chance() < self.lane.explore_share
+        return self._meaning.comparer is not None and self._chance() < self.lane.explore_share
 
     def shadow_of(self, fetch: Fetch) -> Choice | None:
         """Whom a shadow asks: after a candidate the model asked for, else the first candidate."""
@@ -233,9 +232,10 @@ class Router:
 
     async def compare(self, entry: Entry, candidate: str, one: Answer, other: Answer, fetch: Fetch) -> None:
         """Two models answered one question: whether the candidate did as well."""
-        assert self._comparer is not None
+        comparer = self._meaning.comparer
+        assert comparer is not None
         texts = [answer.message.get("content") or "" for answer in (one, other)]
-        agrees = await self._comparer.compare(texts[0], texts[1], fetch.asked.tenant) >= AGREES_FROM
+        agrees = await comparer.compare(texts[0], texts[1], fetch.asked.tenant) >= AGREES_FROM
         await self.vote(entry.id, candidate, agrees, "shadow", fetch)
 
     async def feedback(self, request_id: str | None, entry_id: int, verdict: str, now_ms: int) -> None:

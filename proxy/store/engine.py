@@ -107,14 +107,29 @@ class Database:
     quarantined: Path | None = None  # where a corrupt database was moved at start
     _locks: list[int] = field(default_factory=list)
     _closed_until: float = 0.0
+    is_failing: bool = False  # the last read could not be answered
     is_new: bool = False  # it held nothing when it was opened
+    _inode: int = 0
+
+    def __post_init__(self) -> None:
+        self._inode = self.path.stat().st_ino if self.path is not None else 0
+
+    @property
+    def is_gone(self) -> bool:
+        """The SQLite file was removed, or another one put in its place: what is written now nobody finds again."""
+        try:
+            return self.path is not None and self.path.stat().st_ino != self._inode
+        except OSError:
+            return True
 
     async def rows(self, statement: str | Executable, parameters: tuple[Any, ...] = ()) -> Sequence[Any]:
         """All rows of a read; text is in the driver's own spelling. Raises CacheFault; at once while it is down."""
         if time.monotonic() < self._closed_until:
             raise CacheFault("database unavailable a moment ago", code="store_down")
         try:
-            return await self._read(statement, parameters)
+            found = await self._read(statement, parameters)
+            self.is_failing = False
+            return found
         except DATABASE_ERRORS as error:
             if isinstance(error, DBAPIError) and error.connection_invalidated and self.dialect == "postgresql":
                 try:  # a restarted server: every pooled connection was dead, a new one may not be
@@ -123,6 +138,7 @@ class Database:
                     error = again
             fault = fault_of(error)
             if fault.code != "store_refused":
+                self.is_failing = True
                 self._closed_until = time.monotonic() + BREAK_S
             raise fault from error
 

@@ -144,8 +144,13 @@ class SqlLedger:
 
     @property
     def state(self) -> str:
-        """ "ok", or why a kill could lose outcomes now: journal_full, journal_down."""
-        return self._journal.state
+        """ "ok"; "dropping" once rows were lost; why a kill could lose some now: journal_full, journal_down; "refused"
+        once the database took one for none."""
+        if self.dropped:
+            return "dropping"
+        if self._journal.state != "ok":
+            return self._journal.state
+        return "refused" if self.refused else "ok"
 
     async def start(self) -> None:
         """Insert what earlier processes recorded, then flush in the background."""

@@ -46,8 +46,12 @@ class Store:
 
     @property
     def state(self) -> str:
-        """ "ok", "full" or "down": what /readyz says of the store."""
-        return {"ok": "ok", "store_full": "full"}.get(self.writer.state, "down")
+        """ "ok", "full", "down", or "gone" when the file is not where it was: what /readyz says of the store."""
+        if self.database.is_gone:
+            return "gone"
+        if self.writer.state == "ok":
+            return "down" if self.database.is_failing else "ok"
+        return "full" if self.writer.state == "store_full" else "down"
 
     async def ping(self) -> None:
         """One round trip to the database. Raises CacheFault."""

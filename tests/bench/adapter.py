@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from index.guard.generate import Pair
 from index.guard.train import every, training_pairs
 from index.model import BUNDLED
+from index.quiet import library
 from proxy.core.model import Rules
 from proxy.evaluate import open_texts
 from proxy.labelled import Asked, read
@@ -48,8 +49,7 @@ Vectors = NDArray[np.float32]
 
 def contrastive(pairs: Sequence[Pair], texts: Texts, seed: int) -> Vectors:
     """A (384, 384) map to multiply vectors with."""
-    import torch
-
+    torch = library("torch")
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     rng = np.random.default_rng(seed)

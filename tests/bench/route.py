@@ -28,6 +28,7 @@ from proxy.core.model import Limits, Miss, Rules
 from proxy.core.plan import Lane, Plan
 from proxy.lanes.route import Router
 from proxy.lanesettings import RouteLane
+from proxy.meaning import Meaning, Parts
 from proxy.ports import Vote
 from proxy.reading import Caller, Reader, Steering
 from tests.bench.search import DIMENSION, FAR, unit
@@ -81,9 +82,7 @@ async def measure(entries: int) -> str:
             RouteLane(candidates=(CANDIDATE,), min_similarity=-1.0, min_neighbours=20),
             reader=reader,
             votes=NoRows(),
-            embedder=object(),  # type: ignore[arg-type]  # what it would give is at hand
-            index=index,
-            comparer=None,
+            meaning=Meaning(Parts(object(), index)),  # type: ignore[arg-type]  # what it would give is at hand
         )
         dice = random.Random(3)
         for number in range(entries):

@@ -25,7 +25,8 @@ import numpy as np
 
 from index import kernels
 from index.features import compile_features
-from index.learner import LEVELS, Learner
+from index.learner import Learner
+from index.levels import LEVELS
 from index.partition import perturbed
 from index.tokens import WIDTH, signature
 from index.vectors import VectorOwner

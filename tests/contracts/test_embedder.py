@@ -28,11 +28,12 @@ from hypothesis import strategies as st
 
 from index import tokens
 from index.batcher import EmbedderOwner, guard_for
-from index.convert import INT8, OFFLINE, ONNX, artefact_directory, open_artefact
+from index.convert import INT8, ONNX, artefact_directory, open_artefact
 from index.embedder import OnnxBackend
 from index.errors import EmbedderFault, Overloaded, TextTooLong
 from index.guard.head import MAX_TOKENS, NO_OPINION
 from index.model import locate
+from index.quiet import SILENCE
 from tests.fakes import FakeEmbedder
 from tests.models import converted_data_dir
 from tests.waiting import PATIENCE_S
@@ -295,7 +296,7 @@ class Reference:
         done = subprocess.run(
             command,
             input=json.dumps(TEXTS),
-            env={**os.environ, **OFFLINE},
+            env={**os.environ, **SILENCE},
             capture_output=True,
             text=True,
             timeout=3 * PATIENCE_S,

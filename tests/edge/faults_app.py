@@ -279,6 +279,7 @@ async def serving(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(composition, "ClientHandler", remember)
         async with composition.open_app(settings, log_writer=log_writer) as app:
+            await app.settled()
             yield Running(app, up, handlers)
 
 

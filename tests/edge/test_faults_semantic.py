@@ -18,10 +18,10 @@ import pytest
 
 from index.batcher import EmbedderOwner
 from index.errors import ModelFault, TextTooLong
-from proxy import app as composition
+from proxy import loading
 from proxy.core.allowance import Allowance
 from proxy.core.errors import ConfigError
-from tests.edge.faults_app import PATIENCE_S, UNHURRIED, Running, ibid, question, serving, until, up
+from tests.edge.faults_app import UNHURRIED, Running, ibid, question, serving, until, up
 from tests.upstream import ScriptedUpstream
 from tests.waiting import PATIENCE_S
 
@@ -81,6 +81,9 @@ UNGUARDED = "[cache]\naudit_share = 0\npair_guard = false"  # a scripted model h
 async def semantic(folder: Path, up: ScriptedUpstream, model: ScriptedModel, toml: str = "") -> AsyncIterator[Running]:
     """A whole ibid whose model is scripted; its owner, thread, deadlines, index and gate are the real ones."""
 
+    async def needs_no_conversion(*_: object, **__: object) -> bool:
+        return False
+
     async def open_scripted(_data_dir: Path, **wanted: Any) -> EmbedderOwner:
         for name in ("model", "backend", "threads", "guarded"):
             del wanted[name]
@@ -89,7 +92,8 @@ async def semantic(folder: Path, up: ScriptedUpstream, model: ScriptedModel, tom
         return owner
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(composition, "open_embedder", open_scripted)
+        patch.setattr(loading, "open_embedder", open_scripted)
+        patch.setattr(loading, "needs_conversion", needs_no_conversion)
         toml = toml if "[cache]" in toml else toml + "\n[cache]\n"
         async with serving(folder, up, toml.replace("[cache]", UNGUARDED)) as running:
             try:
@@ -159,7 +163,7 @@ async def test_a_model_that_cannot_warm_up_is_no_model(
     async def fails(*_: object, **__: object) -> EmbedderOwner:
         raise ModelFault("the checksum does not match")
 
-    monkeypatch.setattr(composition, "open_embedder", fails)
+    monkeypatch.setattr(loading, "open_embedder", fails)
     async with serving(tmp_path, up, "") as ibid:
         assert (await ibid.ask()).headers["x-cache-reason"] == "embedder_down"
 
@@ -174,14 +178,14 @@ async def test_a_model_that_hangs_costs_its_deadline_once_and_is_believed_again(
         await kept(ibid, ASKED)
         model.gate.clear()
         reply = await ibid.ask(question(OTHER))
-        assert (reply.status, reply.headers["x-cache-reason"]) == (200, "embedder_down")
+        assert (reply.status, reply.headers["x-cache-reason"]) == (200, "embedder_late")
         assert "fwd=bypass" in reply.headers["cache-status"]
-        assert "detail=embedder_down" in reply.headers["cache-status"]
+        assert "detail=embedder_late" in reply.headers["cache-status"]
         others = [await ibid.ask(question(f"{OTHER} And number {n}?")) for n in range(5)]
-        assert {other.headers["x-cache-reason"] for other in others} == {"embedder_down"}
+        assert {other.headers["x-cache-reason"] for other in others} == {"embedder_late"}
         assert embedder.faults == 1, "while it hangs nobody waits for it"
         assert (await ibid.ask(question(ASKED))).is_hit
-        assert ibid.faults()["embedder_down"] >= 6
+        assert ibid.faults()["embedder_late"] >= 6
         assert await vectors_kept(ibid) == 1
         model.gate.set()
         await ibid.until_hit(question(REWORDED))

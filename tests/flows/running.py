@@ -256,8 +256,10 @@ async def running(
     upstream: str,
     sections: Mapping[str, Any] | None = None,
     database: str | None = None,
+    *,
+    loaded: bool = True,
 ) -> AsyncIterator[Ibid]:
-    """An ibid in this process, on ports of its own."""
+    """An ibid in this process, on ports of its own; `loaded`: once it compares by meaning."""
     log = Log()
     log.writer.start()
     try:
@@ -267,6 +269,8 @@ async def running(
                 connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=PATIENCE_S)
             ) as session,
         ):
+            if loaded:
+                await app.settled()
             yield Ibid(app, session, log)
     finally:
         log.writer.close()
@@ -287,6 +291,16 @@ class Process(Client):
         self.child.send_signal(signal.SIGKILL)
         self.child.wait(PATIENCE_S)
 
+    async def ready(self) -> None:
+        """Everything is loaded. Fails when it ends before."""
+
+        async def is_ready() -> bool:
+            async with self.session.get(self.admin_url + "/readyz") as response:
+                assert self.child.poll() is None, await response.text()
+                return response.status == 200
+
+        await until(is_ready)
+
     async def stopped(self) -> int:
         """Its exit code."""
         await until(lambda: self.child.poll() is not None)
@@ -295,23 +309,33 @@ class Process(Client):
 
 @contextlib.asynccontextmanager
 async def serving(
-    data_dir: Path, upstream: str, sections: Mapping[str, Any] | None = None, *, forked: bool = False
+    data_dir: Path,
+    upstream: str,
+    sections: Mapping[str, Any] | None = None,
+    *,
+    forked: bool = False,
+    loaded: bool = True,
+    env: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Process]:
-    """A serving process; it is killed at the end if it still runs. `forked`: see tests/flows/forked.py."""
+    """A serving process; it is killed at the end if it still runs. `forked`: see tests/flows/forked.py. `loaded`: once
+    it is ready, which is some time after it listens. `env` is added to its environment."""
     path = write_config(data_dir, sections or {})
     log_path = data_dir.with_suffix(".log")
     arguments = ["serve", "--config", str(path), "--data-dir", str(data_dir), "--upstream", upstream]
     arguments += ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("IBID_")}
+    around = {name: value for name, value in os.environ.items() if not name.startswith("IBID_")}
     child = (Forked if forked else _start)(
-        arguments, {**env, "IBID_ADMIN_TOKEN": TOKEN, KEY_ENV: UPSTREAM_KEY}, log_path
+        arguments, {**around, "IBID_ADMIN_TOKEN": TOKEN, KEY_ENV: UPSTREAM_KEY, **(env or {})}, log_path
     )
     try:
         ports = await _ports(child, log_path)
         async with aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=PATIENCE_S)
         ) as session:
-            yield Process(child, session, ports)
+            served = Process(child, session, ports)
+            if loaded:
+                await served.ready()
+            yield served
     finally:
         if child.poll() is None:
             child.kill()

@@ -18,12 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from index.batcher import guard_for
-from index.convert import INT8, OFFLINE, ONNX, artefact_directory, open_artefact
+from index.convert import INT8, ONNX, artefact_directory, open_artefact
 from index.embedder import OnnxBackend
 from index.errors import ModelFault
 from index.guard import edits, generate, head
 from index.guard.head import MAX_TOKENS, NO_OPINION, Guard, load_guard, parse
 from index.model import locate
+from index.quiet import SILENCE
 from tests.models import converted_data_dir
 from tests.waiting import PATIENCE_S
 
@@ -135,7 +136,7 @@ print(json.dumps({
 def test_the_head_agrees_with_torch() -> None:
     done = subprocess.run(
         [sys.executable, "-c", AGREEMENT],
-        env={**os.environ, **OFFLINE},
+        env={**os.environ, **SILENCE},
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from index import features
 from index.features import FEATURES, OWN, WORD_CELLS, buffers, describe, update
 from index.kernels import veto_bits
-from index.learner import FOLDS, LEVELS, RING, Considered, Learner
+from index.learner import FOLDS, RING, Considered, Learner
+from index.levels import LEVELS
 from index.tokens import GUARDS, WORDS, signature
 
 TEXTS = (

@@ -218,7 +218,7 @@ async def test_fingerprints_in_memory_go_with_their_rows_however_those_go(sqlite
     entries = sqlite_store.entries
     entries._limit_entries = 50
     for start in range(0, 4_000, 500):
-        await asyncio.gather(*(entries.put(draft(f"q{start + number}")) for number in range(500)))
+        await asyncio.gather(*(entries.put(draft(f"q{start + number}"), NOW) for number in range(500)))
         await entries.housekeep(NOON_MS)
         assert entries.fingerprints_known <= LOOSE * 50 + SLACK + 500
     assert entries.fingerprints_known <= LOOSE * 50 + SLACK
@@ -231,13 +231,13 @@ async def test_fingerprints_in_memory_go_with_their_rows_however_those_go(sqlite
 
 async def test_what_is_stored_while_the_rows_are_read_anew_is_known(sqlite_store):
     entries, known = sqlite_store.entries, sqlite_store.entries._known
-    await asyncio.gather(*(entries.put(draft(f"old{number}")) for number in range(300)))
-    first = asyncio.create_task(entries.put(draft("given up")))
+    await asyncio.gather(*(entries.put(draft(f"old{number}"), NOW) for number in range(300)))
+    first = asyncio.create_task(entries.put(draft("given up"), NOW))
     await asyncio.sleep(0)
     reading = asyncio.create_task(entries._read_known(known))
     await asyncio.sleep(0)
     first.cancel()  # its row may be written all the same
-    await asyncio.gather(*(entries.put(draft(f"new{number}")) for number in range(300)), reading)
+    await asyncio.gather(*(entries.put(draft(f"new{number}"), NOW) for number in range(300)), reading)
     await sqlite_store.writer.settle()
     rows = await sqlite_store.database.rows("SELECT substr(fingerprint, 1, 8) FROM entry", ())
     assert len(rows) >= 600
