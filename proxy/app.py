@@ -41,7 +41,6 @@ from proxy.batch_engine import Engine
 from proxy.batch_http import BatchApi
 from proxy.batch_lines import Lines
 from proxy.books import Books
-from proxy.config import Settings, UpstreamSettings
 from proxy.core.answer import decode_answer
 from proxy.core.dialects.routes import Routes
 from proxy.core.errors import CacheFault, ConfigError, NotYet
@@ -71,6 +70,7 @@ from proxy.ports import EntryStore, Learner
 from proxy.prices import Booking, Prices, configured
 from proxy.reading import Reader, Steering
 from proxy.reindex import Reindex
+from proxy.settings.config import Settings, UpstreamSettings
 from proxy.store.store import Store, open_store
 from proxy.tasks import Tasks, aside
 from proxy.telemetry import Telemetry

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from index.errors import ModelFault
-from proxy.config import Address, Settings
 from proxy.core.errors import ConfigError
 from proxy.core.patterns import is_one_of
 from proxy.prices import Prices, configured
+from proxy.settings.config import Address, Settings
 
 OUR_PACKAGES = ("proxy", "index")
 OUR_DISTRIBUTION = "ibid-proxy"

@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import orjson
 
-from proxy import config, printing
+from proxy import printing
 from proxy.admin_routes import GROUPS
 from proxy.admin_schema import read_time
 from proxy.core.errors import BadRequest, CacheFault, ConfigError, NotYet
+from proxy.settings import config
 
 if TYPE_CHECKING:
     from proxy.store.queries import Queries, Result

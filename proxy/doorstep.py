@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from proxy.core.errors import ConfigError, NotYet
-from proxy.settings import Address, Settings
+from proxy.settings.sections import Address, Settings
 
 BACKLOG: Final = 1024
 HEAD_BYTES: Final = 16 * 1024

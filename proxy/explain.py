@@ -17,9 +17,9 @@ from proxy.core.query import Query
 from proxy.foresight import foresee, plan_of
 from proxy.handlers import ClientHandler
 from proxy.judge import Judged, Opinion, Place, finite, verdict_of
-from proxy.lanesettings import LaneSettings
 from proxy.pipeline import CANDIDATES, Pipeline
 from proxy.reading import Caller
+from proxy.settings.lanes import LaneSettings
 from proxy.store.selection import Filters
 from proxy.store.store import Store
 from proxy.store.traffic import read_mean_output

@@ -14,8 +14,8 @@ from proxy.core.model import Usage
 from proxy.core.patterns import is_one_of
 from proxy.core.plan import Lane
 from proxy.core.query import Query
-from proxy.lanesettings import LaneSettings
 from proxy.ports import PriceBook
+from proxy.settings.lanes import LaneSettings
 
 USUAL_OUTPUT_TOKENS = 256  # of a model nobody asked yet
 

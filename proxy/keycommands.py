@@ -18,7 +18,7 @@ from proxy.core.errors import BadRequest
 from proxy.core.keys import Kind, moment
 from proxy.keys import KeyRing
 from proxy.prices import configured
-from proxy.settings import Settings
+from proxy.settings.sections import Settings
 from proxy.store.reading import refuse_unless_there
 from proxy.store.store import open_store
 

@@ -22,7 +22,7 @@ from index.kernels import compile_kernels, compiles
 from index.model import BUNDLED
 from index.vectors import VectorOwner
 from proxy.meaning import Parts, Step
-from proxy.settings import Settings
+from proxy.settings.sections import Settings
 from proxy.store.store import Store
 from proxy.tasks import aside
 

@@ -14,7 +14,6 @@ from typing import Any
 import orjson
 
 from proxy import admin
-from proxy.config import Settings
 from proxy.core.answer import decode_answer
 from proxy.core.errors import BadRequest, CacheFault
 from proxy.core.model import Draft
@@ -23,6 +22,7 @@ from proxy.health import Health
 from proxy.keys import KeyRing
 from proxy.pipeline import Pipeline
 from proxy.reindex import Reindex
+from proxy.settings.config import Settings
 from proxy.store.selection import Filters
 from proxy.store.store import Store
 from proxy.store.views import DESCRIBED

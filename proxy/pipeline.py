@@ -39,10 +39,10 @@ from proxy.lanes.forwarding import ACTING, STALE_IF_ERROR, Forwarder
 from proxy.lanes.prefetch import Prefetcher
 from proxy.lanes.route import MECHANISM as ROUTED
 from proxy.lanes.route import Choice, Router
-from proxy.lanesettings import StaleLane
 from proxy.leaving import Finisher
 from proxy.meaning import Meaning
 from proxy.relay import Head, Paced, Relay, Replay
+from proxy.settings.lanes import StaleLane
 from proxy.tasks import Tasks
 from proxy.telemetry import Telemetry
 

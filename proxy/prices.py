@@ -26,7 +26,7 @@ from proxy.core.model import Usage
 from proxy.core.rates import PUSD_PER_NUSD, Rate
 from proxy.core.units import DAY_MS, NUSD_PER_USD
 from proxy.ports import Price
-from proxy.settings import Settings
+from proxy.settings.sections import Settings
 
 if TYPE_CHECKING:  # most of a second to import: when a list price is first asked for
     from genai_prices.data_snapshot import DataSnapshot

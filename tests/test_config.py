@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from proxy import settings as nouns
-from proxy.config import Address, Flags, load, options
 from proxy.core.errors import ConfigError
 from proxy.core.model import Limits, Rules
+from proxy.settings import sections as nouns
+from proxy.settings.config import Address, Flags, load, options
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "deploy" / "config.example.toml"

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from proxy import config, doorstep
+from proxy import doorstep
 from proxy.core.errors import ConfigError
+from proxy.settings import config
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 120.0

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from proxy import checks, cli, config
+from proxy import checks, cli
 from proxy.core.errors import ConfigError
 from proxy.prices import Prices, configured
+from proxy.settings import config
 
 NOW_MS = 1_795_348_800_000  # 2026-11-22 12:00 UTC
 LAB = "[upstream.lab]\nbase_url = 'http://127.0.0.1:9'\nmodels = ['llama-x', 'qwen-*']\n"

@@ -15,7 +15,7 @@ from proxy import cli
 from proxy.admin_routes import ROUTES
 from proxy.core.directives import MODES
 from proxy.meaning import LOADING
-from proxy.settings import options
+from proxy.settings.sections import options
 from proxy.store.named_queries import NAMED
 from proxy.store.schema import VIEWS, metadata
 from proxy.telemetry import Telemetry

@@ -40,7 +40,7 @@ from proxy.lanes.predict import Predictor
 from proxy.lanes.prefixes import PrefixMarks
 from proxy.lanes.proof import Proof
 from proxy.lanes.sending import Sending, headers_for, to_other, with_member
-from proxy.lanesettings import LaneSettings
+from proxy.settings.lanes import LaneSettings
 
 ACTING: Final = frozenset(
     {Lane.EDGE, Lane.PREFIX, Lane.PREDICT, Lane.TIER, Lane.CASCADE, Lane.RACE, Lane.HEDGE, Lane.STALE_IF_ERROR,

@@ -17,7 +17,7 @@ from proxy.core.jsontext import parse
 from proxy.core.model import Answer, NearMiss, Usage
 from proxy.core.patterns import is_one_of
 from proxy.lanes.sending import Sending, speaks_chat, with_member
-from proxy.lanesettings import PredictLane
+from proxy.settings.lanes import PredictLane
 
 MECHANISM: Final = "spec.predict"
 TRIALS = 4  # predictions of a cluster before its share decides

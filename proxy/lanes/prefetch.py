@@ -15,7 +15,7 @@ from proxy.books import Client
 from proxy.core.model import Level
 from proxy.core.plan import Lane, Plan
 from proxy.core.query import Query
-from proxy.lanesettings import PrefetchLane
+from proxy.settings.lanes import PrefetchLane
 
 QUESTIONS = 4_096
 ASKERS = 4_096

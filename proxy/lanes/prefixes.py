@@ -21,7 +21,7 @@ from proxy.core.dialects.responses import Responses
 from proxy.core.jsontext import set_member
 from proxy.core.prefix import PrefixMemory, anthropic_breakpoints, inject, minimum_tokens, openai_cache_key
 from proxy.lanes.sending import Sending
-from proxy.lanesettings import PrefixLane
+from proxy.settings.lanes import PrefixLane
 
 MECHANISM: Final = "cache.prefix"
 REFUSALS: Final = 1_024  # remembered, each for REFUSED_S

@@ -16,7 +16,7 @@ import orjson
 from proxy.core.facts import Facts
 from proxy.core.model import Answer
 from proxy.core.policy import FINISHED
-from proxy.lanesettings import CascadeLane
+from proxy.settings.lanes import CascadeLane
 
 SCHEMA_BYTES = 64 * 1024
 

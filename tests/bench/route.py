@@ -27,10 +27,10 @@ from proxy.core.dialects.routes import Routes
 from proxy.core.model import Limits, Miss, Rules
 from proxy.core.plan import Lane, Plan
 from proxy.lanes.route import Router
-from proxy.lanesettings import RouteLane
 from proxy.meaning import Meaning, Parts
 from proxy.ports import Vote
 from proxy.reading import Caller, Reader, Steering
+from proxy.settings.lanes import RouteLane
 from tests.bench.search import DIMENSION, FAR, unit
 
 CANDIDATE = "edge/small"

@@ -16,10 +16,10 @@ import pytest
 
 from proxy import app as composition
 from proxy.app import App
-from proxy.config import Flags, load
 from proxy.handlers import ClientHandler
 from proxy.pipeline import Pipeline
-from proxy.settings import Settings
+from proxy.settings.config import Flags, load
+from proxy.settings.sections import Settings
 from proxy.store.store import migrate_store
 from tests.edge.rawclient import RawClient
 from tests.upstream import ScriptedUpstream

@@ -17,9 +17,9 @@ from typing import Any
 import aiohttp
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from proxy import config
 from proxy.app import App, open_app
 from proxy.logs import LineFormat, LogWriter, Redactor
+from proxy.settings import config
 from tests.flows.forked import Forked
 from tests.upstream import Chat, Seen
 from tests.waiting import PATIENCE_S, until

@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any, Final, NoReturn
 
-from proxy.configfile import Document, setting_names, type_of
 from proxy.core.errors import ConfigError
-from proxy.lanesettings import LANES
-from proxy.settings import DEFAULT_UPSTREAMS, NAMED, SECTIONS, options
+from proxy.settings.file import Document, setting_names, type_of
+from proxy.settings.lanes import LANES
+from proxy.settings.sections import DEFAULT_UPSTREAMS, NAMED, SECTIONS, options
 
 PREFIX: Final = "IBID_"
 SHORT: Final[Mapping[str, str]] = {

@@ -15,11 +15,11 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from proxy.configfile import option, setting_names
 from proxy.core.model import Limits, Rules
 from proxy.core.pace import TOKENS_PER_S, Pace
 from proxy.core.plan import ALIASES, Lane, Policy
-from proxy.lanesettings import LANES, AliasSettings, LaneSettings, PolicySettings
+from proxy.settings.file import option, setting_names
+from proxy.settings.lanes import LANES, AliasSettings, LaneSettings, PolicySettings
 
 MIB = 1024 * 1024
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from proxy.configfile import option
 from proxy.core.plan import Match
+from proxy.settings.file import option
 
 
 @dataclass(frozen=True, slots=True)

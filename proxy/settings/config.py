@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
-from proxy.configfile import Document, Fail, converted, setting_names
 from proxy.core.errors import ConfigError
 from proxy.core.model import Limits, Rules
 from proxy.core.plan import (
@@ -25,9 +24,10 @@ from proxy.core.plan import (
     edited,
     lanes_of,
 )
-from proxy.environment import overlay
-from proxy.lanesettings import LANES, AliasSettings, LaneSettings, PolicySettings
-from proxy.settings import (
+from proxy.settings.environment import overlay
+from proxy.settings.file import Document, Fail, converted, setting_names
+from proxy.settings.lanes import LANES, AliasSettings, LaneSettings, PolicySettings
+from proxy.settings.sections import (
     DEFAULT_UPSTREAMS,
     LIMITS_BOUNDS,
     POLICY,
