@@ -33,7 +33,7 @@ from index.answers import SENSITIVITY
 from index.errors import IndexRoomError
 from index.heap import trim_heap
 from index.levels import LEVELS
-from proxy import admin, doorstep, listener, logs
+from proxy import admin, doorstep, listener
 from proxy.admin_auth import LOOPBACK_NAMES, Gate, load_token
 from proxy.arbiter import Arbiter
 from proxy.audits import Auditor
@@ -52,7 +52,6 @@ from proxy.deferred import DeferredCalls
 from proxy.embeddings import Embeddings
 from proxy.explain import Explainer
 from proxy.handlers import ClientHandler
-from proxy.health import Health, Trouble
 from proxy.hot import HotRows
 from proxy.judge import Judge
 from proxy.keys import KeyRing, MeteredLedger
@@ -63,7 +62,6 @@ from proxy.lanes.prefixes import PrefixMarks
 from proxy.lanes.route import Router
 from proxy.leaving import Finisher
 from proxy.meaning import Meaning, Step
-from proxy.memory import Memory, group_limit_bytes
 from proxy.operations import Operator
 from proxy.pipeline import Pipeline
 from proxy.ports import EntryStore, Learner
@@ -73,8 +71,11 @@ from proxy.reindex import Reindex
 from proxy.settings.config import Settings, UpstreamSettings
 from proxy.store.store import Store, open_store
 from proxy.tasks import Tasks, aside
-from proxy.telemetry import Telemetry
 from proxy.upstream import UpstreamAddress, UpstreamLimits, Upstreams
+from proxy.watch import logs
+from proxy.watch.health import Health, Trouble
+from proxy.watch.memory import Memory, group_limit_bytes
+from proxy.watch.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from proxy.loading import Opened

@@ -47,7 +47,7 @@ from proxy.judge import (
 )
 from proxy.meaning import Meaning
 from proxy.tasks import Tasks
-from proxy.telemetry import Telemetry
+from proxy.watch.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 

@@ -39,7 +39,7 @@ from proxy.hot import HotRow
 from proxy.judge import Opinion
 from proxy.lanes.attempt import Attempt
 from proxy.lanes.sending import Sending, plain
-from proxy.telemetry import Telemetry
+from proxy.watch.telemetry import Telemetry
 
 _REPEATED = Miss("repeated")
 MECHANISMS = {Tier.EXACT: "cache.exact", Tier.SEMANTIC: "cache.semantic", Tier.STALE: "cache.stale"}

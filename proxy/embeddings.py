@@ -37,7 +37,7 @@ from proxy.hot import HotRow
 from proxy.pipeline import Pipeline
 from proxy.relay import Head, Relay, Replay
 from proxy.tasks import Tasks
-from proxy.telemetry import Telemetry
+from proxy.watch.telemetry import Telemetry
 
 STORED_AT_ONCE = 128
 WARM_LIMIT = 256  # inputs of a request whose rows stay in memory: a whole corpus would sweep out all others

@@ -27,7 +27,7 @@ from proxy.lanes.forwarding import ACTING
 from proxy.lanes.prefetch import Prefetcher
 from proxy.lanes.route import BAD_ANSWERS, Router
 from proxy.tasks import Tasks
-from proxy.telemetry import Telemetry
+from proxy.watch.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 

@@ -41,7 +41,7 @@ from proxy.pipeline import Pipeline
 from proxy.ports import Ledger, Upstream
 from proxy.reading import Caller, Reader, Target
 from proxy.relay import Paced, Relay, Replay
-from proxy.telemetry import Telemetry
+from proxy.watch.telemetry import Telemetry
 from proxy.wire import SERVER, answer_at_once, headers_of, relay_at_once
 
 log = logging.getLogger(__name__)

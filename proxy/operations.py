@@ -18,7 +18,6 @@ from proxy.core.answer import decode_answer
 from proxy.core.errors import BadRequest, CacheFault
 from proxy.core.model import Draft
 from proxy.core.purges import Selector
-from proxy.health import Health
 from proxy.keys import KeyRing
 from proxy.pipeline import Pipeline
 from proxy.reindex import Reindex
@@ -26,7 +25,8 @@ from proxy.settings.config import Settings
 from proxy.store.selection import Filters
 from proxy.store.store import Store
 from proxy.store.views import DESCRIBED
-from proxy.telemetry import Telemetry
+from proxy.watch.health import Health
+from proxy.watch.telemetry import Telemetry
 
 SIMULATE_S = 300.0
 Explainer = Callable[[str, bytes, Mapping[str, str], str | None], Any]

@@ -40,7 +40,7 @@ from proxy.core.model import Bypass, Call, Limits, Outcome, Usage
 from proxy.core.multipart import Form, boundary_of
 from proxy.incoming import body_stream, read_body
 from proxy.ports import Ledger, Upstream, WebSocket
-from proxy.telemetry import Telemetry
+from proxy.watch.telemetry import Telemetry
 from proxy.wire import SERVER
 
 HEAD_BYTES: Final = 4 * 1024  # looked at for the model

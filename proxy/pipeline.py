@@ -44,7 +44,7 @@ from proxy.meaning import Meaning
 from proxy.relay import Head, Paced, Relay, Replay
 from proxy.settings.lanes import StaleLane
 from proxy.tasks import Tasks
-from proxy.telemetry import Telemetry
+from proxy.watch.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 

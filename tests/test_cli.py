@@ -29,7 +29,7 @@ from proxy.admin_auth import Gate, load_token
 from proxy.core.errors import ConfigError
 from proxy.doorstep import Doorstep
 from proxy.store.store import migrate_store, open_store
-from proxy.telemetry import Telemetry
+from proxy.watch.telemetry import Telemetry
 from tests.rows import NOW, draft, list_price
 from tests.waiting import PATIENCE_S
 

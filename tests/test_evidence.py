@@ -23,7 +23,7 @@ from proxy.judge import LIMITS, THICK, Judge, Opinion, Place, comparison
 from proxy.ports import RefusedPair
 from proxy.store.store import Store, open_store
 from proxy.tasks import Tasks
-from proxy.telemetry import Telemetry
+from proxy.watch.telemetry import Telemetry
 from tests.rows import list_price
 from tests.test_judge import ASKED, HOME, candidate, consider
 

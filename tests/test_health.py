@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy.health import REMEDIES, Health, Trouble, remedy_of
 from proxy.meaning import Meaning
+from proxy.watch.health import REMEDIES, Health, Trouble, remedy_of
 
 ROOT = Path(__file__).parents[1]
 

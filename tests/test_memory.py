@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from proxy.memory import NO_LIMIT, Memory, group_limit_bytes, resident_bytes
+from proxy.watch.memory import NO_LIMIT, Memory, group_limit_bytes, resident_bytes
 
 MIB = 1 << 20
 

@@ -18,7 +18,7 @@ from proxy.meaning import LOADING
 from proxy.settings.sections import options
 from proxy.store.named_queries import NAMED
 from proxy.store.schema import VIEWS, metadata
-from proxy.telemetry import Telemetry
+from proxy.watch.telemetry import Telemetry
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.core.model import Call, Outcome
-from proxy.logs import FIELD_LIMIT_BYTES, QUEUE_LIMIT, LineFormat, LogWriter, Redactor, set_up, tear_down
-from proxy.telemetry import LABEL_LIMIT, Telemetry
+from proxy.watch.logs import FIELD_LIMIT_BYTES, QUEUE_LIMIT, LineFormat, LogWriter, Redactor, set_up, tear_down
+from proxy.watch.telemetry import LABEL_LIMIT, Telemetry
 from tests.waiting import PATIENCE_S
 
 FORGERIES = [

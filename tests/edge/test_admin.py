@@ -25,8 +25,8 @@ from proxy.admin_auth import GATE, LOOPBACK_NAMES, Gate, find_token, guarded, lo
 from proxy.admin_routes import ROUTES, Route
 from proxy.admin_schema import LAST_MS, MAX_LIMIT, Param, read_time, read_values
 from proxy.core.errors import BadRequest, CacheFault, ConfigError
-from proxy.logs import set_up, tear_down
-from proxy.telemetry import Telemetry
+from proxy.watch.logs import set_up, tear_down
+from proxy.watch.telemetry import Telemetry
 from tests.flows.running import TOKEN as FLOW_TOKEN
 from tests.flows.running import running
 from tests.waiting import PATIENCE_S

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.memory import resident_bytes
+from proxy.watch.memory import resident_bytes
 from tests.edge.faults_app import (
     ADMIN_TOKEN,
     BEARER,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy import logs
+from proxy.watch import logs
 from tests.edge.faults_app import (
     ADMIN_TOKEN,
     BEARER,

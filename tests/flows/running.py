@@ -18,8 +18,8 @@ import aiohttp
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy.app import App, open_app
-from proxy.logs import LineFormat, LogWriter, Redactor
 from proxy.settings import config
+from proxy.watch.logs import LineFormat, LogWriter, Redactor
 from tests.flows.forked import Forked
 from tests.upstream import Chat, Seen
 from tests.waiting import PATIENCE_S, until

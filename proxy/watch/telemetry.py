@@ -22,7 +22,7 @@ from prometheus_client.registry import Collector
 
 from proxy.core import saving
 from proxy.core.model import Outcome, Tier
-from proxy.logs import LineFormat, LogWriter
+from proxy.watch.logs import LineFormat, LogWriter
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LABEL_LIMIT = 500
