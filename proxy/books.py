@@ -37,8 +37,8 @@ from proxy.core.purges import Began, Marks
 from proxy.core.query import Query
 from proxy.hot import HotRow
 from proxy.judge import Opinion
-from proxy.lanes.attempt import Attempt
-from proxy.lanes.sending import Sending, plain
+from proxy.upstreams.attempt import Attempt
+from proxy.upstreams.sending import Sending, plain
 from proxy.watch.telemetry import Telemetry
 
 _REPEATED = Miss("repeated")

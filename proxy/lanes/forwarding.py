@@ -34,13 +34,13 @@ from proxy.core.plan import Lane
 from proxy.core.purges import Began, Purges, asked_ms, marks_of
 from proxy.core.query import Query
 from proxy.hot import HotRow
-from proxy.lanes.attempt import Attempt, LocalResponse, Peeked, whole_of
 from proxy.lanes.predict import MECHANISM as PREDICTED
 from proxy.lanes.predict import Predictor
 from proxy.lanes.prefixes import PrefixMarks
 from proxy.lanes.proof import Proof
-from proxy.lanes.sending import Sending, headers_for, to_other, with_member
 from proxy.settings.lanes import LaneSettings
+from proxy.upstreams.attempt import Attempt, LocalResponse, Peeked, whole_of
+from proxy.upstreams.sending import Sending, headers_for, to_other, with_member
 
 ACTING: Final = frozenset(
     {Lane.EDGE, Lane.PREFIX, Lane.PREDICT, Lane.TIER, Lane.CASCADE, Lane.RACE, Lane.HEDGE, Lane.STALE_IF_ERROR,

@@ -16,8 +16,8 @@ from proxy.books import Fetch
 from proxy.core.jsontext import parse
 from proxy.core.model import Answer, NearMiss, Usage
 from proxy.core.patterns import is_one_of
-from proxy.lanes.sending import Sending, speaks_chat, with_member
 from proxy.settings.lanes import PredictLane
+from proxy.upstreams.sending import Sending, speaks_chat, with_member
 
 MECHANISM: Final = "spec.predict"
 TRIALS = 4  # predictions of a cluster before its share decides

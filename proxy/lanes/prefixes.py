@@ -20,8 +20,8 @@ from proxy.core.dialects.openai_chat import OpenAIChat
 from proxy.core.dialects.responses import Responses
 from proxy.core.jsontext import set_member
 from proxy.core.prefix import PrefixMemory, anthropic_breakpoints, inject, minimum_tokens, openai_cache_key
-from proxy.lanes.sending import Sending
 from proxy.settings.lanes import PrefixLane
+from proxy.upstreams.sending import Sending
 
 MECHANISM: Final = "cache.prefix"
 REFUSALS: Final = 1_024  # remembered, each for REFUSED_S

@@ -24,10 +24,10 @@ from proxy.core.facts import Facts
 from proxy.core.model import Answer, Entry, Level
 from proxy.core.query import Query
 from proxy.core.routing import REPHRASE_MS, REPHRASE_SIMILARITY, Votes, conversation_of, is_refusal
-from proxy.lanes.sending import Sending, speaks_chat, to_other
 from proxy.meaning import Meaning
 from proxy.ports import Vote
 from proxy.settings.lanes import RouteLane
+from proxy.upstreams.sending import Sending, speaks_chat, to_other
 
 MECHANISM: Final = "hybrid.route"
 LOADED = 50_000

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
-from proxy.breaker import Breaker
 from proxy.core.dialects.routes import family_of
 from proxy.core.errors import BadRequest, ConfigError, UpstreamError
-from proxy.upstream import Address, OpenResponse, UpstreamAddress, UpstreamLimits, Upstreams
+from proxy.upstreams.breaker import Breaker
+from proxy.upstreams.upstream import Address, OpenResponse, UpstreamAddress, UpstreamLimits, Upstreams
 from tests.waiting import PATIENCE_S, until
 
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]

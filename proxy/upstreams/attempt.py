@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from proxy.core.model import Usage
-from proxy.lanes.sending import Sending
 from proxy.ports import UpstreamResponse
+from proxy.upstreams.sending import Sending
 
 WHOLE_LIMIT_BYTES = 4 * 1024 * 1024
 

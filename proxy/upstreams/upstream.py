@@ -25,12 +25,12 @@ from aiohttp.http_writer import _serialize_headers
 from aiohttp.streams import StreamReader
 from yarl import URL
 
-from proxy.breaker import Breaker
 from proxy.core.dialects.routes import family_of, without_key
 from proxy.core.errors import BadRequest, ConfigError, UpstreamError
 from proxy.core.identity import CREDENTIALS, forwardable
 from proxy.core.memo import Memo, size_of
 from proxy.core.patterns import is_one_of
+from proxy.upstreams.breaker import Breaker
 
 RETRY_PAUSE_S = 0.05
 WRITTEN_AT_ONCE_BYTES = 1 << 20  # above it aiohttp warns of a stalled loop
