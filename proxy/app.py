@@ -35,8 +35,6 @@ from index.heap import trim_heap
 from index.levels import LEVELS
 from proxy import admin, doorstep, listener
 from proxy.admin_auth import LOOPBACK_NAMES, Gate, load_token
-from proxy.arbiter import Arbiter
-from proxy.audits import Auditor
 from proxy.batch_engine import Engine
 from proxy.batch_http import BatchApi
 from proxy.batch_lines import Lines
@@ -53,7 +51,9 @@ from proxy.embeddings import Embeddings
 from proxy.explain import Explainer
 from proxy.handlers import ClientHandler
 from proxy.hot import HotRows
-from proxy.judge import Judge
+from proxy.judging.arbiter import Arbiter
+from proxy.judging.audits import Auditor
+from proxy.judging.judge import Judge
 from proxy.keys import KeyRing, MeteredLedger
 from proxy.lanes.forwarding import Forwarder
 from proxy.lanes.predict import Predictor

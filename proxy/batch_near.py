@@ -16,7 +16,7 @@ from proxy import ports
 from proxy.core import policy
 from proxy.core.model import Candidate
 from proxy.core.query import Query
-from proxy.judge import LEARN_FROM, Place
+from proxy.judging.judge import LEARN_FROM, Place
 from proxy.pipeline import CANDIDATES, Pipeline
 
 LINES = 16_384  # of a batch that later ones are compared with: 25 MB, and 3 ms for the last of them

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import orjson
 
 from proxy import ports
-from proxy.audits import Again
 from proxy.core import policy
 from proxy.core.answer import encode_answer
 from proxy.core.model import (
@@ -36,7 +35,8 @@ from proxy.core.model import (
 from proxy.core.purges import Began, Marks
 from proxy.core.query import Query
 from proxy.hot import HotRow
-from proxy.judge import Opinion
+from proxy.judging.audits import Again
+from proxy.judging.judge import Opinion
 from proxy.upstreams.attempt import Attempt
 from proxy.upstreams.sending import Sending, plain
 from proxy.watch.telemetry import Telemetry

@@ -13,7 +13,6 @@ from typing import Final, Protocol
 import numpy as np
 
 from proxy import ports
-from proxy.audits import Again, Auditor
 from proxy.books import Client, Fetch, Lookup
 from proxy.collapse import Flight, Seat
 from proxy.core import freshness
@@ -23,6 +22,7 @@ from proxy.core.plan import DEFAULT_PLAN
 from proxy.core.purges import Began
 from proxy.core.query import Query
 from proxy.hot import HotRows
+from proxy.judging.audits import Again, Auditor
 from proxy.lanes.forwarding import ACTING
 from proxy.lanes.prefetch import Prefetcher
 from proxy.lanes.route import BAD_ANSWERS, Router

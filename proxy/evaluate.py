@@ -22,7 +22,7 @@ from index.vectors import VectorOwner
 from proxy.core import policy
 from proxy.core.errors import ConfigError
 from proxy.core.model import Candidate, Rules
-from proxy.judge import Judge, Place, objection
+from proxy.judging.judge import Judge, Place, objection
 from proxy.labelled import SCOPE, Asked, Pair, Readings
 from proxy.labelled import read as read_labelled
 from proxy.printing import as_table

@@ -16,7 +16,7 @@ from proxy.core.model import Candidate, Entry, Level, NearMiss
 from proxy.core.query import Query
 from proxy.foresight import foresee, plan_of
 from proxy.handlers import ClientHandler
-from proxy.judge import Judged, Opinion, Place, finite, verdict_of
+from proxy.judging.judge import Judged, Opinion, Place, finite, verdict_of
 from proxy.pipeline import CANDIDATES, Pipeline
 from proxy.reading import Caller
 from proxy.settings.lanes import LaneSettings

@@ -16,7 +16,6 @@ import numpy as np
 import orjson
 
 from proxy import ports
-from proxy.audits import Auditor
 from proxy.books import Books, Client, Fetch, Lookup, Stale, draft_of
 from proxy.collapse import Flight, Seat
 from proxy.core import freshness, policy
@@ -34,7 +33,8 @@ from proxy.core.units import usd
 from proxy.errands import Errands, reason_of
 from proxy.explanation import explanation
 from proxy.hot import Alias, Form, HotRow, HotRows
-from proxy.judge import Judged, Opinion, Place, objection, verdict_of
+from proxy.judging.audits import Auditor
+from proxy.judging.judge import Judged, Opinion, Place, objection, verdict_of
 from proxy.lanes.forwarding import ACTING, STALE_IF_ERROR, Forwarder
 from proxy.lanes.prefetch import Prefetcher
 from proxy.lanes.route import MECHANISM as ROUTED

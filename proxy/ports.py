@@ -140,7 +140,7 @@ class AnswerComparer(Protocol):
 
 
 class Arbiter(Protocol):
-    """A language model that says whether two answers say the same. See `proxy.arbiter`."""
+    """A language model that says whether two answers say the same. See `proxy.judging.arbiter`."""
 
     async def compare(
         self,

@@ -29,7 +29,7 @@ from index.vectors import VectorOwner
 from proxy.core import policy
 from proxy.core.facts import Facts
 from proxy.core.model import Candidate, Controls, Level, Rules
-from proxy.judge import LEARN_FROM, Judge, Judged, Opinion, Place, comparison, objection
+from proxy.judging.judge import LEARN_FROM, Judge, Judged, Opinion, Place, comparison, objection
 from proxy.labelled import Asked, Readings
 from proxy.pipeline import CANDIDATES
 from proxy.printing import Bar

@@ -14,7 +14,7 @@ from typing import Any
 from proxy.core import policy
 from proxy.core.errors import BadRequest
 from proxy.evaluate import interval, open_texts
-from proxy.judge import PAIR_GUARD
+from proxy.judging.judge import PAIR_GUARD
 from proxy.labelled import Asked
 from proxy.rehearsal import Rehearsal
 from proxy.settings.config import Settings

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from proxy.arbiter import TEXT_CHARS, _case, read_verdict
+from proxy.judging.arbiter import TEXT_CHARS, _case, read_verdict
 
 
 def completion(content: object) -> bytes:

@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from index.learner import LEVELS, Learner
-from proxy import judge as room
-from proxy.audits import Auditor
 from proxy.core.model import Comparison, Rules
 from proxy.core.risk import Standing
 from proxy.hot import HotRows
-from proxy.judge import LIMITS, THICK, Judge, Opinion, Place, comparison
+from proxy.judging import judge as room
+from proxy.judging.audits import Auditor
+from proxy.judging.judge import LIMITS, THICK, Judge, Opinion, Place, comparison
 from proxy.ports import RefusedPair
 from proxy.store.store import Store, open_store
 from proxy.tasks import Tasks
@@ -102,7 +102,7 @@ async def test_a_restart_keeps_a_spent_budget_that_its_newest_rows_do_not_show(
     await spend(auditor, HOME, 6, same=False)
     await spend(auditor, PLACES[0], 20, same=True)
     await store.comparisons.flush()
-    monkeypatch.setattr("proxy.audits.LOADED", 10)
+    monkeypatch.setattr("proxy.judging.audits.LOADED", 10)
     again = auditor_of(store, "e", dict(LIMITS))
     await again.load()
     await again.evidence.read(HOME)

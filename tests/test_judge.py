@@ -17,7 +17,7 @@ from index.levels import LEVELS
 from proxy.core import policy
 from proxy.core.model import Candidate, Comparison, Miss, NearMiss, Rules
 from proxy.core.risk import Standing
-from proxy.judge import GUARD_ASKS, PAIR_GUARD, THICK, Judge, Opinion, Place, comparison, objection, verdict_of
+from proxy.judging.judge import GUARD_ASKS, PAIR_GUARD, THICK, Judge, Opinion, Place, comparison, objection, verdict_of
 
 HOME = Place(b"s" * 32, "", "t", b"q" * 32)
 ASKED = tokens.signature("How do I reset the router of my office")

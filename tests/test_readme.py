@@ -78,13 +78,13 @@ def reasons_in_code() -> set[str]:
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if name in REASONED:
                 found |= words(node.args)
-    for node in nodes_of(ROOT / "proxy/judge.py"):
+    for node in nodes_of(ROOT / "proxy/judging/judge.py"):
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "reason" for t in node.targets):
             found |= words([node.value])
-    for node in nodes_of(ROOT / "proxy/judge.py"):
+    for node in nodes_of(ROOT / "proxy/judging/judge.py"):
         if isinstance(node, ast.FunctionDef) and node.name == "objection":
             found |= words(part.value for part in ast.walk(node) if isinstance(part, ast.Return))
-    for node in nodes_of(ROOT / "proxy/audits.py"):
+    for node in nodes_of(ROOT / "proxy/judging/audits.py"):
         if isinstance(node, ast.FunctionDef) and node.name == "hold":
             found |= words(part.value for part in ast.walk(node) if isinstance(part, ast.Return))
     for node in nodes_of(ROOT / "proxy/pipeline.py", ROOT / "proxy/explain.py"):

@@ -31,7 +31,7 @@ from index.partition import perturbed
 from index.tokens import WIDTH, signature
 from index.vectors import VectorOwner
 from proxy.core.model import Candidate, Rules
-from proxy.judge import Judge, Place
+from proxy.judging.judge import Judge, Place
 from proxy.pipeline import CANDIDATES
 
 DIMENSION = 384

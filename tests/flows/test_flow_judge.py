@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from proxy.arbiter import DIFFERENT
 from proxy.evaluate import interval
+from proxy.judging.arbiter import DIFFERENT
 from tests.flows.questions import Question, stream
 from tests.flows.running import Ibid, Reply, running, until
 from tests.upstream import Chat, Json, ScriptedUpstream, Seen
@@ -136,8 +136,8 @@ async def test_an_audit_is_off_the_clients_path_and_its_answer_is_stored(data_di
 
 
 async def test_a_hit_whose_audit_has_no_room_is_forwarded_instead_and_labelled(data_dir, up, monkeypatch):
-    monkeypatch.setattr("proxy.audits.AUDITS_AT_ONCE", 1)
-    monkeypatch.setattr("proxy.audits.AUDITS_WAITING", 0)
+    monkeypatch.setattr("proxy.judging.audits.AUDITS_AT_ONCE", 1)
+    monkeypatch.setattr("proxy.judging.audits.AUDITS_WAITING", 0)
     gate = asyncio.Event()
 
     async def reply(seen: Seen) -> Chat:

@@ -14,7 +14,7 @@ from proxy.core.errors import ConfigError
 from proxy.core.model import Draft
 from proxy.core.risk import Tally
 from proxy.core.saving import REQUEST_COLUMNS, settle
-from proxy.judge import Place
+from proxy.judging.judge import Place
 from proxy.store import migrate
 from proxy.store.engine import open_database, transaction
 from proxy.store.entries import checksum_of

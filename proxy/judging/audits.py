@@ -7,7 +7,7 @@
   is not served but forwarded: the same call, and a budget kept by audits that never come would not be kept.
 - Feedback: somebody who knows.
 
-Answers are compared by `index.answers`, and where the operator names one by a language model (`proxy.arbiter`).
+Answers are compared by `index.answers`, and where the operator names one by a language model (`proxy.judging.arbiter`).
 
 Every comparison becomes a row first and is learned from then; the rows bring the judge back after a restart, and tell
 other replicas. What cannot be compared (an answer that may not be stored, a part that is down, too much at once) gives
@@ -32,9 +32,9 @@ from proxy.core.answer import decode_answer
 from proxy.core.model import Answer, Comparison, Entry
 from proxy.core.query import Query
 from proxy.core.risk import Standing
-from proxy.evidence import Evidence
 from proxy.hot import HotRow, HotRows
-from proxy.judge import (
+from proxy.judging.evidence import Evidence
+from proxy.judging.judge import (
     LEARN_FROM,
     SAME_FROM,
     WRONG_BELOW,

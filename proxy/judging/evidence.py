@@ -14,7 +14,7 @@ from typing import Final
 from proxy import ports
 from proxy.core.errors import CacheFault
 from proxy.core.risk import LevelName
-from proxy.judge import Judge, Place, teach
+from proxy.judging.judge import Judge, Place, teach
 from proxy.tasks import Tasks
 
 READ_S: Final = 1.0  # longest wait of a lookup for its levels; then it is a bypass
