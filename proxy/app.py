@@ -38,7 +38,6 @@ from proxy.admin_auth import LOOPBACK_NAMES, Gate, load_token
 from proxy.batch_engine import Engine
 from proxy.batch_http import BatchApi
 from proxy.batch_lines import Lines
-from proxy.books import Books
 from proxy.core.answer import decode_answer
 from proxy.core.dialects.routes import Routes
 from proxy.core.errors import CacheFault, ConfigError, NotYet
@@ -54,7 +53,6 @@ from proxy.hot import HotRows
 from proxy.judging.arbiter import Arbiter
 from proxy.judging.audits import Auditor
 from proxy.judging.judge import Judge
-from proxy.keys import KeyRing, MeteredLedger
 from proxy.lanes.forwarding import Forwarder
 from proxy.lanes.predict import Predictor
 from proxy.lanes.prefetch import Prefetcher
@@ -62,10 +60,12 @@ from proxy.lanes.prefixes import PrefixMarks
 from proxy.lanes.route import Router
 from proxy.leaving import Finisher
 from proxy.meaning import Meaning, Step
+from proxy.money.books import Books
+from proxy.money.keys import KeyRing, MeteredLedger
+from proxy.money.prices import Booking, Prices, configured
 from proxy.operations import Operator
 from proxy.pipeline import Pipeline
 from proxy.ports import EntryStore, Learner
-from proxy.prices import Booking, Prices, configured
 from proxy.reading import Reader, Steering
 from proxy.reindex import Reindex
 from proxy.settings.config import Settings, UpstreamSettings

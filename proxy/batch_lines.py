@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import orjson
 
-from proxy.books import Books, Client, Fetch, Lookup
 from proxy.core import policy
 from proxy.core.batches import RETRIABLE
 from proxy.core.dialects.dialect import JSON, Dialect, UsageMode
@@ -26,7 +25,8 @@ from proxy.core.model import Bypass, Level, Rules, Usage
 from proxy.core.purges import Began
 from proxy.core.query import Query
 from proxy.embeddings import Embeddings, Told
-from proxy.keys import KeyRing
+from proxy.money.books import Books, Client, Fetch, Lookup
+from proxy.money.keys import KeyRing
 from proxy.pipeline import Pipeline
 from proxy.relay import Relay, Replay
 

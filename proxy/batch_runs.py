@@ -25,7 +25,6 @@ from proxy.batch_files import LineFile
 from proxy.batch_lines import Answered, refusal
 from proxy.batch_near import Alike
 from proxy.batch_providers import PART_LIMIT_BYTES, Handed, NoBatchApi, Progress, Refused, Result
-from proxy.books import Client, Lookup
 from proxy.core.batches import (
     EMPTY,
     ERRORS_SHOWN,
@@ -49,6 +48,7 @@ from proxy.core.batches import (
 from proxy.core.errors import BadRequest, CacheFault, UpstreamError
 from proxy.core.purges import Began
 from proxy.core.query import Query
+from proxy.money.books import Client, Lookup
 
 if TYPE_CHECKING:
     from proxy.batch_engine import Engine

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from proxy.core import identity
 from proxy.core.memo import Memo, size_of
-from proxy.keys import Grant, KeyRing
+from proxy.money.keys import Grant, KeyRing
 from proxy.reading import Caller, Target
 
 Lines = tuple[tuple[bytes, bytes], ...]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from index.errors import ModelFault
 from proxy.core.errors import ConfigError
 from proxy.core.patterns import is_one_of
-from proxy.prices import Prices, configured
+from proxy.money.prices import Prices, configured
 from proxy.settings.config import Address, Settings
 
 OUR_PACKAGES = ("proxy", "index")

@@ -476,7 +476,7 @@ def _show(
 
 def _with_queries(settings: config.Settings, read: Callable[[Queries], Awaitable[Found]]) -> Found:
     """What `read` finds in the database, opened to be read only."""
-    from proxy.prices import configured
+    from proxy.money.prices import configured
     from proxy.store.queries import Queries
     from proxy.store.reading import open_reading
 

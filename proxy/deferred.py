@@ -18,12 +18,12 @@ import orjson
 from proxy.batch_engine import Engine, RawHeaders, has_credentials, is_batchable, joined, kept, of_lines
 from proxy.batch_files import FileWriter
 from proxy.batch_lines import Answered, refusal
-from proxy.books import Client
 from proxy.core.batches import BatchFile, Deferred, Job, read_reply, spell_reply
 from proxy.core.dialects.routes import without_key
 from proxy.core.errors import BadRequest, CacheFault, IbidError, UpstreamError
 from proxy.core.plan import DEFER_FROM_S
 from proxy.core.query import Query
+from proxy.money.books import Client
 from proxy.relay import Head, Replay
 from proxy.tasks import Tasks
 

@@ -22,7 +22,6 @@ from typing import NamedTuple
 import orjson
 
 from proxy import ports
-from proxy.books import Books, Client, Fetch, Lookup, added, draft_of
 from proxy.core import freshness, policy
 from proxy.core.dialects.dialect import JSON, UsageMode
 from proxy.core.dialects.openai_embeddings import OpenAIEmbeddings, has_base64
@@ -34,6 +33,7 @@ from proxy.core.units import usd
 from proxy.embedding_rows import Answered, answers_in, are_alike, in_turns, spelled, understood, vector_in
 from proxy.explanation import explanation
 from proxy.hot import HotRow
+from proxy.money.books import Books, Client, Fetch, Lookup, added, draft_of
 from proxy.pipeline import Pipeline
 from proxy.relay import Head, Relay, Replay
 from proxy.tasks import Tasks

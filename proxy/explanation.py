@@ -9,11 +9,11 @@ from typing import Any
 
 import orjson
 
-from proxy.books import Lookup
 from proxy.core import policy
 from proxy.core.directives import header_text
 from proxy.core.query import Query
 from proxy.judging.judge import Judged, Opinion, finite
+from proxy.money.books import Lookup
 
 HEADER = "x-cache-explain"
 CANDIDATES = 3  # a header has to fit into 8 KiB with the others

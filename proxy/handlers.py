@@ -21,7 +21,6 @@ from aiohttp import web
 from aiohttp.hdrs import METH_POST
 
 from proxy.batch_http import BatchApi
-from proxy.books import Client
 from proxy.callers import Callers, Lines
 from proxy.core.arrival import Arrival, Room
 from proxy.core.dialects.dialect import JSON, Dialect
@@ -34,8 +33,9 @@ from proxy.core.plan import Lane
 from proxy.core.query import Query
 from proxy.embeddings import Embeddings
 from proxy.incoming import address_of, body_at_hand, check_head, error_response, query_of, read_body, target_of
-from proxy.keys import Grant, KeyRing
 from proxy.listener import Admission
+from proxy.money.books import Client
+from proxy.money.keys import Grant, KeyRing
 from proxy.passing import Passing, PassThrough, is_free, is_websocket, passing, tells_cost
 from proxy.pipeline import Pipeline
 from proxy.ports import Ledger, Upstream

@@ -16,8 +16,8 @@ from proxy.admin_routes import BY_NAME
 from proxy.admin_schema import read_values
 from proxy.core.errors import BadRequest
 from proxy.core.keys import Kind, moment
-from proxy.keys import KeyRing
-from proxy.prices import configured
+from proxy.money.keys import KeyRing
+from proxy.money.prices import configured
 from proxy.settings.sections import Settings
 from proxy.store.reading import refuse_unless_there
 from proxy.store.store import open_store

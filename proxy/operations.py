@@ -18,7 +18,7 @@ from proxy.core.answer import decode_answer
 from proxy.core.errors import BadRequest, CacheFault
 from proxy.core.model import Draft
 from proxy.core.purges import Selector
-from proxy.keys import KeyRing
+from proxy.money.keys import KeyRing
 from proxy.pipeline import Pipeline
 from proxy.reindex import Reindex
 from proxy.settings.config import Settings

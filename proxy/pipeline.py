@@ -16,7 +16,6 @@ import numpy as np
 import orjson
 
 from proxy import ports
-from proxy.books import Books, Client, Fetch, Lookup, Stale, draft_of
 from proxy.collapse import Flight, Seat
 from proxy.core import freshness, policy
 from proxy.core.allowance import Allowance
@@ -41,6 +40,7 @@ from proxy.lanes.route import MECHANISM as ROUTED
 from proxy.lanes.route import Choice, Router
 from proxy.leaving import Finisher
 from proxy.meaning import Meaning
+from proxy.money.books import Books, Client, Fetch, Lookup, Stale, draft_of
 from proxy.relay import Head, Paced, Relay, Replay
 from proxy.settings.lanes import StaleLane
 from proxy.tasks import Tasks

@@ -35,7 +35,7 @@ from proxy.core.plan import (
     split_alias,
 )
 from proxy.core.query import Batch, Query
-from proxy.keys import Grant
+from proxy.money.keys import Grant
 from proxy.ports import Upstream
 
 MODEL_LIMIT = 2048

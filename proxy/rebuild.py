@@ -19,7 +19,7 @@ SNAPSHOT = "index.snapshot"
 
 async def rebuild(settings: Settings) -> int:
     """How many vectors the new snapshot holds. Raises ConfigError: another ibid runs, or the model cannot be used."""
-    from proxy.prices import configured
+    from proxy.money.prices import configured
     from proxy.store.reading import refuse_unless_there
 
     refuse_unless_there(settings.store.database_url or None, settings.data_dir)

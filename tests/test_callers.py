@@ -14,7 +14,7 @@ from proxy.core.dialects.routes import CHAT_PATH, Routes
 from proxy.core.errors import BadRequest
 from proxy.core.keys import Key, digest_of
 from proxy.core.model import Limits, Rules
-from proxy.keys import KeyRing
+from proxy.money.keys import KeyRing
 from proxy.reading import Caller, Reader
 
 SECRET = bytes(range(32))

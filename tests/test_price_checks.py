@@ -9,7 +9,7 @@ import pytest
 
 from proxy import checks, cli
 from proxy.core.errors import ConfigError
-from proxy.prices import Prices, configured
+from proxy.money.prices import Prices, configured
 from proxy.settings import config
 
 NOW_MS = 1_795_348_800_000  # 2026-11-22 12:00 UTC

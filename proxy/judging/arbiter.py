@@ -16,11 +16,11 @@ from typing import Any, Final, Literal
 import orjson
 
 from proxy import ports
-from proxy.books import Books
 from proxy.core.dialects.openai_record import find_usage
 from proxy.core.errors import UpstreamError
 from proxy.core.model import Call
 from proxy.core.query import Query
+from proxy.money.books import Books
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from collections import OrderedDict
 from dataclasses import replace
 from typing import Final, NamedTuple
 
-from proxy.books import Client
 from proxy.core.model import Level
 from proxy.core.plan import Lane, Plan
 from proxy.core.query import Query
+from proxy.money.books import Client
 from proxy.settings.lanes import PrefetchLane
 
 QUESTIONS = 4_096

@@ -14,12 +14,12 @@ from typing import Final
 
 import orjson
 
-from proxy.books import Fetch
 from proxy.core.dialects.anthropic import Messages
 from proxy.core.dialects.openai_chat import OpenAIChat
 from proxy.core.dialects.responses import Responses
 from proxy.core.jsontext import set_member
 from proxy.core.prefix import PrefixMemory, anthropic_breakpoints, inject, minimum_tokens, openai_cache_key
+from proxy.money.books import Fetch
 from proxy.settings.lanes import PrefixLane
 from proxy.upstreams.sending import Sending
 

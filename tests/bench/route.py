@@ -22,12 +22,12 @@ import uvloop
 from index.kernels import compile_kernels
 from index.tokens import signature
 from index.vectors import VectorOwner
-from proxy.books import Client, Lookup
 from proxy.core.dialects.routes import Routes
 from proxy.core.model import Limits, Miss, Rules
 from proxy.core.plan import Lane, Plan
 from proxy.lanes.route import Router
 from proxy.meaning import Meaning, Parts
+from proxy.money.books import Client, Lookup
 from proxy.ports import Vote
 from proxy.reading import Caller, Reader, Steering
 from proxy.settings.lanes import RouteLane

@@ -35,7 +35,7 @@ from proxy.core.prefix import (
     without_breakpoints,
 )
 from proxy.core.rates import Rate, writes_cost_extra
-from proxy.prices import Prices
+from proxy.money.prices import Prices
 from tests.rows import NOON_MS
 
 SALT = b"tenant"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from proxy.core.errors import ConfigError
 from proxy.core.model import Usage
-from proxy.prices import Prices
+from proxy.money.prices import Prices
 from tests.rows import NOON_MS
 
 BOOK = Prices()

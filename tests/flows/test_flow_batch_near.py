@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from proxy.core.model import Usage
-from proxy.prices import Prices
+from proxy.money.prices import Prices
 from tests.batch_upstream import BatchUpstream, Handed
 from tests.flows.batching import balanced, ended, hand_in, line, rows, sdk, text
 from tests.flows.questions import TASKS

@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from proxy.core.model import Usage
-from proxy.prices import Prices
+from proxy.money.prices import Prices
 from tests.batch_upstream import BatchUpstream
 from tests.flows.batching import QUICK, balanced, ended, hand_in, jsonl, line, rows, sdk, text
 from tests.flows.running import EMBEDDER, MODEL, chat_body, running, until

@@ -12,7 +12,7 @@ import pytest
 
 from proxy.core.errors import CacheFault
 from proxy.core.model import Usage
-from proxy.prices import Prices
+from proxy.money.prices import Prices
 from tests.flows.running import EMBEDDER, EMBEDDINGS, EXACT_ONLY, Ibid, running, until
 from tests.upstream import Body, Json, Raw, Vectors, tokens_in, vector_for
 

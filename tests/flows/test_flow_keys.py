@@ -18,7 +18,7 @@ import anthropic
 import openai
 import pytest
 
-from proxy.keys import KeyRing
+from proxy.money.keys import KeyRing
 from tests.flows.running import CHAT, KEYED, MODEL, ROOT, TOKEN, UPSTREAM_KEY, Client, Ibid, running, serving, until
 from tests.providers import provider
 from tests.upstream import Chat, Json, ScriptedUpstream

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from proxy.core.model import Usage
-from proxy.prices import Prices
+from proxy.money.prices import Prices
 from tests.flows.running import MODEL, ROOT, running, until
 from tests.upstream import Chat, Json
 from tests.waiting import PATIENCE_S

@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from proxy.core.model import Usage
-from proxy.prices import Prices
+from proxy.money.prices import Prices
 from tests.flows.running import EXACT_ONLY, MODEL, Client, Ibid, chat_body, running, serving, until
 from tests.flows.test_flow_responses import Model
 from tests.providers import provider

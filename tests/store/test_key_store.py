@@ -14,7 +14,7 @@ from proxy.core.errors import CacheFault
 from proxy.core.keys import Cost, Key, Kind, Limit, Window, digest_of, is_virtual
 from proxy.core.model import Usage
 from proxy.core.saving import REQUEST_COLUMNS, settle
-from proxy.keys import KeyRing, MeteredLedger, cost_of, new_secret
+from proxy.money.keys import KeyRing, MeteredLedger, cost_of, new_secret
 from proxy.store import keys as store_keys
 from proxy.store.ledger import SPILL_NAME
 from proxy.store.store import open_store
