@@ -14,9 +14,9 @@ from proxy.core.answer import decode_answer
 from proxy.core.errors import BadRequest
 from proxy.core.model import Candidate, Entry, Level, NearMiss
 from proxy.core.query import Query
-from proxy.foresight import foresee, plan_of
 from proxy.handlers import ClientHandler
 from proxy.judging.judge import Judged, Opinion, Place, finite, verdict_of
+from proxy.lanes.foresight import foresee, plan_of
 from proxy.pipeline import CANDIDATES, Pipeline
 from proxy.reading import Caller
 from proxy.settings.lanes import LaneSettings
