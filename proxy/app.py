@@ -46,7 +46,6 @@ from proxy.core.rates import writes_cost_extra
 from proxy.core.risk import LevelName, Tally
 from proxy.core.units import DAY_S
 from proxy.deferred import DeferredCalls
-from proxy.embeddings import Embeddings
 from proxy.explain import Explainer
 from proxy.handlers import ClientHandler
 from proxy.hot import HotRows
@@ -58,16 +57,17 @@ from proxy.lanes.predict import Predictor
 from proxy.lanes.prefetch import Prefetcher
 from proxy.lanes.prefixes import PrefixMarks
 from proxy.lanes.route import Router
-from proxy.leaving import Finisher
 from proxy.meaning import Meaning, Step
 from proxy.money.books import Books
 from proxy.money.keys import KeyRing, MeteredLedger
 from proxy.money.prices import Booking, Prices, configured
 from proxy.operations import Operator
-from proxy.pipeline import Pipeline
 from proxy.ports import EntryStore, Learner
-from proxy.reading import Reader, Steering
 from proxy.reindex import Reindex
+from proxy.request.embeddings import Embeddings
+from proxy.request.leaving import Finisher
+from proxy.request.pipeline import Pipeline
+from proxy.request.reading import Reader, Steering
 from proxy.settings.config import Settings, UpstreamSettings
 from proxy.store.store import Store, open_store
 from proxy.tasks import Tasks, aside

@@ -24,11 +24,11 @@ from proxy.core.errors import BadRequest, IbidError, UpstreamError
 from proxy.core.model import Bypass, Level, Rules, Usage
 from proxy.core.purges import Began
 from proxy.core.query import Query
-from proxy.embeddings import Embeddings, Told
 from proxy.money.books import Books, Client, Fetch, Lookup
 from proxy.money.keys import KeyRing
-from proxy.pipeline import Pipeline
 from proxy.relay import Relay, Replay
+from proxy.request.embeddings import Embeddings, Told
+from proxy.request.pipeline import Pipeline
 
 ATTEMPTS = 5
 PAUSE_S = 1.0  # before the second attempt; doubled before each further one

@@ -17,7 +17,7 @@ from proxy.core import policy
 from proxy.core.model import Candidate
 from proxy.core.query import Query
 from proxy.judging.judge import LEARN_FROM, Place
-from proxy.pipeline import CANDIDATES, Pipeline
+from proxy.request.pipeline import CANDIDATES, Pipeline
 
 LINES = 16_384  # of a batch that later ones are compared with: 25 MB, and 3 ms for the last of them
 ASIDE = 2048  # rows from which on a comparison leaves the event loop

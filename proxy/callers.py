@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from proxy.core import identity
 from proxy.core.memo import Memo, size_of
 from proxy.money.keys import Grant, KeyRing
-from proxy.reading import Caller, Target
+from proxy.request.reading import Caller, Target
 
 Lines = tuple[tuple[bytes, bytes], ...]
 CALLER_BYTES = 1024

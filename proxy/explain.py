@@ -17,8 +17,8 @@ from proxy.core.query import Query
 from proxy.handlers import ClientHandler
 from proxy.judging.judge import Judged, Opinion, Place, finite, verdict_of
 from proxy.lanes.foresight import foresee, plan_of
-from proxy.pipeline import CANDIDATES, Pipeline
-from proxy.reading import Caller
+from proxy.request.pipeline import CANDIDATES, Pipeline
+from proxy.request.reading import Caller
 from proxy.settings.lanes import LaneSettings
 from proxy.store.selection import Filters
 from proxy.store.store import Store

@@ -31,16 +31,16 @@ from proxy.core.memo import Memo, size_of
 from proxy.core.model import Limits
 from proxy.core.plan import Lane
 from proxy.core.query import Query
-from proxy.embeddings import Embeddings
 from proxy.incoming import address_of, body_at_hand, check_head, error_response, query_of, read_body, target_of
 from proxy.listener import Admission
 from proxy.money.books import Client
 from proxy.money.keys import Grant, KeyRing
 from proxy.passing import Passing, PassThrough, is_free, is_websocket, passing, tells_cost
-from proxy.pipeline import Pipeline
 from proxy.ports import Ledger, Upstream
-from proxy.reading import Caller, Reader, Target
 from proxy.relay import Paced, Relay, Replay
+from proxy.request.embeddings import Embeddings
+from proxy.request.pipeline import Pipeline
+from proxy.request.reading import Caller, Reader, Target
 from proxy.watch.telemetry import Telemetry
 from proxy.wire import SERVER, answer_at_once, headers_of, relay_at_once
 

@@ -19,8 +19,8 @@ from proxy.core.errors import BadRequest, CacheFault
 from proxy.core.model import Draft
 from proxy.core.purges import Selector
 from proxy.money.keys import KeyRing
-from proxy.pipeline import Pipeline
 from proxy.reindex import Reindex
+from proxy.request.pipeline import Pipeline
 from proxy.settings.config import Settings
 from proxy.store.selection import Filters
 from proxy.store.store import Store

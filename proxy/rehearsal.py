@@ -31,8 +31,8 @@ from proxy.core.facts import Facts
 from proxy.core.model import Candidate, Controls, Level, Rules
 from proxy.judging.judge import LEARN_FROM, Judge, Judged, Opinion, Place, comparison, objection
 from proxy.labelled import Asked, Readings
-from proxy.pipeline import CANDIDATES
 from proxy.printing import Bar
+from proxy.request.pipeline import CANDIDATES
 
 FAR_MS: Final = 1 << 52
 BATCH: Final = 32  # texts of one length in a call: more than serving allows itself, for a clock nobody waits on

@@ -15,7 +15,7 @@ from proxy.core.errors import BadRequest
 from proxy.core.keys import Key, digest_of
 from proxy.core.model import Limits, Rules
 from proxy.money.keys import KeyRing
-from proxy.reading import Caller, Reader
+from proxy.request.reading import Caller, Reader
 
 SECRET = bytes(range(32))
 HEADERS = {b"Authorization": b"Bearer %b", b"x-api-key": b"%b", b"api-key": b"%b", b"x-goog-api-key": b"%b"}

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.embedding_rows import spell, vector_of
-from proxy.embeddings import Read
+from proxy.request.embedding_rows import spell, vector_of
+from proxy.request.embeddings import Read
 
 FLOATS = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=16)
 

@@ -29,7 +29,7 @@ from proxy.lanes.route import Router
 from proxy.meaning import Meaning, Parts
 from proxy.money.books import Client, Lookup
 from proxy.ports import Vote
-from proxy.reading import Caller, Reader, Steering
+from proxy.request.reading import Caller, Reader, Steering
 from proxy.settings.lanes import RouteLane
 from tests.bench.search import DIMENSION, FAR, unit
 

@@ -32,7 +32,7 @@ from index.tokens import WIDTH, signature
 from index.vectors import VectorOwner
 from proxy.core.model import Candidate, Rules
 from proxy.judging.judge import Judge, Place
-from proxy.pipeline import CANDIDATES
+from proxy.request.pipeline import CANDIDATES
 
 DIMENSION = 384
 FAR = 1 << 60

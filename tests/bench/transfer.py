@@ -27,8 +27,8 @@ from proxy.core.model import Rules
 from proxy.core.policy import ALWAYS
 from proxy.evaluate import open_texts
 from proxy.labelled import SCOPE, Asked, read
-from proxy.pipeline import CANDIDATES
 from proxy.rehearsal import FAR_MS, Texts, is_eligible
+from proxy.request.pipeline import CANDIDATES
 
 BUDGETS: Final = (0.01, 0.02, 0.05)
 ALIKE: Final = 0.60  # pairs less alike are not trained on: they are never served

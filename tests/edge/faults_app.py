@@ -17,7 +17,7 @@ import pytest
 from proxy import app as composition
 from proxy.app import App
 from proxy.handlers import ClientHandler
-from proxy.pipeline import Pipeline
+from proxy.request.pipeline import Pipeline
 from proxy.settings.config import Flags, load
 from proxy.settings.sections import Settings
 from proxy.store.store import migrate_store

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import aiohttp
 import pytest
 
-from proxy.reading import Caller
+from proxy.request.reading import Caller
 from tests.flows.batching import QUICK, ended, hand_in, line, rows, sdk
 from tests.flows.running import CHAT, KEY_ENV, Ibid, running, until
 from tests.upstream import Body, ScriptedUpstream, Seen

@@ -280,7 +280,7 @@ async def test_what_may_not_be_stored_is_not_finished(data_dir, up):
 
 
 async def test_no_more_calls_are_finished_at_once_than_there_may_be(data_dir, up, monkeypatch):
-    monkeypatch.setattr("proxy.leaving.FINISHING_MAX", 2)
+    monkeypatch.setattr("proxy.request.leaving.FINISHING_MAX", 2)
     gate = asyncio.Event()
     up.default = Chat(gates={2: gate})
     async with running(data_dir, up.url, on_leave("finish")) as ibid:

@@ -16,7 +16,6 @@ import numpy as np
 import orjson
 
 from proxy import ports
-from proxy.collapse import Flight, Seat
 from proxy.core import freshness, policy
 from proxy.core.allowance import Allowance
 from proxy.core.answer import decode_answer
@@ -29,8 +28,6 @@ from proxy.core.plan import Lane
 from proxy.core.purges import Began, asked_ms, marks_of, reaches
 from proxy.core.query import Query
 from proxy.core.units import usd
-from proxy.errands import Errands, reason_of
-from proxy.explanation import explanation
 from proxy.hot import Alias, Form, HotRow, HotRows
 from proxy.judging.audits import Auditor
 from proxy.judging.judge import Judged, Opinion, Place, objection, verdict_of
@@ -38,10 +35,13 @@ from proxy.lanes.forwarding import ACTING, STALE_IF_ERROR, Forwarder
 from proxy.lanes.prefetch import Prefetcher
 from proxy.lanes.route import MECHANISM as ROUTED
 from proxy.lanes.route import Choice, Router
-from proxy.leaving import Finisher
 from proxy.meaning import Meaning
 from proxy.money.books import Books, Client, Fetch, Lookup, Stale, draft_of
 from proxy.relay import Head, Paced, Relay, Replay
+from proxy.request.collapse import Flight, Seat
+from proxy.request.errands import Errands, reason_of
+from proxy.request.explanation import explanation
+from proxy.request.leaving import Finisher
 from proxy.settings.lanes import StaleLane
 from proxy.tasks import Tasks
 from proxy.watch.telemetry import Telemetry

@@ -13,7 +13,6 @@ from typing import Final, Protocol
 import numpy as np
 
 from proxy import ports
-from proxy.collapse import Flight, Seat
 from proxy.core import freshness
 from proxy.core.errors import CacheFault, UpstreamError
 from proxy.core.model import Answer, Entry, Miss
@@ -26,6 +25,7 @@ from proxy.lanes.forwarding import ACTING
 from proxy.lanes.prefetch import Prefetcher
 from proxy.lanes.route import BAD_ANSWERS, Router
 from proxy.money.books import Client, Fetch, Lookup
+from proxy.request.collapse import Flight, Seat
 from proxy.tasks import Tasks
 from proxy.watch.telemetry import Telemetry
 

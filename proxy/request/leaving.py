@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 from typing import Literal
 
-from proxy.collapse import Flight, Seat
 from proxy.core.errors import UpstreamError
 from proxy.core.query import Query
 from proxy.money.books import Fetch
+from proxy.request.collapse import Flight, Seat
 from proxy.tasks import Tasks
 
 log = logging.getLogger(__name__)

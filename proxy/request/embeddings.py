@@ -30,12 +30,12 @@ from proxy.core.errors import BadRequest, CacheFault
 from proxy.core.model import Answer, Bypass, Draft, Eligibility, Entry, Hit, Input, Level, Miss, Tier
 from proxy.core.query import Batch, Query
 from proxy.core.units import usd
-from proxy.embedding_rows import Answered, answers_in, are_alike, in_turns, spelled, understood, vector_in
-from proxy.explanation import explanation
 from proxy.hot import HotRow
 from proxy.money.books import Books, Client, Fetch, Lookup, added, draft_of
-from proxy.pipeline import Pipeline
 from proxy.relay import Head, Relay, Replay
+from proxy.request.embedding_rows import Answered, answers_in, are_alike, in_turns, spelled, understood, vector_in
+from proxy.request.explanation import explanation
+from proxy.request.pipeline import Pipeline
 from proxy.tasks import Tasks
 from proxy.watch.telemetry import Telemetry
 
