@@ -21,8 +21,8 @@ from proxy import ports
 from proxy.admin_auth import GATE, Gate, admit, guarded, refuse_unguarded, unguarded
 from proxy.admin_routes import BY_NAME, ROUTES, describe
 from proxy.admin_schema import BODY_LIMIT_BYTES, Values, invalid, read_body, read_bytes, read_query, read_values
+from proxy.client.incoming import error_response, new_request_id
 from proxy.core.errors import BadRequest, CacheFault, IbidError
-from proxy.incoming import error_response, new_request_id
 from proxy.watch.telemetry import CONTENT_TYPE, Telemetry
 
 log = logging.getLogger(__name__)

@@ -33,11 +33,13 @@ from index.answers import SENSITIVITY
 from index.errors import IndexRoomError
 from index.heap import trim_heap
 from index.levels import LEVELS
-from proxy import admin, doorstep, listener
+from proxy import admin, doorstep
 from proxy.admin_auth import LOOPBACK_NAMES, Gate, load_token
 from proxy.batch_engine import Engine
 from proxy.batch_http import BatchApi
 from proxy.batch_lines import Lines
+from proxy.client import listener
+from proxy.client.handlers import ClientHandler
 from proxy.core.answer import decode_answer
 from proxy.core.dialects.routes import Routes
 from proxy.core.errors import CacheFault, ConfigError, NotYet
@@ -47,7 +49,6 @@ from proxy.core.risk import LevelName, Tally
 from proxy.core.units import DAY_S
 from proxy.deferred import DeferredCalls
 from proxy.explain import Explainer
-from proxy.handlers import ClientHandler
 from proxy.hot import HotRows
 from proxy.judging.arbiter import Arbiter
 from proxy.judging.audits import Auditor

@@ -17,6 +17,9 @@ from aiohttp import web
 from proxy.batch_engine import Engine
 from proxy.batch_files import FileWriter
 from proxy.batch_providers import METADATA_NAME
+from proxy.client.incoming import body_stream, read_body
+from proxy.client.passing import Passing, PassThrough
+from proxy.client.wire import SERVER
 from proxy.core import jsontext
 from proxy.core.batches import (
     ENDED,
@@ -43,10 +46,7 @@ from proxy.core.model import Limits
 from proxy.core.multipart import Form, boundary_of
 from proxy.core.query import Query
 from proxy.deferred import RETRY_AFTER_S, DeferredCalls, requests_line
-from proxy.incoming import body_stream, read_body
-from proxy.passing import Passing, PassThrough
 from proxy.ports import Upstream
-from proxy.wire import SERVER
 
 SPOOL_MEMORY_BYTES: Final = 1024 * 1024
 FORM_LIMIT_BYTES: Final = 64 * 1024  # of a form, around its file

@@ -9,12 +9,12 @@ from typing import Any
 import orjson
 
 from proxy import ports
+from proxy.client.handlers import ClientHandler
 from proxy.core import identity, policy
 from proxy.core.answer import decode_answer
 from proxy.core.errors import BadRequest
 from proxy.core.model import Candidate, Entry, Level, NearMiss
 from proxy.core.query import Query
-from proxy.handlers import ClientHandler
 from proxy.judging.judge import Judged, Opinion, Place, finite, verdict_of
 from proxy.lanes.foresight import foresee, plan_of
 from proxy.request.pipeline import CANDIDATES, Pipeline

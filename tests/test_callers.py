@@ -9,7 +9,7 @@ from typing import Any, cast
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.callers import Callers, Lines
+from proxy.client.callers import Callers, Lines
 from proxy.core.dialects.routes import CHAT_PATH, Routes
 from proxy.core.errors import BadRequest
 from proxy.core.keys import Key, digest_of

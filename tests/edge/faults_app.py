@@ -16,7 +16,7 @@ import pytest
 
 from proxy import app as composition
 from proxy.app import App
-from proxy.handlers import ClientHandler
+from proxy.client.handlers import ClientHandler
 from proxy.request.pipeline import Pipeline
 from proxy.settings.config import Flags, load
 from proxy.settings.sections import Settings

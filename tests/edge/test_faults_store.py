@@ -18,8 +18,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy import app as composition
 from proxy import cli
+from proxy.client.handlers import ClientHandler
 from proxy.core.errors import ConfigError
-from proxy.handlers import ClientHandler
 from proxy.store.writer import Writer
 from tests.edge.faults_app import EXACT_ONLY, Running, ibid, question, serving, settings_of, until, up
 from tests.upstream import ScriptedUpstream

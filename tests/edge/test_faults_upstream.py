@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy import handlers
+from proxy.client import handlers
 from tests.edge.faults_app import Running, ibid, question, request, serving, up
 from tests.edge.faults_wire import DONE, FORMS, JSON_HEAD, ONE, ROLE, SSE_HEAD, STOP, TWO, chunk, whole
 from tests.edge.rawclient import RawClient

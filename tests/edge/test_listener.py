@@ -18,10 +18,10 @@ from dataclasses import replace
 import pytest
 from aiohttp import web
 
+from proxy.client.incoming import body_stream, check_head, error_response, query_of, read_body, target_of
+from proxy.client.listener import Admission, Listener, start
 from proxy.core.errors import Busy, IbidError
 from proxy.core.model import Limits
-from proxy.incoming import body_stream, check_head, error_response, query_of, read_body, target_of
-from proxy.listener import Admission, Listener, start
 from tests.edge.rawclient import RawClient, get, post
 from tests.waiting import PATIENCE_S
 
@@ -630,7 +630,7 @@ def test_full_descriptor_table_is_survived(loop: str) -> None:
     script = f"""
         import asyncio, resource, socket, uvloop
         from aiohttp import web
-        import proxy.listener as listener
+        import proxy.client.listener as listener
         from proxy.core.model import Limits
         async def handler(request): return web.Response(text="ok")
         def ask(sock):

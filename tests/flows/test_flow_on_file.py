@@ -10,9 +10,9 @@ import pytest
 from aiohttp import web
 from aiohttp.http_writer import StreamWriter
 
-from proxy.handlers import WHOLE_LIMIT_BYTES
+from proxy.client.handlers import WHOLE_LIMIT_BYTES
+from proxy.client.wire import WireResponse
 from proxy.store.journal import Journal
-from proxy.wire import WireResponse
 from tests.flows.running import CHAT, EMBEDDINGS, chat_body
 from tests.upstream import Body, Chat, Json, Stream
 

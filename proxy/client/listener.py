@@ -29,9 +29,9 @@ from aiohttp.http_writer import StreamWriter
 from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import RequestPayloadError, _ErrInfo
 
+from proxy.client.incoming import error_response, new_request_id, parser_error, raw_response
 from proxy.core.errors import BadRequest, Busy, IbidError
 from proxy.core.model import Limits
-from proxy.incoming import error_response, new_request_id, parser_error, raw_response
 
 log = logging.getLogger(__name__)
 

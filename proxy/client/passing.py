@@ -29,6 +29,8 @@ from aiohttp.hdrs import (
 )
 from aiohttp.helpers import must_be_empty_body
 
+from proxy.client.incoming import body_stream, read_body
+from proxy.client.wire import SERVER
 from proxy.core import jsontext
 from proxy.core.arrival import Arrival
 from proxy.core.dialects import anthropic_record, gemini_answer, ollama_answer, openai_record, responses_record
@@ -38,10 +40,8 @@ from proxy.core.directives import verdict_headers
 from proxy.core.errors import BadRequest, UpstreamError
 from proxy.core.model import Bypass, Call, Limits, Outcome, Usage
 from proxy.core.multipart import Form, boundary_of
-from proxy.incoming import body_stream, read_body
 from proxy.ports import Ledger, Upstream, WebSocket
 from proxy.watch.telemetry import Telemetry
-from proxy.wire import SERVER
 
 HEAD_BYTES: Final = 4 * 1024  # looked at for the model
 TAIL_BYTES: Final = 64 * 1024  # looked at for the usage

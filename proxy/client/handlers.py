@@ -21,7 +21,11 @@ from aiohttp import web
 from aiohttp.hdrs import METH_POST
 
 from proxy.batch_http import BatchApi
-from proxy.callers import Callers, Lines
+from proxy.client.callers import Callers, Lines
+from proxy.client.incoming import address_of, body_at_hand, check_head, error_response, query_of, read_body, target_of
+from proxy.client.listener import Admission
+from proxy.client.passing import Passing, PassThrough, is_free, is_websocket, passing, tells_cost
+from proxy.client.wire import SERVER, answer_at_once, headers_of, relay_at_once
 from proxy.core.arrival import Arrival, Room
 from proxy.core.dialects.dialect import JSON, Dialect
 from proxy.core.dialects.routes import Routes
@@ -31,18 +35,14 @@ from proxy.core.memo import Memo, size_of
 from proxy.core.model import Limits
 from proxy.core.plan import Lane
 from proxy.core.query import Query
-from proxy.incoming import address_of, body_at_hand, check_head, error_response, query_of, read_body, target_of
-from proxy.listener import Admission
 from proxy.money.books import Client
 from proxy.money.keys import Grant, KeyRing
-from proxy.passing import Passing, PassThrough, is_free, is_websocket, passing, tells_cost
 from proxy.ports import Ledger, Upstream
 from proxy.relay import Paced, Relay, Replay
 from proxy.request.embeddings import Embeddings
 from proxy.request.pipeline import Pipeline
 from proxy.request.reading import Caller, Reader, Target
 from proxy.watch.telemetry import Telemetry
-from proxy.wire import SERVER, answer_at_once, headers_of, relay_at_once
 
 log = logging.getLogger(__name__)
 
