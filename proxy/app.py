@@ -35,9 +35,10 @@ from index.heap import trim_heap
 from index.levels import LEVELS
 from proxy import admin, doorstep
 from proxy.admin_auth import LOOPBACK_NAMES, Gate, load_token
-from proxy.batch_engine import Engine
-from proxy.batch_http import BatchApi
-from proxy.batch_lines import Lines
+from proxy.batch.deferred import DeferredCalls
+from proxy.batch.engine import Engine
+from proxy.batch.http import BatchApi
+from proxy.batch.lines import Lines
 from proxy.client import listener
 from proxy.client.handlers import ClientHandler
 from proxy.core.answer import decode_answer
@@ -47,7 +48,6 @@ from proxy.core.model import Answer
 from proxy.core.rates import writes_cost_extra
 from proxy.core.risk import LevelName, Tally
 from proxy.core.units import DAY_S
-from proxy.deferred import DeferredCalls
 from proxy.explain import Explainer
 from proxy.hot import HotRows
 from proxy.judging.arbiter import Arbiter

@@ -20,7 +20,7 @@ from functools import partial
 from aiohttp import web
 from aiohttp.hdrs import METH_POST
 
-from proxy.batch_http import BatchApi
+from proxy.batch.http import BatchApi
 from proxy.client.callers import Callers, Lines
 from proxy.client.incoming import address_of, body_at_hand, check_head, error_response, query_of, read_body, target_of
 from proxy.client.listener import Admission

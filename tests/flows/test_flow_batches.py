@@ -309,7 +309,7 @@ async def test_an_upstream_whose_batch_api_is_off_is_asked_line_by_line(data_dir
 
 
 async def test_a_line_that_fails_for_a_moment_is_asked_again(exact, up, monkeypatch):
-    monkeypatch.setattr("proxy.batch_lines.PAUSE_S", 0.01)
+    monkeypatch.setattr("proxy.batch.lines.PAUSE_S", 0.01)
     busy = {"error": {"message": "busy"}}
     up.script(Json(404, {}), Json(429, busy), Json(503, busy))
     async with sdk(exact) as client:
@@ -444,7 +444,7 @@ async def test_responses_and_legacy_completions_are_lines_too(exact, up):
 
 
 async def test_lines_go_to_the_provider_by_model_and_in_batches_it_can_take(data_dir, up, monkeypatch):
-    monkeypatch.setattr("proxy.batch_runs.PART_LIMIT_BYTES", 1200)
+    monkeypatch.setattr("proxy.batch.runs.PART_LIMIT_BYTES", 1200)
     theirs = BatchUpstream(up)
     models = ("gpt-4o-mini", "gpt-4o")
     async with running(data_dir, up.url, QUICK) as ibid, sdk(ibid) as client:

@@ -90,7 +90,7 @@ async def test_a_deadline_that_cannot_be_read_is_refused(exact, up, said):
 
 
 async def test_patient_calls_go_together_through_the_providers_batch(data_dir, up, monkeypatch):
-    monkeypatch.setattr("proxy.deferred.COLLECT_LINES", 3)
+    monkeypatch.setattr("proxy.batch.deferred.COLLECT_LINES", 3)
     theirs = BatchUpstream(up)
     async with running(data_dir, up.url, COLLECTING) as ibid:
         known = await ibid.fill("What is known?")
@@ -115,7 +115,7 @@ async def test_patient_calls_go_together_through_the_providers_batch(data_dir, u
 
 
 async def test_what_the_batch_does_not_bring_is_asked_for_alone(data_dir, up, monkeypatch):
-    monkeypatch.setattr("proxy.deferred.COLLECT_LINES", 2)
+    monkeypatch.setattr("proxy.batch.deferred.COLLECT_LINES", 2)
     theirs = BatchUpstream(up, outcome="expired")
     theirs.expire = {0}
     async with running(data_dir, up.url, COLLECTING) as ibid:
@@ -199,7 +199,7 @@ async def test_without_the_batch_api_a_preference_is_ignored(data_dir, up):
 
 async def test_a_client_that_stays_gets_the_answer_of_a_batch_on_its_open_connection(data_dir, up, monkeypatch):
     monkeypatch.setattr("proxy.client.handlers.HEARTBEAT_S", 0.1)
-    monkeypatch.setattr("proxy.deferred.COLLECT_LINES", 3)
+    monkeypatch.setattr("proxy.batch.deferred.COLLECT_LINES", 3)
     batches = BatchUpstream(up, polls=3)
     up.default = batches.answer
     async with running(data_dir, up.url, COLLECTING) as ibid:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from proxy.batch_files import FileWriter, LineFile
+from proxy.batch.files import FileWriter, LineFile
 from proxy.core.batches import CHUNK_BYTES, BatchFile, Deferred, Job, LineRow, Part
 from tests.rows import HOUR_MS, NOON_MS
 

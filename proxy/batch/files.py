@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
-from proxy.batch_ports import BatchStore
+from proxy.batch.ports import BatchStore
 from proxy.core.batches import CHUNK_BYTES, BatchFile
 
 CHUNKS_KEPT = 4

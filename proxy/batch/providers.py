@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import orjson
 
-from proxy.batch_lines import one_line
+from proxy.batch.lines import one_line
 from proxy.core.batches import Part
 from proxy.core.dialects.dialect import rfc3339
 from proxy.core.errors import UpstreamError

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from proxy.batch_files import LineFile
-from proxy.batch_lines import Answered, refusal
-from proxy.batch_near import Alike
-from proxy.batch_providers import PART_LIMIT_BYTES, Handed, NoBatchApi, Progress, Refused, Result
+from proxy.batch.files import LineFile
+from proxy.batch.lines import Answered, refusal
+from proxy.batch.near import Alike
+from proxy.batch.providers import PART_LIMIT_BYTES, Handed, NoBatchApi, Progress, Refused, Result
 from proxy.core.batches import (
     EMPTY,
     ERRORS_SHOWN,
@@ -51,7 +51,7 @@ from proxy.core.query import Query
 from proxy.money.books import Client, Lookup
 
 if TYPE_CHECKING:
-    from proxy.batch_engine import Engine
+    from proxy.batch.engine import Engine
 
 log = logging.getLogger(__name__)
 

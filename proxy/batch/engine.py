@@ -14,11 +14,11 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
-from proxy import batch_lines
-from proxy.batch_lines import Lines
-from proxy.batch_ports import BatchStore
-from proxy.batch_providers import NoBatchApi, Provider, Refused, providers_of
-from proxy.batch_runs import LEASE_S, Run
+from proxy.batch import lines as batch_lines
+from proxy.batch.lines import Lines
+from proxy.batch.ports import BatchStore
+from proxy.batch.providers import NoBatchApi, Provider, Refused, providers_of
+from proxy.batch.runs import LEASE_S, Run
 from proxy.core.batches import ENDPOINTS, Job
 from proxy.core.dialects.dialect import Dialect
 from proxy.core.dialects.routes import MESSAGES_PATH

@@ -14,9 +14,10 @@ from urllib.parse import urlencode
 import orjson
 from aiohttp import web
 
-from proxy.batch_engine import Engine
-from proxy.batch_files import FileWriter
-from proxy.batch_providers import METADATA_NAME
+from proxy.batch.deferred import RETRY_AFTER_S, DeferredCalls, requests_line
+from proxy.batch.engine import Engine
+from proxy.batch.files import FileWriter
+from proxy.batch.providers import METADATA_NAME
 from proxy.client.incoming import body_stream, read_body
 from proxy.client.passing import Passing, PassThrough
 from proxy.client.wire import SERVER
@@ -45,7 +46,6 @@ from proxy.core.jsonitems import Items
 from proxy.core.model import Limits
 from proxy.core.multipart import Form, boundary_of
 from proxy.core.query import Query
-from proxy.deferred import RETRY_AFTER_S, DeferredCalls, requests_line
 from proxy.ports import Upstream
 
 SPOOL_MEMORY_BYTES: Final = 1024 * 1024

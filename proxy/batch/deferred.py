@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 
 import orjson
 
-from proxy.batch_engine import Engine, RawHeaders, has_credentials, is_batchable, joined, kept, of_lines
-from proxy.batch_files import FileWriter
-from proxy.batch_lines import Answered, refusal
+from proxy.batch.engine import Engine, RawHeaders, has_credentials, is_batchable, joined, kept, of_lines
+from proxy.batch.files import FileWriter
+from proxy.batch.lines import Answered, refusal
 from proxy.core.batches import BatchFile, Deferred, Job, read_reply, spell_reply
 from proxy.core.dialects.routes import without_key
 from proxy.core.errors import BadRequest, CacheFault, IbidError, UpstreamError
