@@ -33,8 +33,12 @@ from index.answers import SENSITIVITY
 from index.errors import IndexRoomError
 from index.heap import trim_heap
 from index.levels import LEVELS
-from proxy import admin, doorstep
-from proxy.admin_auth import LOOPBACK_NAMES, Gate, load_token
+from proxy import doorstep
+from proxy.admin import server as admin
+from proxy.admin.auth import LOOPBACK_NAMES, Gate, load_token
+from proxy.admin.explain import Explainer
+from proxy.admin.operations import Operator
+from proxy.admin.reindex import Reindex
 from proxy.batch.deferred import DeferredCalls
 from proxy.batch.engine import Engine
 from proxy.batch.http import BatchApi
@@ -48,7 +52,6 @@ from proxy.core.model import Answer
 from proxy.core.rates import writes_cost_extra
 from proxy.core.risk import LevelName, Tally
 from proxy.core.units import DAY_S
-from proxy.explain import Explainer
 from proxy.hot import HotRows
 from proxy.judging.arbiter import Arbiter
 from proxy.judging.audits import Auditor
@@ -62,9 +65,7 @@ from proxy.meaning import Meaning, Step
 from proxy.money.books import Books
 from proxy.money.keys import KeyRing, MeteredLedger
 from proxy.money.prices import Booking, Prices, configured
-from proxy.operations import Operator
 from proxy.ports import EntryStore, Learner
-from proxy.reindex import Reindex
 from proxy.request.embeddings import Embeddings
 from proxy.request.leaving import Finisher
 from proxy.request.pipeline import Pipeline

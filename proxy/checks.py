@@ -236,7 +236,7 @@ def _snapshot(settings: Settings) -> Iterator[Finding]:
 
 
 def _token(settings: Settings) -> Iterator[Finding]:
-    from proxy.admin_auth import TOKEN_FILE, find_token
+    from proxy.admin.auth import TOKEN_FILE, find_token
 
     given, path = settings.server.admin_token, settings.data_dir / TOKEN_FILE
     if given is None and not os.path.lexists(path):

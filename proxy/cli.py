@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import orjson
 
 from proxy import printing
-from proxy.admin_routes import GROUPS
-from proxy.admin_schema import read_time
+from proxy.admin.routes import GROUPS
+from proxy.admin.schema import read_time
 from proxy.core.errors import BadRequest, CacheFault, ConfigError, NotYet
 from proxy.settings import config
 
@@ -492,7 +492,7 @@ def _with_queries(settings: config.Settings, read: Callable[[Queries], Awaitable
 
 def ask(settings: config.Settings, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
     """What the running ibid's admin listener answers. Raises ConfigError when it cannot be reached or refuses."""
-    from proxy.admin_auth import find_token
+    from proxy.admin.auth import find_token
 
     server = settings.server
     token, _ = find_token(server.admin_token, settings.data_dir)

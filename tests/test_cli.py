@@ -24,8 +24,8 @@ from aiohttp import web
 from index.tokens import WIDTH
 from index.vectors import VectorOwner
 from proxy import checks, cli, printing, rebuild
-from proxy.admin import EntryFilter, Selector, build
-from proxy.admin_auth import Gate, load_token
+from proxy.admin.auth import Gate, load_token
+from proxy.admin.server import EntryFilter, Selector, build
 from proxy.core.errors import ConfigError
 from proxy.doorstep import Doorstep
 from proxy.store.store import migrate_store, open_store

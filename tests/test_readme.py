@@ -12,7 +12,7 @@ import pytest
 
 from index.tokens import GUARDS
 from proxy import cli
-from proxy.admin_routes import ROUTES
+from proxy.admin.routes import ROUTES
 from proxy.core.directives import MODES
 from proxy.meaning import LOADING
 from proxy.settings.sections import options
@@ -87,7 +87,7 @@ def reasons_in_code() -> set[str]:
     for node in nodes_of(ROOT / "proxy/judging/audits.py"):
         if isinstance(node, ast.FunctionDef) and node.name == "hold":
             found |= words(part.value for part in ast.walk(node) if isinstance(part, ast.Return))
-    for node in nodes_of(ROOT / "proxy/request/pipeline.py", ROOT / "proxy/explain.py"):
+    for node in nodes_of(ROOT / "proxy/request/pipeline.py", ROOT / "proxy/admin/explain.py"):
         if isinstance(node, ast.AsyncFunctionDef | ast.FunctionDef) and node.name in ("_pass_gate", "_why_unstored"):
             found |= words(part.value for part in ast.walk(node) if isinstance(part, ast.Return))
     for node in nodes_of(ROOT / "proxy/core/words.py"):

@@ -20,10 +20,10 @@ from aiohttp.test_utils import TestClient, TestServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proxy.admin import EntryFilter, Selector, Table, build
-from proxy.admin_auth import GATE, LOOPBACK_NAMES, Gate, find_token, guarded, load_token, read_token, refuse_unguarded
-from proxy.admin_routes import ROUTES, Route
-from proxy.admin_schema import LAST_MS, MAX_LIMIT, Param, read_time, read_values
+from proxy.admin.auth import GATE, LOOPBACK_NAMES, Gate, find_token, guarded, load_token, read_token, refuse_unguarded
+from proxy.admin.routes import ROUTES, Route
+from proxy.admin.schema import LAST_MS, MAX_LIMIT, Param, read_time, read_values
+from proxy.admin.server import EntryFilter, Selector, Table, build
 from proxy.core.errors import BadRequest, CacheFault, ConfigError
 from proxy.watch.logs import set_up, tear_down
 from proxy.watch.telemetry import Telemetry

@@ -412,7 +412,7 @@ async def test_what_has_no_vector_at_the_start_gets_one_and_what_cannot_have_one
 async def test_a_text_on_which_the_model_fails_does_not_keep_others_waiting(
     tmp_path: Path, up: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxy.reindex.REST_S", 0.0)
+    monkeypatch.setattr("proxy.admin.reindex.REST_S", 0.0)
     model = ScriptedModel()
     encode = model.encode_tokens
     cursed = model.tokens("cursed")[0]

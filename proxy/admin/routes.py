@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from proxy.admin_schema import Param
+from proxy.admin.schema import Param
 from proxy.core.keys import Kind
 
 GROUPS = ("day", "model", "tenant", "team", "upstream", "namespace", "strategy")

@@ -13,13 +13,13 @@ from typing import Any
 
 import orjson
 
-from proxy import admin
+from proxy.admin import server as admin
+from proxy.admin.reindex import Reindex
 from proxy.core.answer import decode_answer
 from proxy.core.errors import BadRequest, CacheFault
 from proxy.core.model import Draft
 from proxy.core.purges import Selector
 from proxy.money.keys import KeyRing
-from proxy.reindex import Reindex
 from proxy.request.pipeline import Pipeline
 from proxy.settings.config import Settings
 from proxy.store.selection import Filters

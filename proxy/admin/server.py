@@ -18,9 +18,9 @@ import orjson
 from aiohttp import web
 
 from proxy import ports
-from proxy.admin_auth import GATE, Gate, admit, guarded, refuse_unguarded, unguarded
-from proxy.admin_routes import BY_NAME, ROUTES, describe
-from proxy.admin_schema import BODY_LIMIT_BYTES, Values, invalid, read_body, read_bytes, read_query, read_values
+from proxy.admin.auth import GATE, Gate, admit, guarded, refuse_unguarded, unguarded
+from proxy.admin.routes import BY_NAME, ROUTES, describe
+from proxy.admin.schema import BODY_LIMIT_BYTES, Values, invalid, read_body, read_bytes, read_query, read_values
 from proxy.client.incoming import error_response, new_request_id
 from proxy.core.errors import BadRequest, CacheFault, IbidError
 from proxy.watch.telemetry import CONTENT_TYPE, Telemetry
