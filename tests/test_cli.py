@@ -23,9 +23,10 @@ from aiohttp import web
 
 from index.tokens import WIDTH
 from index.vectors import VectorOwner
-from proxy import checks, cli, printing, rebuild
 from proxy.admin.auth import Gate, load_token
 from proxy.admin.server import EntryFilter, Selector, build
+from proxy.commands import checks, printing, rebuild
+from proxy.commands import main as cli
 from proxy.core.errors import ConfigError
 from proxy.doorstep import Doorstep
 from proxy.store.store import migrate_store, open_store
@@ -82,7 +83,7 @@ def test_what_the_operator_must_change_exits_2_with_one_line(
 
 
 def test_a_bug_exits_1(data_dir: Path) -> None:
-    script = "from proxy import cli; cli._stats = lambda *_: 1 / 0; import sys; sys.exit(cli.main(['stats']))"
+    script = "from proxy.commands import main as cli; cli._stats = lambda *_: 1 / 0; import sys; sys.exit(cli.main(['stats']))"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 1
 
 

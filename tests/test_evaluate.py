@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from proxy import cli, evaluate, plot
+from proxy.commands import evaluate, plot
+from proxy.commands import main as cli
+from proxy.commands.labelled import Asked, Pair, Readings, digest, read, read_readings
+from proxy.commands.rehearsal import Rehearsal, Texts
 from proxy.core.errors import BadRequest
 from proxy.core.model import Rules
-from proxy.labelled import Asked, Pair, Readings, digest, read, read_readings
-from proxy.rehearsal import Rehearsal, Texts
 from tests.flows.questions import stream
 from tests.models import converted_data_dir
 

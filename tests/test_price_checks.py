@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy import checks, cli
+from proxy.commands import checks
+from proxy.commands import main as cli
 from proxy.core.errors import ConfigError
 from proxy.money.prices import Prices, configured
 from proxy.settings import config

@@ -50,7 +50,7 @@ def test_the_door_silences_before_it_imports(tmp_path: Path) -> None:
     assert wanted["ORT_DISABLE_TELEMETRY"] == "1"
 
 
-@pytest.mark.parametrize("module", ["proxy.app", "proxy.cli", "proxy.doorstep"])
+@pytest.mark.parametrize("module", ["proxy.app", "proxy.commands.main", "proxy.doorstep"])
 def test_what_a_start_imports_before_it_listens_is_light(module: str) -> None:
     heavy = (*HEAVY, "sqlalchemy", "aiohttp", "numpy") if module != "proxy.app" else HEAVY
     code = f"import sys, {module}\nprint([name for name in {heavy!r} if name in sys.modules])"

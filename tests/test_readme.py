@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from index.tokens import GUARDS
-from proxy import cli
 from proxy.admin.routes import ROUTES
+from proxy.commands import main as cli
 from proxy.core.directives import MODES
 from proxy.meaning import LOADING
 from proxy.settings.sections import options

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy import cli
+from proxy.commands import main as cli
 from proxy.core.model import Usage
 from proxy.store.store import open_store
 from tests.core.test_reconcile import ANTHROPIC, EMBEDDINGS, OPENAI, bucket

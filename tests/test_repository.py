@@ -149,7 +149,7 @@ def test_environment_is_read_in_one_place() -> None:
                 if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
                     readers.add(str(path.relative_to(ROOT)))
     children = {"index/convert.py", "proxy/admin/operations.py"}  # the environment of a child process
-    assert readers <= {"proxy/cli.py", "proxy/settings/config.py"} | children
+    assert readers <= {"proxy/commands/main.py", "proxy/settings/config.py"} | children
 
 
 PROBE = """
@@ -245,7 +245,7 @@ def test_importing_every_module_has_no_effect_and_loads_no_torch() -> None:
 
 
 def test_importing_the_command_line_loads_nothing_heavy() -> None:
-    assert run_probe(["proxy.cli"]).strip() == "[]"
+    assert run_probe(["proxy.commands.main"]).strip() == "[]"
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_the_wheel_holds_the_packages_the_migrations_and_nothing_else(tmp_path: 
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
-        assert "ibid = proxy.cli:main" in archive.read(entry_points).decode()
+        assert "ibid = proxy.commands.main:main" in archive.read(entry_points).decode()
     expected = {str(path.relative_to(ROOT)) for path in files if path.suffix == ".py"}
     expected = {
         re.sub(r"^migrations/", "proxy/_migrations/", name)

@@ -29,10 +29,10 @@ from index.guard.generate import Pair
 from index.guard.train import every, training_pairs
 from index.model import BUNDLED
 from index.quiet import library
+from proxy.commands.evaluate import open_texts
+from proxy.commands.labelled import Asked, read
+from proxy.commands.rehearsal import Texts, is_eligible
 from proxy.core.model import Rules
-from proxy.evaluate import open_texts
-from proxy.labelled import Asked, read
-from proxy.rehearsal import Texts, is_eligible
 
 BUDGETS: Final = (0.01, 0.02, 0.05)
 NEAREST: Final = 16

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from index.answers import UNKNOWN_MEANING, WEIGHTS, Likeness, head, likeness
 from index.model import BUNDLED
-from proxy.evaluate import interval, open_texts
+from proxy.commands.evaluate import interval, open_texts
 
 FILE: Final = Path(__file__).with_name("answers.jsonl")
 PARTS: Final = 10

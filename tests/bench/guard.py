@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from index.embedder import OnnxBackend
 from index.guard.head import Guard, load_guard, parse
 from index.kernels import veto_bits
-from proxy.evaluate import FORBIDDING, auc, open_texts
-from proxy.labelled import Asked, Pair, read
-from proxy.printing import Bar
-from proxy.rehearsal import Texts
+from proxy.commands.evaluate import FORBIDDING, auc, open_texts
+from proxy.commands.labelled import Asked, Pair, read
+from proxy.commands.printing import Bar
+from proxy.commands.rehearsal import Texts
 
 Bits = NDArray[np.bool_]
 Numbers = NDArray[np.float64]

@@ -23,11 +23,11 @@ from index.features import FEATURES
 from index.learner import PRIOR, Learner
 from index.model import BUNDLED
 from index.vectors import VectorOwner
+from proxy.commands.evaluate import open_texts
+from proxy.commands.labelled import SCOPE, Asked, read
+from proxy.commands.rehearsal import FAR_MS, Texts, is_eligible
 from proxy.core.model import Rules
 from proxy.core.policy import ALWAYS
-from proxy.evaluate import open_texts
-from proxy.labelled import SCOPE, Asked, read
-from proxy.rehearsal import FAR_MS, Texts, is_eligible
 from proxy.request.pipeline import CANDIDATES
 
 BUDGETS: Final = (0.01, 0.02, 0.05)

@@ -17,8 +17,8 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy import app as composition
-from proxy import cli
 from proxy.client.handlers import ClientHandler
+from proxy.commands import main as cli
 from proxy.core.errors import ConfigError
 from proxy.store.writer import Writer
 from tests.edge.faults_app import EXACT_ONLY, Running, ibid, question, serving, settings_of, until, up

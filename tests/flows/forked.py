@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 _context = get_context("forkserver")
-_context.set_forkserver_preload(["proxy.app", "proxy.cli", "proxy.loading"])
+_context.set_forkserver_preload(["proxy.app", "proxy.commands.main", "proxy.loading"])
 
 
 class Forked:
@@ -49,7 +49,7 @@ class Forked:
 
 def _run(arguments: list[str], env: dict[str, str], log_path: str) -> None:
     """In the fork: the command line, with this environment and its standard error in a file."""
-    from proxy import cli
+    from proxy.commands import main as cli
 
     os.environ.clear()
     os.environ.update(env)

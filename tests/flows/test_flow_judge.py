@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from proxy.evaluate import interval
+from proxy.commands.evaluate import interval
 from proxy.judging.arbiter import DIFFERENT
 from tests.flows.questions import Question, stream
 from tests.flows.running import Ibid, Reply, running, until

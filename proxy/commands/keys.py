@@ -10,10 +10,10 @@ from typing import Any
 
 import orjson
 
-from proxy import printing
 from proxy.admin.auth import TOKEN_FILE
 from proxy.admin.routes import BY_NAME
 from proxy.admin.schema import read_values
+from proxy.commands import printing
 from proxy.core.errors import BadRequest
 from proxy.core.keys import Kind, moment
 from proxy.money.keys import KeyRing

@@ -19,14 +19,14 @@ from index.errors import ModelFault
 from index.learner import Learner
 from index.levels import LEVELS
 from index.vectors import VectorOwner
+from proxy.commands.labelled import SCOPE, Asked, Pair, Readings
+from proxy.commands.labelled import read as read_labelled
+from proxy.commands.printing import as_table
+from proxy.commands.rehearsal import Rehearsal, Texts, compile_matching, is_eligible, nearest
 from proxy.core import policy
 from proxy.core.errors import ConfigError
 from proxy.core.model import Candidate, Rules
 from proxy.judging.judge import Judge, Place, objection
-from proxy.labelled import SCOPE, Asked, Pair, Readings
-from proxy.labelled import read as read_labelled
-from proxy.printing import as_table
-from proxy.rehearsal import Rehearsal, Texts, compile_matching, is_eligible, nearest
 
 BUDGETS: Final = (0.005, 0.01, 0.02, 0.05)
 PEERS: Final = (

@@ -26,12 +26,12 @@ from index.learner import Learner
 from index.levels import LEVELS
 from index.tokens import signature as signature_of
 from index.vectors import VectorOwner
+from proxy.commands.labelled import Asked, Readings
+from proxy.commands.printing import Bar
 from proxy.core import policy
 from proxy.core.facts import Facts
 from proxy.core.model import Candidate, Controls, Level, Rules
 from proxy.judging.judge import LEARN_FROM, Judge, Judged, Opinion, Place, comparison, objection
-from proxy.labelled import Asked, Readings
-from proxy.printing import Bar
 from proxy.request.pipeline import CANDIDATES
 
 FAR_MS: Final = 1 << 52

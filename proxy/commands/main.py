@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import orjson
 
-from proxy import printing
 from proxy.admin.routes import GROUPS
 from proxy.admin.schema import read_time
+from proxy.commands import printing
 from proxy.core.errors import BadRequest, CacheFault, ConfigError, NotYet
 from proxy.settings import config
 
@@ -216,7 +216,7 @@ def _migrate(settings: config.Settings, _chosen: argparse.Namespace) -> int:
 
 
 def _check(settings: config.Settings, chosen: argparse.Namespace) -> int:
-    from proxy import checks
+    from proxy.commands import checks
 
     found = checks.inspect(settings)
     if chosen.json:
@@ -231,7 +231,7 @@ def _check(settings: config.Settings, chosen: argparse.Namespace) -> int:
 
 
 def _rebuild_index(settings: config.Settings, _chosen: argparse.Namespace) -> int:
-    from proxy.rebuild import rebuild
+    from proxy.commands.rebuild import rebuild
 
     began_s = time.monotonic()
     count = asyncio.run(rebuild(settings))
@@ -308,7 +308,7 @@ def _purge(settings: config.Settings, chosen: argparse.Namespace) -> int:
 
 
 def _keys(settings: config.Settings, chosen: argparse.Namespace) -> int:
-    from proxy import keycommands
+    from proxy.commands import keys as keycommands
 
     def ask_running(method: str, path: str, body: bytes | None) -> dict[str, Any] | None:
         try:
@@ -386,8 +386,8 @@ def _described(name: str) -> list[tuple[str, str, Mapping[str, str]]] | None:
 
 
 def _evaluate(settings: config.Settings, chosen: argparse.Namespace) -> int:
-    from proxy import evaluate, plot
-    from proxy.labelled import read_readings
+    from proxy.commands import evaluate, plot
+    from proxy.commands.labelled import read_readings
 
     wanted = settings.embedding
     if not settings.data_dir.parent.is_dir():
@@ -417,7 +417,7 @@ def _evaluate(settings: config.Settings, chosen: argparse.Namespace) -> int:
 
 
 def _simulate(settings: config.Settings, chosen: argparse.Namespace) -> int:
-    from proxy import simulate
+    from proxy.commands import simulate
 
     budgets = chosen.max_error or [settings.rules.max_error_rate]
     if not all(0.0 < budget < 1.0 for budget in budgets):

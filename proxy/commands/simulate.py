@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from proxy.commands.evaluate import interval, open_texts
+from proxy.commands.labelled import Asked
+from proxy.commands.rehearsal import Rehearsal
 from proxy.core import policy
 from proxy.core.errors import BadRequest
-from proxy.evaluate import interval, open_texts
 from proxy.judging.judge import PAIR_GUARD
-from proxy.labelled import Asked
-from proxy.rehearsal import Rehearsal
 from proxy.settings.config import Settings
 from proxy.store.reading import open_reading
 from proxy.store.traffic import Traffic, read_traffic

@@ -9,8 +9,8 @@ from index.batcher import open_embedder
 from index.errors import IndexRoomError
 from index.model import BUNDLED_NAMES
 from index.vectors import VectorOwner
+from proxy.commands.printing import Bar
 from proxy.core.errors import ConfigError
-from proxy.printing import Bar
 from proxy.settings.config import Settings
 from proxy.store.store import open_store
 
