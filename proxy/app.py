@@ -334,7 +334,9 @@ async def open_edges(
     return Edges(telemetry, prices, booking, store, upstreams)
 
 
-def assemble(settings: Settings, edges: Edges, tasks: Tasks, finishing: Tasks) -> tuple[Pipeline, ClientHandler]:
+def assemble(
+    settings: Settings, edges: Edges, tasks: Tasks, finishing: Tasks
+) -> tuple[Pipeline, ClientHandler, BatchApi | None]:
     """The pipeline over its edges, and the handler in front of it."""
     hot = HotRows(settings.cache.hot_bytes)
     meaning = Meaning()
@@ -421,12 +423,13 @@ def assemble(settings: Settings, edges: Edges, tasks: Tasks, finishing: Tasks) -
         anonymous=settings.server.anonymous,
         keyless=settings.server.listen.host in LOOPBACK_NAMES,
     )
+    batches = None
     if settings.batch.serve:
-        handler.batches = batch_api(settings, edges, tasks, handler, Lines(
+        handler.batches = batches = batch_api(settings, edges, tasks, handler, Lines(
             pipeline, embeddings, books, settings.rules, aliases_of(settings.forward.model_aliases), ring,
             settings.cache.usage_on_hit, lambda: meaning.waiting,
         ))  # fmt: skip
-    return pipeline, handler
+    return pipeline, handler, batches
 
 
 def batch_api(settings: Settings, edges: Edges, tasks: Tasks, handler: ClientHandler, lines: Lines) -> BatchApi:
@@ -501,7 +504,7 @@ async def open_app(
         finishing = Tasks(edges.telemetry.fault)
         behind = await stack.enter_async_context(contextlib.AsyncExitStack())
         stack.push_async_callback(background.close, 1.0)
-        pipeline, handler = assemble(settings, edges, tasks, finishing)
+        pipeline, handler, batches = assemble(settings, edges, tasks, finishing)
         try:
             await handler.keys.load()
         except CacheFault as fault:
@@ -537,7 +540,7 @@ async def open_app(
             memory_of(settings, pipeline, handler),
         )
         watch_health(app, edges, saving)
-        watch(app, handler, pulse, edges)
+        watch(app, handler, batches, pulse, edges)
         if door is not None:
             bound = door.take()
             stack.callback(bound.close)
@@ -562,7 +565,7 @@ async def open_app(
         ]
         if edges.store.database.dialect == "postgresql":  # SQLite has one process
             endless.append(background.spawn(follow(app), "follow"))
-        if (batches := handler.batches) is not None:
+        if batches is not None:
             endless.append(background.spawn(take_up(app, batches), "batches"))
         try:
             yield app
@@ -612,7 +615,7 @@ async def take_up(app: App, batches: BatchApi) -> None:
         await asyncio.sleep(HOUSEKEEPING_S)
 
 
-def watch(app: App, handler: ClientHandler, pulse: Pulse, edges: Edges) -> None:
+def watch(app: App, handler: ClientHandler, batches: BatchApi | None, pulse: Pulse, edges: Edges) -> None:
     """Gauges that are read at scrape time."""
     gauge = app.telemetry.watch
     for name in app.settings.upstreams:
@@ -628,7 +631,7 @@ def watch(app: App, handler: ClientHandler, pulse: Pulse, edges: Edges) -> None:
     gauge("ibid_ledger_journal_bytes", "Ledger rows on file, not known to SQL yet", lambda: ledger.journal_bytes)
     gauge("ibid_ledger_unprotected", "Ledger rows in memory alone: a kill loses them", lambda: ledger.unprotected)
     gauge("ibid_ledger_dropped", "Ledger rows lost for want of database, disk and memory", lambda: ledger.dropped)
-    if (batches := handler.batches) is not None:
+    if batches is not None:
         gauge("ibid_batches", "Batches being worked on", lambda: batches.engine.running)
         gauge("ibid_batch_lines", "Lines of batches that wait for an answer", lambda: batches.engine.lines_left)
         gauge("ibid_deferred", "Deferred calls under way", lambda: batches.deferred.waiting)

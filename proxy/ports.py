@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from index.errors import IndexRoomError
 from proxy.core.errors import CacheFault
 from proxy.core.keys import Cost, Key
-from proxy.core.model import Comparison, Draft, Entry, Outcome, Usage
+from proxy.core.model import Call, Comparison, Draft, Entry, Outcome, Usage
 from proxy.core.purges import Began, Purges
 from proxy.core.query import Query
 from proxy.core.risk import Counted, LevelName, Tally
@@ -137,6 +137,12 @@ class AnswerComparer(Protocol):
     async def compare(self, a: str, b: str, tenant: str = "") -> float:
         """A probability; never raises."""
         ...
+
+
+class JudgeBooks(Protocol):
+    """Where a question to the model that compares answers is booked."""
+
+    def judged(self, query: Query, call: Call, *, ok: bool) -> None: ...
 
 
 class Arbiter(Protocol):

@@ -83,7 +83,10 @@ def test_what_the_operator_must_change_exits_2_with_one_line(
 
 
 def test_a_bug_exits_1(data_dir: Path) -> None:
-    script = "from proxy.commands import main as cli; cli._stats = lambda *_: 1 / 0; import sys; sys.exit(cli.main(['stats']))"
+    script = (
+        "from proxy.commands import main as cli; cli._stats = lambda *_: 1 / 0;"
+        " import sys; sys.exit(cli.main(['stats']))"
+    )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 1
 
 

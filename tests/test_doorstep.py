@@ -80,7 +80,10 @@ def test_what_can_be_refused_at_once_is_refused_before_the_program_is_imported(
         lock = os.open(data_dir / doorstep.LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX)
     command = ["serve", *flags, "--data-dir", str(data_dir)]
-    code = f"import sys; from proxy.commands import main as cli; code = cli.main({command!r}); print(code, 'proxy.app' in sys.modules)"
+    code = (
+        f"import sys; from proxy.commands import main as cli; code = cli.main({command!r});"
+        " print(code, 'proxy.app' in sys.modules)"
+    )
     try:
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S

@@ -23,7 +23,7 @@ from proxy.core.dialects.routes import without_key
 from proxy.core.errors import BadRequest, CacheFault, IbidError, UpstreamError
 from proxy.core.plan import DEFER_FROM_S
 from proxy.core.query import Query
-from proxy.money.books import Client
+from proxy.records import Client
 from proxy.relay import Head, Replay
 from proxy.tasks import Tasks
 

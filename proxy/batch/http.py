@@ -47,6 +47,8 @@ from proxy.core.model import Limits
 from proxy.core.multipart import Form, boundary_of
 from proxy.core.query import Query
 from proxy.ports import Upstream
+from proxy.records import Client
+from proxy.relay import Replay
 
 SPOOL_MEMORY_BYTES: Final = 1024 * 1024
 FORM_LIMIT_BYTES: Final = 64 * 1024  # of a form, around its file
@@ -109,6 +111,10 @@ class BatchApi:
     async def defer(self, query: Query, asked_path: str, headers: Sequence[tuple[bytes, bytes]]) -> web.Response:
         """Take a plain call to answer it later. Raises BadRequest, CacheFault."""
         return _told_later(await self.deferred.accept(query, asked_path, headers))
+
+    async def wait(self, query: Query, client: Client) -> Replay:
+        """Take a plain call and return its answer. Raises UpstreamError for one that is a refusal, CacheFault."""
+        return await self.deferred.wait(query, client)
 
     # -- files ----------------------------------------------------------------------------------------------------
 

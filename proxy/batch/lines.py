@@ -24,8 +24,9 @@ from proxy.core.errors import BadRequest, IbidError, UpstreamError
 from proxy.core.model import Bypass, Level, Rules, Usage
 from proxy.core.purges import Began
 from proxy.core.query import Query
-from proxy.money.books import Books, Client, Fetch, Lookup
+from proxy.money.books import Books
 from proxy.money.keys import KeyRing
+from proxy.records import Client, Fetch, Lookup
 from proxy.relay import Relay, Replay
 from proxy.request.embeddings import Embeddings, Told
 from proxy.request.pipeline import Pipeline

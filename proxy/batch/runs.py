@@ -48,7 +48,7 @@ from proxy.core.batches import (
 from proxy.core.errors import BadRequest, CacheFault, UpstreamError
 from proxy.core.purges import Began
 from proxy.core.query import Query
-from proxy.money.books import Client, Lookup
+from proxy.records import Client, Lookup
 
 if TYPE_CHECKING:
     from proxy.batch.engine import Engine

@@ -13,20 +13,21 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Protocol
 
 from aiohttp import web
 from aiohttp.hdrs import METH_POST
 
-from proxy.batch.http import BatchApi
 from proxy.client.callers import Callers, Lines
 from proxy.client.incoming import address_of, body_at_hand, check_head, error_response, query_of, read_body, target_of
 from proxy.client.listener import Admission
 from proxy.client.passing import Passing, PassThrough, is_free, is_websocket, passing, tells_cost
 from proxy.client.wire import SERVER, answer_at_once, headers_of, relay_at_once
 from proxy.core.arrival import Arrival, Room
+from proxy.core.batches import Place
 from proxy.core.dialects.dialect import JSON, Dialect
 from proxy.core.dialects.routes import Routes
 from proxy.core.directives import held_headers
@@ -35,9 +36,9 @@ from proxy.core.memo import Memo, size_of
 from proxy.core.model import Limits
 from proxy.core.plan import Lane
 from proxy.core.query import Query
-from proxy.money.books import Client
 from proxy.money.keys import Grant, KeyRing
 from proxy.ports import Ledger, Upstream
+from proxy.records import Client
 from proxy.relay import Paced, Relay, Replay
 from proxy.request.embeddings import Embeddings
 from proxy.request.pipeline import Pipeline
@@ -52,6 +53,18 @@ TARGET_BYTES = 2048
 QUERY_BYTES = 4096
 """Of a Target and of a Query, but for the texts in them."""
 HEARTBEAT_S = 15.0
+
+
+class Batches(Protocol):
+    """The batch API and deferred calls: what clients wait for elsewhere. See `proxy.batch.http`."""
+
+    async def answer(self, request: web.BaseRequest, place: Place, asked: Passing) -> web.StreamResponse: ...
+
+    async def defer(
+        self, query: Query, asked_path: str, headers: Sequence[tuple[bytes, bytes]]
+    ) -> web.StreamResponse: ...
+
+    async def wait(self, query: Query, client: Client) -> Replay: ...
 
 
 class ClientHandler:
@@ -78,7 +91,7 @@ class ClientHandler:
         self.admission = Admission(limits.in_flight, limits.queued, limits.queue_timeout_s)
         self.arriving = Room(limits)
         self.streams: set[LiveStream] = set()
-        self.batches: BatchApi | None = None  # set by `app.assemble`, for it reads its lines through this handler
+        self.batches: Batches | None = None  # set by `app.assemble`, for it reads its lines through this handler
         self._pipeline = pipeline
         self._embeddings = embeddings
         self._reader = reader
@@ -322,7 +335,7 @@ class ClientHandler:
         if Lane.DEFER in query.plan.lanes and self.batches is not None and not query.stream:
             try:
                 self.keys.let_go(client.request_id)  # the call is let in on its own
-                return await self.batches.deferred.wait(query, client)
+                return await self.batches.wait(query, client)
             except CacheFault as fault:
                 self._telemetry.fault(fault.code)
         return await self._pipeline.answer(query, client)

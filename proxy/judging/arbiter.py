@@ -20,7 +20,6 @@ from proxy.core.dialects.openai_record import find_usage
 from proxy.core.errors import UpstreamError
 from proxy.core.model import Call
 from proxy.core.query import Query
-from proxy.money.books import Books
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ class Arbiter:
     """Owns nothing; `app.py` lends it the parts. Lives on the event loop."""
 
     def __init__(
-        self, *, model: str, upstream: ports.Upstream, books: Books, clock: Callable[[], float] = time.time
+        self, *, model: str, upstream: ports.Upstream, books: ports.JudgeBooks, clock: Callable[[], float] = time.time
     ) -> None:
         self._model = model
         self._upstream = upstream

@@ -37,7 +37,7 @@ from proxy.lanes.predict import MECHANISM as PREDICTED
 from proxy.lanes.predict import Predictor
 from proxy.lanes.prefixes import PrefixMarks
 from proxy.lanes.proof import Proof
-from proxy.money.books import Fetch
+from proxy.records import Fetch
 from proxy.settings.lanes import LaneSettings
 from proxy.upstreams.attempt import Attempt, LocalResponse, Peeked, whole_of
 from proxy.upstreams.sending import Sending, headers_for, to_other, with_member

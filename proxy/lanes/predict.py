@@ -15,7 +15,7 @@ from typing import Any, Final
 from proxy.core.jsontext import parse
 from proxy.core.model import Answer, NearMiss, Usage
 from proxy.core.patterns import is_one_of
-from proxy.money.books import Fetch
+from proxy.records import Fetch
 from proxy.settings.lanes import PredictLane
 from proxy.upstreams.sending import Sending, speaks_chat, with_member
 

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 from proxy.core.model import Level
 from proxy.core.plan import Lane, Plan
 from proxy.core.query import Query
-from proxy.money.books import Client
+from proxy.records import Client
 from proxy.settings.lanes import PrefetchLane
 
 QUESTIONS = 4_096

@@ -19,7 +19,7 @@ from proxy.core.dialects.openai_chat import OpenAIChat
 from proxy.core.dialects.responses import Responses
 from proxy.core.jsontext import set_member
 from proxy.core.prefix import PrefixMemory, anthropic_breakpoints, inject, minimum_tokens, openai_cache_key
-from proxy.money.books import Fetch
+from proxy.records import Fetch
 from proxy.settings.lanes import PrefixLane
 from proxy.upstreams.sending import Sending
 

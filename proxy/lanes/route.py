@@ -24,8 +24,8 @@ from proxy.core.model import Answer, Entry, Level
 from proxy.core.query import Query
 from proxy.core.routing import REPHRASE_MS, REPHRASE_SIMILARITY, Votes, conversation_of, is_refusal
 from proxy.meaning import Meaning
-from proxy.money.books import Client, Fetch, Lookup
 from proxy.ports import Vote
+from proxy.records import Client, Fetch, Lookup
 from proxy.settings.lanes import RouteLane
 from proxy.upstreams.sending import Sending, speaks_chat, to_other
 

@@ -31,7 +31,8 @@ from proxy.core.model import Answer, Bypass, Draft, Eligibility, Entry, Hit, Inp
 from proxy.core.query import Batch, Query
 from proxy.core.units import usd
 from proxy.hot import HotRow
-from proxy.money.books import Books, Client, Fetch, Lookup, added, draft_of
+from proxy.money.books import Books, added, draft_of
+from proxy.records import Client, Fetch, Lookup
 from proxy.relay import Head, Relay, Replay
 from proxy.request.embedding_rows import Answered, answers_in, are_alike, in_turns, spelled, understood, vector_in
 from proxy.request.explanation import explanation

@@ -24,7 +24,7 @@ from proxy.judging.audits import Again, Auditor
 from proxy.lanes.forwarding import ACTING
 from proxy.lanes.prefetch import Prefetcher
 from proxy.lanes.route import BAD_ANSWERS, Router
-from proxy.money.books import Client, Fetch, Lookup
+from proxy.records import Client, Fetch, Lookup
 from proxy.request.collapse import Flight, Seat
 from proxy.tasks import Tasks
 from proxy.watch.telemetry import Telemetry

@@ -13,7 +13,7 @@ from proxy.core import policy
 from proxy.core.directives import header_text
 from proxy.core.query import Query
 from proxy.judging.judge import Judged, Opinion, finite
-from proxy.money.books import Lookup
+from proxy.records import Lookup
 
 HEADER = "x-cache-explain"
 CANDIDATES = 3  # a header has to fit into 8 KiB with the others

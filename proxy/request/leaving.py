@@ -13,7 +13,7 @@ from typing import Literal
 
 from proxy.core.errors import UpstreamError
 from proxy.core.query import Query
-from proxy.money.books import Fetch
+from proxy.records import Fetch
 from proxy.request.collapse import Flight, Seat
 from proxy.tasks import Tasks
 

@@ -36,7 +36,8 @@ from proxy.lanes.prefetch import Prefetcher
 from proxy.lanes.route import MECHANISM as ROUTED
 from proxy.lanes.route import Choice, Router
 from proxy.meaning import Meaning
-from proxy.money.books import Books, Client, Fetch, Lookup, Stale, draft_of
+from proxy.money.books import Books, draft_of
+from proxy.records import Client, Fetch, Lookup, Stale
 from proxy.relay import Head, Paced, Relay, Replay
 from proxy.request.collapse import Flight, Seat
 from proxy.request.errands import Errands, reason_of

@@ -27,8 +27,8 @@ from proxy.core.model import Limits, Miss, Rules
 from proxy.core.plan import Lane, Plan
 from proxy.lanes.route import Router
 from proxy.meaning import Meaning, Parts
-from proxy.money.books import Client, Lookup
 from proxy.ports import Vote
+from proxy.records import Client, Lookup
 from proxy.request.reading import Caller, Reader, Steering
 from proxy.settings.lanes import RouteLane
 from tests.bench.search import DIMENSION, FAR, unit

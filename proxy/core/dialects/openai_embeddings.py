@@ -199,9 +199,9 @@ def placed_lists(vectors: object, count: int) -> list[Mapping[str, Any]] | None:
 
 
 class OpenAIEmbeddings(OpenAIChat):
-    """`Dialect` of OpenAI embeddings: chat's errors, and reading of its own. `proxy.request.embeddings` answers what it reads;
-    recording, filtering and rendering of whole answers are never asked of it. Other dialects' embeddings are made of
-    it: they override what a body says."""
+    """`Dialect` of OpenAI embeddings: chat's errors, and reading of its own. `proxy.request.embeddings` answers what it
+    reads; recording, filtering and rendering of whole answers are never asked of it. Other dialects'
+    embeddings are made of it: they override what a body says."""
 
     name = "openai"
     operation = "embedding"
