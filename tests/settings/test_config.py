@@ -15,7 +15,7 @@ from proxy.core.model import Limits, Rules
 from proxy.settings import sections as nouns
 from proxy.settings.config import Address, Flags, load, options
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "deploy" / "config.example.toml"
 HOME = {"HOME": "/home/ann"}
 LINE = re.compile(r"^(# )?([a-z_]+) = (.+?) +# (\S.*)$")

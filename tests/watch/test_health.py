@@ -11,7 +11,7 @@ import pytest
 from proxy.meaning import Meaning
 from proxy.watch.health import REMEDIES, Health, Trouble, remedy_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_part_stands_from_when_it_was_first_seen_until_it_is_sound(caplog: pytest.LogCaptureFixture) -> None:

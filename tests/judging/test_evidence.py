@@ -25,7 +25,7 @@ from proxy.store.store import Store, open_store
 from proxy.tasks import Tasks
 from proxy.watch.telemetry import Telemetry
 from tests.rows import list_price
-from tests.test_judge import ASKED, HOME, candidate, consider
+from tests.judging.test_judge import ASKED, HOME, candidate, consider
 
 SMALL = {"scope": 2, "namespace": 1, "tenant": 1, "installation": 1}
 UNLIMITED = dict.fromkeys(LIMITS, 1_000_000)

@@ -23,7 +23,7 @@ from tests.pg import pg_server, pg_url
 
 __all__ = ["pg_server", "pg_url"]
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "deploy" / "proxy.service"
 Capture = pytest.CaptureFixture[str]
 
