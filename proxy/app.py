@@ -197,7 +197,7 @@ async def load_meaning(app: App, stack: contextlib.AsyncExitStack, tell: Tell) -
         room = await aside(lambda: importlib.import_module("proxy.loading"))
         app.opened = opened = await room.open_semantic(settings, app.store, stack, step)
         meaning.identity = opened.embedder.identity
-        await learn(app, opened.embedder.identity)
+        await learn(app)
     except (IndexRoomError, CacheFault, ImportError) as fault:
         reason = fault.code if isinstance(fault, CacheFault) else getattr(fault, "reason", "embedder_down")
         log.error("serving exact hits only", extra={"reason": reason, "cause": str(fault)})
@@ -219,10 +219,10 @@ async def load_meaning(app: App, stack: contextlib.AsyncExitStack, tell: Tell) -
         tell(line)
 
 
-async def learn(app: App, embedder: str) -> None:
+async def learn(app: App) -> None:
     """What judge and router knew when they stopped. Without it they start strict, which is safe."""
     try:
-        await app.pipeline.auditor.load(embedder)
+        await app.pipeline.auditor.load()
         await app.pipeline.errands.router.load()
     except CacheFault as fault:
         log.error("the judge starts without what it had learned", extra={"cause": fault.message})

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from index.quiet import SILENCE
 from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).parent.parent
@@ -148,7 +149,7 @@ def test_environment_is_read_in_one_place() -> None:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
                     readers.add(str(path.relative_to(ROOT)))
-    children = {"index/convert.py", "proxy/admin/operations.py"}  # the environment of a child process
+    children = {"index/quiet.py", "index/convert.py", "proxy/admin/operations.py"}  # the environment of a child process
     assert readers <= {"proxy/commands/main.py", "proxy/settings/config.py"} | children
 
 
@@ -162,14 +163,14 @@ reading = builtins.open
 def open_to_read(file, mode="r", *rest, **named):
     return refuse() if set(mode) & set("wax+") else reading(file, mode, *rest, **named)
 
-environment = dict(os.environ)
+environment = dict(os.environ, **{silence!r})  # its one change, see index.quiet
 folder = os.getcwd()
 builtins.open = open_to_read
 socket.socket.connect = refuse
 os.mkdir = os.makedirs = os.rename = os.unlink = refuse
 for name in {names!r}:
     __import__(name)
-assert dict(os.environ) == environment, "environment changed"
+assert {{**environment, **os.environ}} == environment, "environment changed"
 assert os.getcwd() == folder
 ours = [t.name for t in threading.enumerate() if t is not threading.main_thread()]
 assert not ours, ours
@@ -178,7 +179,7 @@ print([name for name in {heavy!r} if name in sys.modules])
 
 
 def run_probe(names: list[str]) -> str:
-    probe = PROBE.format(names=names, heavy=HEAVY)
+    probe = PROBE.format(names=names, heavy=HEAVY, silence=SILENCE)
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -353,14 +353,14 @@ class Auditor:
 
     # -- memory -----------------------------------------------------------------------------------------------------
 
-    async def load(self, embedder: str) -> None:
-        """Learn what is written down, from comparisons made with this embedder. Raises CacheFault."""
+    async def load(self) -> None:
+        """Learn what is written down, from comparisons made with the same embedder. Raises CacheFault."""
         for pair in await self._comparisons.refused(0):
             self.judge.refuse(pair.asked, pair.kept)
             self._last_refused_ms = max(self._last_refused_ms, pair.ts_ms)
         async for entry_id, group_id in self._comparisons.groups():
             self.judge.join(entry_id, group_id)
-        known = await self._comparisons.newest(embedder, LOADED)
+        known = await self._comparisons.newest(self._meaning.identity, LOADED)
         for place, seen in enumerate(known):
             self._relearn(seen.comparison)
             self._last_row = seen.id

@@ -241,7 +241,7 @@ async def test_a_body_that_does_not_keep_up_is_cut_on_every_path(
             answering = asyncio.create_task(client.answer())
             while drip and not answering.done():
                 client.writer.write(drip)
-                await asyncio.wait([answering], timeout=0.1)
+                await asyncio.sleep(0.1)
             answer = await answering
             assert (answer.status, answer.headers["connection"]) == (408, "close"), answer
             assert await client.rest() == b""

@@ -20,6 +20,7 @@ import pytest
 
 from tests.flows.running import EXACT_ONLY, Process, chat_body, running, serving, until
 from tests.upstream import Chat
+from tests.waiting import PATIENCE_S
 
 ASKED = "How do I repair a leaking garden hose?"
 REWORDED = "How can I repair a leaking garden hose?"
@@ -150,7 +151,7 @@ async def test_kill_on_a_starved_machine_loses_no_row_of_an_answer(data_dir, up,
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=30)) as blocker:
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=PATIENCE_S)) as blocker:
         blocker.execute("BEGIN EXCLUSIVE")
         yield
 

@@ -43,7 +43,7 @@ async def test_what_was_stored_without_a_model_still_hits_when_it_is_back(data_d
         await ibid.settled()
     async with running(data_dir, up.url) as ibid:
         assert (await ibid.ask(ASKED)).text == first.text
-        await until(lambda: ibid.app.pipeline.index.size == 1, 30)  # its vector is made now
+        await until(lambda: ibid.app.pipeline.index.size == 1)  # its vector is made now
         reworded = await ibid.ask(REWORDED)
         assert (reworded.tier, reworded.text) == ("semantic", first.text)
 

@@ -222,11 +222,11 @@ async def test_lines_a_provider_had_before_a_purge_are_not_stored_after_it_nor_a
     async with running(data_dir, up.url, QUICK) as ibid, sdk(ibid) as client:
         await purge(ibid, "another namespace")  # so that there is one it began after
         batch = await hand_in(client, asked)
-        await until(lambda: written(data_dir, parts) == [("running", 1)], 30)
+        await until(lambda: written(data_dir, parts) == [("running", 1)])
         await purge(ibid, how)
     theirs.polls = 1
     async with running(data_dir, up.url, QUICK) as ibid, sdk(ibid) as client:
-        batch = await ended(client, await client.batches.retrieve(batch.id), 30)
+        batch = await ended(client, await client.batches.retrieve(batch.id))
         assert (batch.status, batch.request_counts.completed) == ("completed", 3)
         await ibid.settled()
         assert len(await ibid.entries()) == (3 if how == "another tag" else 0)
@@ -268,14 +268,14 @@ async def test_a_purge_while_the_database_is_held_elsewhere_is_an_error_and_serv
     finally:
         lock.execute("ROLLBACK")
         lock.close()
-    await until(lambda: exact.app.store.writer.is_trying, 30)
+    await until(lambda: exact.app.store.writer.is_trying)
     assert await purge(exact, "tag") >= 1
     assert (await exact.ask(ASKED, **MARKED)).cache == "MISS"
 
 
 async def overtaken(ibid, count=1):
     """So many answers have come whole, and were not stored on account of a purge."""
-    await until(lambda: ibid.app.telemetry._unstored.get(("purged",), 0) == count, 30)
+    await until(lambda: ibid.app.telemetry._unstored.get(("purged",), 0) == count)
 
 
 async def expire(ibid):

@@ -20,12 +20,13 @@ from proxy.hot import HotRows
 from proxy.judging import judge as room
 from proxy.judging.audits import Auditor
 from proxy.judging.judge import LIMITS, THICK, Judge, Opinion, Place, comparison
+from proxy.meaning import Meaning
 from proxy.ports import RefusedPair
 from proxy.store.store import Store, open_store
 from proxy.tasks import Tasks
 from proxy.watch.telemetry import Telemetry
-from tests.rows import list_price
 from tests.judging.test_judge import ASKED, HOME, candidate, consider
+from tests.rows import list_price
 
 SMALL = {"scope": 2, "namespace": 1, "tenant": 1, "installation": 1}
 UNLIMITED = dict.fromkeys(LIMITS, 1_000_000)
@@ -35,10 +36,12 @@ PLACES = [Place(bytes([n]) * 32, f"n{n % 2}", f"t{n // 4}", b"q" * 32) for n in 
 def auditor_of(store: Store, embedder: str, limits: dict[str, int]) -> Auditor:
     """An auditor whose judge keeps this many levels and writes down what it learns."""
     note = partial(store.comparisons.note, embedder)
+    meaning = Meaning()
+    meaning.identity = embedder
     return Auditor(
         judge=Judge(Rules(), Learner, LEVELS, note=note, limits=limits),
-        entries=store.entries, comparisons=store.comparisons, comparer=None, arbiter=None, verify=None,
-        embedder=embedder, hot=HotRows(1 << 20), tasks=Tasks(), telemetry=Telemetry(None, level=logging.ERROR),
+        entries=store.entries, comparisons=store.comparisons, meaning=meaning, arbiter=None,
+        hot=HotRows(1 << 20), tasks=Tasks(), telemetry=Telemetry(None, level=logging.ERROR),
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from proxy.store import keys as store_keys
 from proxy.store.ledger import SPILL_NAME
 from proxy.store.store import open_store
 from tests.rows import NOON_MS, call, hit, list_price, outcome
+from tests.waiting import PATIENCE_S
 
 LIMITS = tuple([Limit(kind, 10**12, window) for kind in Kind for window in Window])
 
@@ -186,7 +187,7 @@ async def test_what_a_killed_process_left_on_file_counts_before_the_database_wri
         await ring.load()
         assert store.ledger.owes
         assert ring.described("key_1")["limits"][0]["spent"] == 2
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         while store.ledger.owes:
             await store.ledger.flush()
     await ring.read_spent()

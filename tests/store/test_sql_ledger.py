@@ -22,7 +22,7 @@ async def count(store, table):
 
 
 async def until_written(store, rows):
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         while await count(store, "request") < rows:
             await store.ledger.flush()
 
