@@ -91,7 +91,8 @@ def test_what_can_be_refused_at_once_is_refused_before_the_program_is_imported(
     finally:
         if lock is not None:
             os.close(lock)
-    assert done.stdout.split() == ["2", "False"], done.stderr
+    code_wanted = "75" if trouble in ("port", "lock") else "2"  # what may heal by itself, and what does not
+    assert done.stdout.split() == [code_wanted, "False"], done.stderr
     assert done.stderr.startswith("ibid: ")
     assert done.stderr.count("\n") == 1
 

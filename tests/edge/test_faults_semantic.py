@@ -373,7 +373,7 @@ async def test_what_was_stored_while_the_model_was_late_gets_its_vector_without_
     tmp_path: Path, up: ScriptedUpstream
 ) -> None:
     model = ScriptedModel()
-    async with semantic(tmp_path, up, model) as ibid:
+    async with semantic(tmp_path, up, model, "[embedding]\ndeadline_ms = 100\n") as ibid:
         model.gate.clear()
         for text in LATE:
             assert not (await ibid.ask(question(text))).is_hit
@@ -432,7 +432,7 @@ async def test_a_text_on_which_the_model_fails_does_not_keep_others_waiting(
         assert index is not None
         await until(lambda: index.size == 1)
         await found_by_meaning(ibid, ASKED, REWORDED)
-        reindex = ibid.app.operator._reindex
+        reindex = ibid.app.reindex
         assert reindex is not None
         await until(lambda: not reindex.running)
         told = await progress(ibid)

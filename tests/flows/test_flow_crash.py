@@ -100,7 +100,8 @@ async def test_kill_during_a_thousand_writes_twenty_times_loses_no_acknowledged_
             assert (reply.cache, reply.text) == ("HIT", text), prompt
         assert up.meter.calls == calls
         assert (await ibid.admin("POST", "/savings/query", {"name": "balance"}))["rows"] == []
-        there = {row["id"] for row in await ibid.sql("SELECT id FROM request")}
+        await ibid.app.store.ledger.flush()
+        there = {request_id for (request_id,) in await ibid.app.store.database.rows("SELECT id FROM request")}
     assert told <= there, len(told - there)
 
 

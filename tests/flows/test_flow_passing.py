@@ -138,8 +138,9 @@ async def test_websocket_messages_pass_either_way_as_they_are(tmp_path) -> None:
             "Bearer sk-pass",
         )
         assert code == 1000
-        await until(lambda: not ibid.app.pipeline.flights)
-        (row,) = await ibid.sql("SELECT status, cache_status, reason, outcome FROM request")
+        said = "SELECT status, cache_status, reason, outcome FROM request"
+        await until(lambda: ibid.sql(said))  # a session is booked when both sides are closed
+        (row,) = await ibid.sql(said)
         assert row == {"status": 101, "cache_status": "BYPASS", "reason": "pass_through", "outcome": "ok"}
 
 

@@ -84,7 +84,7 @@ async def test_a_first_start_asks_nobody_but_the_upstream_and_writes_only_in_its
         again = await served.ask("Please tell me: which planet of the solar system has the most moons?")
         assert (again.cache, again.tier) == ("HIT", "semantic")
         served.child.send_signal(signal.SIGTERM)
-        assert await served.stopped(60) == 0
+        assert await served.stopped() == 0
     assert caught.asked == []
     assert list(home.rglob("*")) == []
     assert list((tmp_path / "tmp").rglob("*")) == []
@@ -105,8 +105,8 @@ async def test_a_first_start_that_is_broken_off_leaves_no_child(
         await until(lambda: children_of(served.child.pid), PATIENCE_S)  # type: ignore[union-attr]
         converters = children_of(served.child.pid)  # type: ignore[union-attr]
         served.child.send_signal(number)
-        assert await served.stopped(60) == (0 if number != signal.SIGKILL else -signal.SIGKILL)
-        await until(lambda: all(map(is_gone, converters)), 60)
+        assert await served.stopped() == (0 if number != signal.SIGKILL else -signal.SIGKILL)
+        await until(lambda: all(map(is_gone, converters)))
     if number != signal.SIGKILL:
         assert [path.name for path in (data_dir / "models").glob(".tmp-*")] == []
 

@@ -14,7 +14,7 @@ import pytest
 
 from index import batcher
 from index.batcher import EmbedderOwner
-from index.errors import EmbedderFault, ModelFault, Overloaded, TextTooLong
+from index.errors import EmbedderFault, EmbedderLate, ModelFault, Overloaded, TextTooLong
 from index.guard.head import MAX_TOKENS, NO_OPINION, Guard
 from tests.waiting import PATIENCE_S
 
@@ -249,7 +249,7 @@ async def test_a_hung_model_fails_its_callers_refuses_new_ones_and_is_believed_a
         backend.hold()
         asking = [asyncio.create_task(owner.embed(text)) for text in ("hanging", "behind it")]
         results = await asyncio.gather(*asking, return_exceptions=True)
-        assert [type(result) for result in results] == [EmbedderFault, EmbedderFault]
+        assert [type(result) for result in results] == [EmbedderLate, EmbedderLate]
         assert not owner.is_ready
         with pytest.raises(EmbedderFault):
             await owner.embed("new text")

@@ -226,7 +226,7 @@ KILLED = """
 import asyncio, json, sys
 from pathlib import Path
 from proxy.store.store import open_store
-from tests.rows import draft, list_price
+from tests.rows import NOW, draft, list_price
 async def main():
     store = await open_store(None, Path(sys.argv[1]), price=list_price)
     async def put(n):
