@@ -18,6 +18,7 @@ from proxy.batch.deferred import RETRY_AFTER_S, DeferredCalls, requests_line
 from proxy.batch.engine import Engine
 from proxy.batch.files import FileWriter
 from proxy.batch.providers import METADATA_NAME
+from proxy.batch.workshop import new_name
 from proxy.client.incoming import body_stream, read_body
 from proxy.client.passing import Passing, PassThrough
 from proxy.client.wire import SERVER
@@ -75,7 +76,7 @@ class BatchApi:
     ) -> None:
         self.engine = engine
         self.deferred = deferred
-        self._store = engine.store
+        self._store = engine.shop.store
         self._passing = passing
         self._upstream = upstream
         self._limits = limits
@@ -137,7 +138,7 @@ class BatchApi:
     async def _receive(self, whole: AsyncIterator[bytes], boundary: bytes, asked: Passing) -> BatchFile:
         form = Form(boundary)
         now_ms = self._now_ms()
-        file = BatchFile(self.engine.new_name("file-"), asked.tenant, "batch", "", 0, now_ms, now_ms + self._keep_ms)
+        file = BatchFile(new_name("file-"), asked.tenant, "batch", "", 0, now_ms, now_ms + self._keep_ms)
         writer = FileWriter(self._store, file)
         await writer.begin()
         head = b""
@@ -214,7 +215,7 @@ class BatchApi:
         now_ms = self._now_ms()
         keep_ms = self._keep_ms if wanted.keep_s is None else wanted.keep_s * 1000
         job = Job(
-            self.engine.new_name("batch_"), asked.tenant, "openai", wanted.endpoint, "validating",
+            new_name("batch_"), asked.tenant, "openai", wanted.endpoint, "validating",
             wanted.input_file_id, now_ms, now_ms + WINDOW_S * 1000, now_ms + keep_ms, metadata=wanted.metadata,
             key_id=asked.key_id or "",
         )  # fmt: skip
@@ -272,7 +273,7 @@ class BatchApi:
         """The requests are looked at as they arrive and kept as lines of a file that nobody sees."""
         now_ms = self._now_ms()
         expires_ms = now_ms + self._keep_ms
-        file = BatchFile(self.engine.new_name("file-"), asked.tenant, "requests", "", 0, now_ms, expires_ms)
+        file = BatchFile(new_name("file-"), asked.tenant, "requests", "", 0, now_ms, expires_ms)
         writer = FileWriter(self._store, file)
         await writer.begin()
         try:
@@ -282,18 +283,18 @@ class BatchApi:
             await writer.drop()
             raise
         job = Job(
-            self.engine.new_name("msgbatch_"), asked.tenant, "anthropic", MESSAGES_PATH, "in_progress", file.id,
+            new_name("msgbatch_"), asked.tenant, "anthropic", MESSAGES_PATH, "in_progress", file.id,
             now_ms, now_ms + WINDOW_S * 1000, expires_ms, total=total, key_id=asked.key_id or "",
         )  # fmt: skip
         await self.engine.begin(job, asked.headers)
         return _json(asked, message_batch(job, _base(request)))
 
     async def _receive_requests(self, request: web.BaseRequest, asked: Passing, writer: FileWriter) -> int:
-        items, known, size = Items(self.engine.line_limit_bytes), set[str](), 0
+        items, known, size = Items(self.engine.shop.line_limit_bytes), set[str](), 0
         body = body_stream(request, self._limits, asked.arrival)
         if not body:
             raise BadRequest("requests: Field required", code="missing_required_parameter", param="requests")
-        limit = min(REQUESTS_LIMIT, self.engine.max_lines)
+        limit = min(REQUESTS_LIMIT, self.engine.shop.max_lines)
         async for piece in _once(body) if isinstance(body, bytes) else body:
             size += len(piece)
             if size > REQUESTS_LIMIT_BYTES:
@@ -418,7 +419,7 @@ class BatchApi:
         return [one for one in said["data"] if isinstance(one, dict)], bool(said.get("has_more"))
 
     def _now_ms(self) -> int:
-        return int(self.engine.clock() * 1000)
+        return self.engine.shop.now_ms()
 
 
 # -- bodies ------------------------------------------------------------------------------------------------------------

@@ -17,14 +17,15 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import orjson
 
 from proxy.batch.files import LineFile
-from proxy.batch.lines import Answered, refusal
+from proxy.batch.headers import RawHeaders
+from proxy.batch.lines import Answered, new_id, refusal
 from proxy.batch.near import Alike
 from proxy.batch.providers import PART_LIMIT_BYTES, Handed, NoBatchApi, Progress, Refused, Result
+from proxy.batch.workshop import LEASE_S, Workshop, new_name
 from proxy.core.batches import (
     EMPTY,
     ERRORS_SHOWN,
@@ -50,12 +51,8 @@ from proxy.core.purges import Began
 from proxy.core.query import Query
 from proxy.records import Client, Lookup
 
-if TYPE_CHECKING:
-    from proxy.batch.engine import Engine
-
 log = logging.getLogger(__name__)
 
-LEASE_S = 30.0
 QUERIES_BYTES = 32 * 1024 * 1024  # of bodies whose reading is remembered between the two passes
 LOOKUPS = 4096  # kept from looking a line up to storing its answer
 WAITING_ROWS = 2000
@@ -68,19 +65,18 @@ STORED_S, STORED_POLL_S = 5.0, 0.01
 GRACE_S = 7200  # after the window: a provider's own began a little later
 
 Key = tuple[bytes, int | None, bool]
-RawHeaders = tuple[tuple[bytes, bytes], ...]
 
 
 class Run:
     """One job being worked on by this process. Awaiting `go` works on it until it has ended or `stop` was called."""
 
-    def __init__(self, engine: Engine, job: Job, headers: RawHeaders) -> None:
+    def __init__(self, shop: Workshop, job: Job, headers: RawHeaders) -> None:
         self.job = job
         self.cancelling = asyncio.Event()
         self._stopped = asyncio.Event()
-        self._engine = engine
+        self._shop = shop
         self._headers = headers
-        self._file = LineFile(engine.store, job.input_file_id, engine.line_limit_bytes)
+        self._file = LineFile(shop.store, job.input_file_id, shop.line_limit_bytes)
         self._names: list[bytes] = []  # custom ids, as JSON
         self._leaders: list[int] = []
         self._followers: dict[int, list[int]] = {}
@@ -101,7 +97,7 @@ class Run:
         self._waiters: list[asyncio.Future[None]] = []
         self._saving = asyncio.Lock()
         self._repeating = asyncio.Lock()
-        self._alike = Alike(engine.lines.pipeline)
+        self._alike = Alike(shop.lines.pipeline)
         self._waits_for: dict[int, Query] = {}  # by number: the line whose answer may serve it
         self._later: list[int] = []  # for the next round
         self._round = 0
@@ -124,7 +120,7 @@ class Run:
                     task.cancel()
         finally:
             for client in self._held.values():
-                self._engine.lines.let_go(client)
+                self._shop.lines.let_go(client)
             self._held.clear()
         if self.stopping:
             await self._save_surely()
@@ -177,7 +173,7 @@ class Run:
         return self._now_ms() >= self.job.deadline_ms
 
     def _now_ms(self) -> int:
-        return int(self._engine.clock() * 1000)
+        return self._shop.now_ms()
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -186,7 +182,7 @@ class Run:
         faults: list[dict[str, object]] = []
         known: set[str] = set()
         leaders: dict[Key, int] = {}
-        limit = self._engine.max_lines
+        limit = self._shop.max_lines
         number = 0
         async for raw in self._file.scan():
             if number == limit:
@@ -214,7 +210,7 @@ class Run:
 
     def _read_line(self, raw: bytes | None) -> Line | LineFault:
         if raw is None:
-            message = f"This line is larger than {self._engine.line_limit_bytes} bytes."
+            message = f"This line is larger than {self._shop.line_limit_bytes} bytes."
             return LineFault("request_too_large", message)
         if self.job.dialect == "openai":
             return read_openai_line(raw, self.job.path, orjson.loads)
@@ -222,9 +218,9 @@ class Run:
 
     def _enter(self, number: int, line: Line, leaders: dict[Key, int]) -> None:
         try:
-            query = self._engine.read(self.job.path, self.job.tenant, self._headers, line.body, self.job.key_id)
+            query = self._shop.read(self.job.path, self.job.tenant, self._headers, line.body, self.job.key_id)
         except BadRequest as error:
-            self._refused[number] = refusal(self._engine.dialect_of(self.job.path), self._engine.new_id(), error)
+            self._refused[number] = refusal(self._shop.dialect_of(self.job.path), new_id(), error)
             self._leaders.append(number)
             return
         key = _key_of(query)
@@ -242,7 +238,7 @@ class Run:
         if query is None:
             line = self._read_line(await self._read_surely(number))
             assert isinstance(line, Line)
-            query = self._engine.read(self.job.path, self.job.tenant, self._headers, line.body, self.job.key_id)
+            query = self._shop.read(self.job.path, self.job.tenant, self._headers, line.body, self.job.key_id)
         return query
 
     async def _read_surely(self, number: int) -> bytes:
@@ -257,9 +253,9 @@ class Run:
 
     async def _take_up(self) -> None:
         """What rows say of an earlier run."""
-        self._parts = list(await self._engine.store.parts(self.job.id))
+        self._parts = list(await self._shop.store.parts(self.job.id))
         ended = {part.number for part in self._parts if part.state == "ended"}
-        for number, state, part in await self._engine.store.states(self.job.id):
+        for number, state, part in await self._shop.store.states(self.job.id):
             if state != "sent":
                 self._ended[number] = 1
             elif part is not None and part not in ended:
@@ -273,7 +269,7 @@ class Run:
         """Set aside what a line may take that a provider has had since before this process."""
         if number not in self._refused:
             client = self._held[number] = self._client()._replace(ts_ms=part.created_ms)
-            self._engine.lines.keys.hold_again(await self._query(number), client.request_id, client.ts_ms)
+            self._shop.lines.keys.hold_again(await self._query(number), client.request_id, client.ts_ms)
 
     async def _choose_again(self, sent: Sequence[int]) -> None:
         """Look up lines that a provider has, as their answers need it anyway: others may wait for them."""
@@ -281,13 +277,13 @@ class Run:
             if not self.is_open:
                 return
             if number not in self._refused and self._alike.takes(query := await self._query(number)):
-                found = self._lookups[number] = await self._engine.lines.look_up(query, self._client())
+                found = self._lookups[number] = await self._shop.lines.look_up(query, self._client())
                 if found.vector is not None and found.signature is not None:
                     self._alike.choose(number, query, found.vector, found.signature)
 
     async def _watch_key(self) -> None:
         """A key that was revoked or has expired ends what its lines have not begun."""
-        keys = self._engine.lines.keys
+        keys = self._shop.lines.keys
         while True:
             self._bar = keys.barred(self.job.key_id)
             if self._bar is not None:
@@ -317,7 +313,7 @@ class Run:
                 await self._begin(number)
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(self._engine.concurrency):
+            for _ in range(self._shop.concurrency):
                 group.create_task(work())
 
     async def _begin(self, number: int, query: Query | None = None) -> None:
@@ -328,7 +324,7 @@ class Run:
         query = query or await self._query(number)
         if (first := self._waits_for.pop(number, None)) is not None:
             await self._is_stored(first)
-        if self._asks_alone or self._engine.has_batches(query.upstream) is False or query.controls.only_if_cached:
+        if self._asks_alone or self._shop.offers.known(query.upstream) is False or query.controls.only_if_cached:
             if not await self._is_put_off(number, query, None):
                 await self._ask(number, query)
             return
@@ -338,18 +334,18 @@ class Run:
             return
         try:
             if found is None:
-                found = await self._engine.lines.find(query, client)
+                found = await self._shop.lines.find(query, client)
             if isinstance(found, Answered):
                 await self._finish_cached(number, query, found)
                 return
             if await self._is_put_off(number, query, found):
                 return
-            if await self._engine.probe(query.upstream, self.job.path, self._headers):
+            if await self._shop.offers.probe(query.upstream, self.job.path, self._headers):
                 self._set_aside(number, query, found, client)
                 return
         finally:
             if number not in self._held:
-                self._engine.lines.let_go(client)
+                self._shop.lines.let_go(client)
         await self._ask(number, query)
 
     async def _finish_cached(self, number: int, query: Query, found: Answered) -> None:
@@ -361,7 +357,7 @@ class Run:
 
     def _set_aside(self, number: int, query: Query, found: Lookup, client: Client) -> None:
         """For a batch of the provider's."""
-        place = (query.upstream, query.model if self._engine.provider(self.job.path).is_per_model else "")
+        place = (query.upstream, query.model if self._shop.offers.provider(self.job.path).is_per_model else "")
         self._pending.setdefault(place, []).append(number)
         if len(self._lookups) < LOOKUPS:
             self._lookups[number] = found
@@ -374,7 +370,7 @@ class Run:
         if self._round > 1 or not self._alike.takes(query):
             return False
         if found is None:
-            await self._engine.lines.model_is_free()
+            await self._shop.lines.model_is_free()
             meaning = await self._alike.meaning(query)
         elif found.vector is None or found.signature is None:
             meaning = None
@@ -391,7 +387,7 @@ class Run:
 
     async def _is_stored(self, first: Query) -> None:
         """Return when what an ended call brought can be found, or after STORED_S."""
-        flights = self._engine.lines.pipeline.flights
+        flights = self._shop.lines.pipeline.flights
         for _ in range(int(STORED_S / STORED_POLL_S)):
             if first.fingerprint not in flights:
                 return
@@ -399,7 +395,7 @@ class Run:
 
     async def _let_in(self, number: int, query: Query) -> tuple[Client, Answered | None] | tuple[None, None]:
         """Who may ask for a line, or has its answer; nobody, where its key does not let it in or not now."""
-        lines = self._engine.lines
+        lines = self._shop.lines
 
         def may_wait(refused: BadRequest) -> bool:  # not for what this batch itself holds until a later round
             is_held = (refused.retry_after_s or 0) <= 1
@@ -418,7 +414,7 @@ class Run:
         """A line that its key does not let in, and those that repeat it."""
         for n in [number, *self._followers.get(number, ())]:
             if not self._ended[n]:
-                self._finish(n, refusal(query.dialect, self._engine.new_id(), refused))
+                self._finish(n, refusal(query.dialect, new_id(), refused))
 
     async def _ask(self, number: int, query: Query) -> None:
         client, answered = self._held.pop(number, None), None
@@ -430,19 +426,19 @@ class Run:
             await self._finish_cached(number, query, answered)
             return
         try:
-            async with self._engine.slots:
+            async with self._shop.slots:
                 if not self.is_open:
                     return
-                answered = await self._engine.lines.ask(query, client, self.job.deadline_ms / 1000)
+                answered = await self._shop.lines.ask(query, client, self.job.deadline_ms / 1000)
         finally:
-            self._engine.lines.let_go(client)
+            self._shop.lines.let_go(client)
         await self._finish_all(number, query, answered)
         committed = asyncio.get_running_loop().create_future()
         self._waiters.append(committed)
         await committed  # so that a crash costs no more calls than there are workers
 
     def _client(self) -> Client:
-        return self._engine.lines.client(self.job.path, self._headers)
+        return self._shop.lines.client(self.job.path, self._headers)
 
     # -- a provider's batch ---------------------------------------------------------------------------------------
 
@@ -456,7 +452,7 @@ class Run:
 
     async def _groups(self, numbers: Sequence[int]) -> AsyncIterator[tuple[list[int], int]]:
         """Lines that fit into one batch of the provider's, and their bytes as they are sent."""
-        provider, path = self._engine.provider(self.job.path), self.job.path
+        provider, path = self._shop.offers.provider(self.job.path), self.job.path
         group: list[int] = []
         size = 0
         for number in numbers:
@@ -478,9 +474,9 @@ class Run:
         return f"ibid-{self.job.id[-12:]}-{part:03d}"
 
     async def _hand_in(self, upstream: str, model: str, numbers: list[int], size_bytes: int) -> None:
-        purge, now_ms = self._engine.lines.pipeline.began(self._client()).purge, self._now_ms()
+        purge, now_ms = self._shop.lines.pipeline.began(self._client()).purge, self._now_ms()
         part = Part(len(self._parts), upstream, model, lines=len(numbers), created_ms=now_ms, purge=purge)
-        provider = self._engine.provider(self.job.path)
+        provider = self._shop.offers.provider(self.job.path)
 
         async def bodies() -> AsyncIterator[tuple[int, bytes]]:
             for number in numbers:
@@ -489,7 +485,7 @@ class Run:
         def handed() -> Handed:
             return Handed(self._tag(part.number), self.job.path, bodies(), size_bytes)
 
-        pause_s = self._engine.poll_s
+        pause_s = self._shop.poll_s
         for attempt in range(SUBMISSIONS):
             try:
                 if not part.input_file_id:
@@ -506,7 +502,7 @@ class Run:
                 await self._save_surely()
                 return
             except NoBatchApi:
-                self._engine.remember_none(upstream)
+                self._shop.offers.remember_none(upstream)
                 break
             except Refused as refused:
                 if refused.status not in (408, 409, 429) and refused.status < 500:
@@ -535,12 +531,12 @@ class Run:
 
         left = iter([number for number in numbers if not self._ended[number]])
         async with asyncio.TaskGroup() as group:
-            for _ in range(self._engine.concurrency):
+            for _ in range(self._shop.concurrency):
                 group.create_task(work(left))
 
     async def _find_lost_parts(self) -> None:
         """Parts whose creation was not confirmed before a crash."""
-        provider = self._engine.provider(self.job.path)
+        provider = self._shop.offers.provider(self.job.path)
         for part in self._parts:
             if part.state != "creating":
                 continue
@@ -560,7 +556,7 @@ class Run:
 
     async def _follow_parts(self) -> None:
         """Poll until every part has ended, and collect what it brought."""
-        provider = self._engine.provider(self.job.path)
+        provider = self._shop.offers.provider(self.job.path)
         told = False
         while running := [part for part in self._parts if part.state == "running"]:
             if self.stopping:
@@ -581,7 +577,7 @@ class Run:
             if self._now_ms() > self.job.deadline_ms + GRACE_S * 1000:
                 return
             if any(part.state == "running" for part in self._parts):
-                poll_s = self._engine.poll_s
+                poll_s = self._shop.poll_s
                 await self._sleep(min(poll_s, BARRED_POLL_S) if self._barred.is_set() else poll_s, told=told)
 
     async def _sleep(self, pause_s: float, *, told: bool) -> None:
@@ -595,7 +591,7 @@ class Run:
                 wait.cancel()
 
     async def _collect(self, part: Part, progress: Progress) -> None:
-        provider = self._engine.provider(self.job.path)
+        provider = self._shop.offers.provider(self.job.path)
         wanted = self._sent.get(part.number, set())
         results: list[Result] = []
         async for result in provider.results(part, self._headers, progress):
@@ -625,16 +621,16 @@ class Run:
             return
         lookup = self._lookups.pop(number, None)
         if lookup is None:
-            lookup = await self._engine.lines.look_up(query, client)
+            lookup = await self._shop.lines.look_up(query, client)
         began = Began(part.purge, part.created_ms)
-        answered = await self._engine.lines.landed(query, client, lookup, result.status, result.body, began)
+        answered = await self._shop.lines.landed(query, client, lookup, result.status, result.body, began)
         self._free(number)
         await self._finish_all(number, query, answered)
 
     def _free(self, number: int) -> None:
         """Nothing of a key's limits is set aside for this line any more."""
         if (held := self._held.pop(number, None)) is not None:
-            self._engine.lines.let_go(held)
+            self._shop.lines.let_go(held)
 
     async def _end_part(self, part: Part, progress: Progress) -> None:
         """Lines of which nothing came are reported as the provider ended them."""
@@ -665,7 +661,7 @@ class Run:
         made = [(number, answered)]
         if left:
             async with self._repeating:
-                repeat = self._engine.lines.repeater(query, answered)
+                repeat = self._shop.lines.repeater(query, answered)
                 for follower in left:
                     made.append((follower, repeat(self._client())))
                     if len(made) % SLICE == 0:
@@ -692,7 +688,7 @@ class Run:
         for n in [number, *self._followers.get(number, ())]:
             if not self._ended[n]:
                 client = self._client()
-                self._engine.lines.lost(query, client, "cancelled" if state == "cancelled" else "error", 0)
+                self._shop.lines.lost(query, client, "cancelled" if state == "cancelled" else "error", 0)
                 self._end(n, state, self._spell_loss(n, client.request_id, state, error))
 
     def _spell_loss(self, number: int, token: str, state: str, error: object) -> bytes:
@@ -704,7 +700,7 @@ class Run:
             case "anthropic" if state in LOST:
                 return anthropic_loss(self._names[number], state)
         refused = BadRequest(message, status=504 if state == "expired" else 502, code=code)
-        answered = refusal(self._engine.dialect_of(self.job.path), token, refused)
+        answered = refusal(self._shop.dialect_of(self.job.path), token, refused)
         if self.job.dialect == "anthropic":
             return anthropic_result(self._names[number], answered.status, answered.body)
         return spell_reply(answered.status, answered.headers, answered.body)
@@ -752,10 +748,9 @@ class Run:
             rows, parts = self._rows, list({part.number: part for part in self._made}.values())
             waiters = self._waiters
             self._rows, self._made, self._waiters = [], [], []
-            engine = self._engine
             try:
-                lease_ms = self._now_ms() + int(LEASE_S * 1000)
-                status = await engine.store.save(self.job, rows, parts, engine.worker, lease_ms)
+                shop = self._shop
+                status = await shop.store.save(self.job, rows, parts, shop.worker, shop.lease_ms())
             except BaseException:
                 self._rows, self._made, self._waiters = rows + self._rows, parts + self._made, waiters + self._waiters
                 raise
@@ -812,7 +807,7 @@ class Run:
         if self._ended[number] or number in self._refused:
             return
         query = await self._query(number)
-        lines = self._engine.lines
+        lines = self._shop.lines
         try:
             client, answered = await lines.let_in(query, self.job.path, self._headers, lambda _: not self.stopping)
         except BadRequest as refused:
@@ -821,18 +816,18 @@ class Run:
             return
         if answered is None:
             try:
-                async with self._engine.slots:
+                async with self._shop.slots:
                     answered = await lines.ask(query, client)
             finally:
                 lines.let_go(client)
         await self._finish_all(number, query, answered)
 
     async def _show_outputs(self, now_ms: int) -> None:
-        job, store = self.job, self._engine.store
+        job, store = self.job, self._shop.store
         for part, size_bytes in (("output", job.output_bytes), ("error", job.error_bytes)):
             name = f"{part}_file_id"
             if size_bytes and not getattr(job, name):
-                setattr(job, name, self._engine.new_name("file-"))
+                setattr(job, name, new_name("file-"))
         await self._save_surely()
         for part, size_bytes in (("output", job.output_bytes), ("error", job.error_bytes)):
             file_id = getattr(job, f"{part}_file_id")
