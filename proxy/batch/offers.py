@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 BELIEF_S = 60.0  # how long an answer that says nothing of the API, only of this moment or client, is believed
 BELIEFS = 1024
+PROBE_S = 10.0  # for its answer: others wait for it as well
 
 
 class Offers:
@@ -26,7 +27,7 @@ class Offers:
         self._providers = providers_of(upstream)
         self._clock = clock
         self._known: dict[str, bool] = dict.fromkeys(without_batches, False)  # by upstream
-        self._believed: dict[tuple[str, RawHeaders], tuple[bool, float]] = {}  # and until when
+        self._believed: dict[tuple[str, RawHeaders | None], tuple[bool, float]] = {}  # and until when; None: by anybody
         self._probing: dict[str, asyncio.Lock] = {}
 
     def provider(self, path: str) -> Provider:
@@ -45,11 +46,15 @@ class Offers:
             known = self._known.get(upstream)
             if known is not None:
                 return known
-            believed, until_s = self._believed.get((upstream, headers), (False, 0.0))
-            if self._clock() < until_s:
-                return believed
+            for asker in (headers, None):
+                believed, until_s = self._believed.get((upstream, asker), (False, 0.0))
+                if self._clock() < until_s:
+                    return believed
             try:
-                found = await self.provider(path).is_there(upstream, headers)
+                async with asyncio.timeout(PROBE_S):
+                    found = await self.provider(path).is_there(upstream, headers)
+            except TimeoutError:
+                return self._believe(upstream, None, found=True)
             except Refused as refused:
                 return self._believe(upstream, headers, found=refused.status not in (400, 401, 403))
             except UpstreamError:
@@ -60,10 +65,10 @@ class Offers:
             log.info("asked for a batch API", extra={"upstream": upstream, "found": found})
             return found
 
-    def _believe(self, upstream: str, headers: RawHeaders, *, found: bool) -> bool:
+    def _believe(self, upstream: str, asker: RawHeaders | None, *, found: bool) -> bool:
         if len(self._believed) >= BELIEFS:
             self._believed.clear()
-        self._believed[upstream, headers] = found, self._clock() + BELIEF_S
+        self._believed[upstream, asker] = found, self._clock() + BELIEF_S
         return found
 
 
