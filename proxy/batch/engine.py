@@ -16,7 +16,7 @@ from proxy.batch.headers import RawHeaders, has_credentials, joined, kept, of_li
 from proxy.batch.lines import Lines
 from proxy.batch.offers import Offers, family_of_path
 from proxy.batch.ports import BatchStore
-from proxy.batch.runs import Run
+from proxy.batch.run.story import Run
 from proxy.batch.workshop import Read, Workshop
 from proxy.core.batches import Job
 from proxy.core.dialects.dialect import Dialect
@@ -103,7 +103,7 @@ class Engine:
         job.reach("cancelling", now_ms)
         await self.shop.store.cancel(job.id, job.times)
         if (run := self._runs.get(job.id)) is not None:
-            run.cancelling.set()
+            run.cancel()
 
     @property
     def running(self) -> int:

@@ -444,7 +444,7 @@ async def test_responses_and_legacy_completions_are_lines_too(exact, up):
 
 
 async def test_lines_go_to_the_provider_by_model_and_in_batches_it_can_take(data_dir, up, monkeypatch):
-    monkeypatch.setattr("proxy.batch.runs.PART_LIMIT_BYTES", 1200)
+    monkeypatch.setattr("proxy.batch.run.handing.PART_LIMIT_BYTES", 1200)
     theirs = BatchUpstream(up)
     models = ("gpt-4o-mini", "gpt-4o")
     async with running(data_dir, up.url, QUICK) as ibid, sdk(ibid) as client:
