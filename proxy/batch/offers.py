@@ -7,7 +7,10 @@ import logging
 from collections.abc import Callable, Iterable
 
 from proxy.batch.headers import RawHeaders
-from proxy.batch.providers import NoBatchApi, Provider, Refused, providers_of
+from proxy.batch.providers.anthropic import AnthropicBatches
+from proxy.batch.providers.openai import OpenAIBatches
+from proxy.batch.providers.provider import NoBatchApi, Provider, Refused
+from proxy.batch.providers.wire import Wire
 from proxy.core.batches import ENDPOINTS
 from proxy.core.dialects.routes import MESSAGES_PATH
 from proxy.core.errors import UpstreamError
@@ -24,7 +27,8 @@ class Offers:
     """What this process knows of the batch APIs of its upstreams."""
 
     def __init__(self, upstream: Upstream, without_batches: Iterable[str], clock: Callable[[], float]) -> None:
-        self._providers = providers_of(upstream)
+        wire = Wire(upstream)
+        self._providers: dict[str, Provider] = {"openai": OpenAIBatches(wire), "anthropic": AnthropicBatches(wire)}
         self._clock = clock
         self._known: dict[str, bool] = dict.fromkeys(without_batches, False)  # by upstream
         self._believed: dict[tuple[str, RawHeaders | None], tuple[bool, float]] = {}  # and until when; None: by anybody

@@ -7,7 +7,7 @@ from aiohttp import web
 from proxy.batch.http.desk import Desk
 from proxy.batch.http.listing import Listed, Listing, limit_of
 from proxy.batch.http.replies import reply
-from proxy.batch.providers import METADATA_NAME
+from proxy.batch.providers.provider import METADATA_NAME
 from proxy.batch.workshop import new_name
 from proxy.client.incoming import read_body
 from proxy.client.passing import Passing

@@ -122,8 +122,8 @@ class Asking:
 
     def _set_aside(self, number: int, query: Query, found: Lookup, client: Client) -> None:
         """For a batch of the provider's."""
-        is_per_model = self._shop.offers.provider(self._course.job.path).is_per_model
-        self._aside.add((query.upstream, query.model if is_per_model else ""), [number])
+        model = query.model if self._course.provider.is_per_model else ""
+        self._aside.add((query.upstream, model), [number])
         self._aside.remember(number, found)
         if query.key_id is not None:
             self._aside.held[number] = client

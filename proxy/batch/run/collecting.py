@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
 
-from proxy.batch.providers import NoBatchApi, Progress, Refused, Result
+from proxy.batch.providers.provider import NoBatchApi, Progress, Refused, Result
 from proxy.batch.run.aside import Aside
 from proxy.batch.run.course import Course
 from proxy.batch.run.endings import Endings
@@ -24,42 +25,38 @@ BARRED_POLL_S = 2.0
 GRACE_S = 7200  # after the window: a provider's own began a little later
 
 
+@dataclass(frozen=True, slots=True)
 class Collecting:
     """Follows parts until they have ended."""
 
-    def __init__(
-        self, course: Course, questions: Questions, saver: Saver, endings: Endings, aside: Aside, parts: Parts
-    ) -> None:
-        self._course = course
-        self._lines = course.shop.lines
-        self._provider = course.shop.offers.provider(course.job.path)
-        self._questions = questions
-        self._saver = saver
-        self._endings = endings
-        self._aside = aside
-        self._parts = parts
+    course: Course
+    questions: Questions
+    saver: Saver
+    endings: Endings
+    aside: Aside
+    parts: Parts
 
     async def follow(self) -> None:
         """Poll until every part has ended, and collect what it brought."""
-        course, told = self._course, False
-        while running := self._parts.running:
+        course, told = self.course, False
+        while running := self.parts.running:
             if course.stopping:
                 return
             if not told and course.is_ending:
                 told = True
                 for part in running:
-                    await _quietly(self._provider.cancel(part, course.headers))
+                    await _quietly(self.course.provider.cancel(part, course.headers))
             for part in running:
                 await self._poll(part)
             if course.now_ms() > course.job.deadline_ms + GRACE_S * 1000:
                 return
-            if self._parts.running:
+            if self.parts.running:
                 poll_s = course.shop.poll_s
                 await course.sleep(min(poll_s, BARRED_POLL_S) if course.barred.is_set() else poll_s, told=told)
 
     async def _poll(self, part: Part) -> None:
         try:
-            progress = await self._provider.progress(part, self._course.headers)
+            progress = await self.course.provider.progress(part, self.course.headers)
             if progress.has_ended:
                 await self._collect(part, progress)
         except (UpstreamError, Refused) as error:
@@ -68,61 +65,61 @@ class Collecting:
             await self._end(part, Progress(True))
 
     async def _collect(self, part: Part, progress: Progress) -> None:
-        wanted = self._parts.sent.get(part.number, set())
+        wanted = self.parts.sent.get(part.number, set())
         results: list[Result] = []
-        async for result in self._provider.results(part, self._course.headers, progress):
-            if result.number in wanted and not self._course.ended[result.number]:
+        async for result in self.course.provider.results(part, self.course.headers, progress):
+            if result.number in wanted and not self.course.ended[result.number]:
                 results.append(result)
             if len(results) == LANDED_AT_ONCE:
                 await self._land(results, part)
                 results = []
         await self._land(results, part)
         await self._end(part, progress)
-        await _quietly(self._provider.clean(part, self._course.headers, progress))
+        await _quietly(self.course.provider.clean(part, self.course.headers, progress))
 
     async def _land(self, results: Sequence[Result], part: Part) -> None:
         """Side by side: their entries share commits."""
         distinct = {result.number: result for result in results}
         await asyncio.gather(*[self._land_one(result, part) for result in distinct.values()])
-        await self._saver.has_room()
+        await self.saver.has_room()
 
     async def _land_one(self, result: Result, part: Part) -> None:
         number = result.number
-        query, client = await self._questions.query(number), self._course.client()
+        query, client = await self.questions.query(number), self.course.client()
         if result.lost:
-            if not self._course.asks_what_is_lost:
-                self._endings.lose(number, query, result.lost, result.error)
+            if not self.course.asks_what_is_lost:
+                self.endings.lose(number, query, result.lost, result.error)
             return
-        if (held := self._aside.held.get(number)) is not None:  # it counts in the window it was sent in
+        if (held := self.aside.held.get(number)) is not None:  # it counts in the window it was sent in
             client = client._replace(request_id=held.request_id, ts_ms=part.created_ms)
-        lookup = self._aside.lookups.pop(number, None)
+        lookup = self.aside.lookups.pop(number, None)
         if lookup is None:
-            lookup = await self._lines.look_up(query, client)
+            lookup = await self.course.shop.lines.look_up(query, client)
         began = Began(part.purge, part.created_ms)
-        answered = await self._lines.landed(query, client, lookup, result.status, result.body, began)
-        self._aside.free(number)
-        await self._endings.finish_all(number, query, answered)
+        answered = await self.course.shop.lines.landed(query, client, lookup, result.status, result.body, began)
+        self.aside.free(number)
+        await self.endings.finish_all(number, query, answered)
 
     async def _end(self, part: Part, progress: Progress) -> None:
         """Lines of which nothing came are reported as the provider ended them."""
-        numbers = self._parts.sent.get(part.number, set())
+        numbers = self.parts.sent.get(part.number, set())
         for number in numbers:
-            self._aside.free(number)
-        if not self._course.asks_what_is_lost:
+            self.aside.free(number)
+        if not self.course.asks_what_is_lost:
             for number in sorted(numbers):
-                if not self._course.ended[number]:
+                if not self.course.ended[number]:
                     await self._lose(number, progress)
         part.state = "ended"
-        self._saver.note(part)
-        self._saver.wake()
+        self.saver.note(part)
+        self.saver.wake()
 
     async def _lose(self, number: int, progress: Progress) -> None:
-        job = self._course.job
-        self._parts.failed = self._parts.failed or progress.lost == "error"
+        job = self.course.job
+        self.parts.failed = self.parts.failed or progress.lost == "error"
         error = dict(progress.error) if progress.error is not None else None
         if error is not None and len(job.errors) < ERRORS_SHOWN:
             job.errors = [*job.errors, {**error, "line": number + 1}]
-        self._endings.lose(number, await self._questions.query(number), progress.lost, error)
+        self.endings.lose(number, await self.questions.query(number), progress.lost, error)
 
 
 async def _quietly(wish: Awaitable[None]) -> None:

@@ -20,6 +20,7 @@ class Course:
         self.shop = shop
         self.job = job
         self.headers = headers
+        self.provider = shop.offers.provider(job.path)  # one dialect's batch API, at any upstream
         self.stopped = asyncio.Event()
         self.cancelling = asyncio.Event()
         self.barred = asyncio.Event()

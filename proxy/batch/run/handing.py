@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-from proxy.batch.providers import PART_LIMIT_BYTES, Handed, NoBatchApi, Refused
+from proxy.batch.providers.provider import PART_LIMIT_BYTES, Handed, NoBatchApi, Refused
 from proxy.batch.run.aside import Aside
 from proxy.batch.run.asking import Asking
 from proxy.batch.run.course import Course
@@ -22,28 +23,24 @@ log = logging.getLogger(__name__)
 SUBMISSIONS = 6
 
 
+@dataclass(frozen=True, slots=True)
 class Handing:
     """Makes parts of what is pending. What no provider takes is asked for."""
 
-    def __init__(
-        self, course: Course, questions: Questions, saver: Saver, asking: Asking, aside: Aside, parts: Parts
-    ) -> None:
-        self._course = course
-        self._shop = course.shop
-        self._provider = course.shop.offers.provider(course.job.path)
-        self._questions = questions
-        self._saver = saver
-        self._asking = asking
-        self._aside = aside
-        self._parts = parts
+    course: Course
+    questions: Questions
+    saver: Saver
+    asking: Asking
+    aside: Aside
+    parts: Parts
 
     async def hand_in_all(self) -> None:
-        for (upstream, model), numbers in self._aside.pending.items():
+        for (upstream, model), numbers in self.aside.pending.items():
             async for group in self._groups(numbers):
-                if not self._course.is_open:
+                if not self.course.is_open:
                     return
                 await self._hand_in(upstream, model, *group)
-        self._aside.pending.clear()
+        self.aside.pending.clear()
 
     async def _groups(self, numbers: Sequence[int]) -> AsyncIterator[tuple[list[int], int]]:
         """Lines that fit into one batch of the provider's, and their bytes as they are sent."""
@@ -51,7 +48,7 @@ class Handing:
         size = 0
         for number in numbers:
             own = await self._size(number)
-            if group and (len(group) == self._provider.limit or size + own > PART_LIMIT_BYTES):
+            if group and (len(group) == self.course.provider.limit or size + own > PART_LIMIT_BYTES):
                 yield group, size
                 group, size = [], 0
                 own = await self._size(number)
@@ -64,45 +61,45 @@ class Handing:
 
     async def _size(self, number: int) -> int:
         """Bytes of a line in the next part."""
-        tag = self._parts.tag(len(self._parts.all))
-        body = (await self._questions.query(number)).forward_body
-        return len(body) + self._provider.overhead(tag, self._course.job.path, number)
+        tag = self.parts.tag(len(self.parts.all))
+        body = (await self.questions.query(number)).forward_body
+        return len(body) + self.course.provider.overhead(tag, self.course.job.path, number)
 
     async def _hand_in(self, upstream: str, model: str, numbers: list[int], size_bytes: int) -> None:
-        purge, now_ms = self._shop.lines.pipeline.began(self._course.client()).purge, self._course.now_ms()
-        number = len(self._parts.all)
+        purge, now_ms = self.course.shop.lines.pipeline.began(self.course.client()).purge, self.course.now_ms()
+        number = len(self.parts.all)
         part = Part(number, upstream, model, lines=len(numbers), created_ms=now_ms, purge=purge)
-        pause_s = self._shop.poll_s
+        pause_s = self.course.shop.poll_s
         for attempt in range(SUBMISSIONS):
             outcome = await self._try(part, numbers, size_bytes)
             if outcome == "taken":
                 return
-            if outcome == "never" or attempt + 1 == SUBMISSIONS or not self._course.is_open:
+            if outcome == "never" or attempt + 1 == SUBMISSIONS or not self.course.is_open:
                 break
-            await self._course.sleep(pause_s, told=False)
+            await self.course.sleep(pause_s, told=False)
             pause_s *= 2
-        if self._course.is_open:
+        if self.course.is_open:
             await self._withdraw(part, numbers)
 
     async def _try(self, part: Part, numbers: list[int], size_bytes: int) -> Literal["taken", "not now", "never"]:
         """Rows say where lines go before the provider is told, so that after a crash they are not sent twice."""
-        upstream, headers = part.upstream, self._course.headers
+        upstream, headers = part.upstream, self.course.headers
         try:
             if not part.input_file_id:
-                part.input_file_id = await self._provider.upload(
+                part.input_file_id = await self.course.provider.upload(
                     upstream, headers, self._handed(part, numbers, size_bytes)
                 )
-            if not self._parts.sent.get(part.number):
-                self._parts.begin(part, numbers)
-                await self._saver.surely()
+            if not self.parts.sent.get(part.number):
+                self.parts.begin(part, numbers)
+                await self.saver.surely()
             handed = self._handed(part, numbers, size_bytes)
-            part.provider_id = await self._provider.create(upstream, headers, handed, part.input_file_id)
+            part.provider_id = await self.course.provider.create(upstream, headers, handed, part.input_file_id)
             part.state = "running"
-            self._saver.note(part)
-            await self._saver.surely()
+            self.saver.note(part)
+            await self.saver.surely()
             return "taken"
         except NoBatchApi:
-            self._shop.offers.remember_none(upstream)
+            self.course.shop.offers.remember_none(upstream)
             return "never"
         except Refused as refused:
             if refused.status not in (408, 409, 429) and refused.status < 500:
@@ -115,13 +112,13 @@ class Handing:
     def _handed(self, part: Part, numbers: Sequence[int], size_bytes: int) -> Handed:
         async def bodies() -> AsyncIterator[tuple[int, bytes]]:
             for number in numbers:
-                yield number, (await self._questions.query(number)).forward_body
+                yield number, (await self.questions.query(number)).forward_body
 
-        return Handed(self._parts.tag(part.number), self._course.job.path, bodies(), size_bytes)
+        return Handed(self.parts.tag(part.number), self.course.job.path, bodies(), size_bytes)
 
     async def _withdraw(self, part: Part, numbers: Sequence[int]) -> None:
         """The provider does not take it: every line is asked for alone."""
-        if self._parts.sent.pop(part.number, None):
+        if self.parts.sent.pop(part.number, None):
             part.state = "ended"
-            self._saver.note(part)
-        await self._asking.ask_all([number for number in numbers if not self._course.ended[number]])
+            self.saver.note(part)
+        await self.asking.ask_all([number for number in numbers if not self.course.ended[number]])

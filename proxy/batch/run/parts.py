@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from proxy.batch.providers import NoBatchApi, Refused
+from proxy.batch.providers.provider import NoBatchApi, Refused
 from proxy.batch.run.aside import Aside
 from proxy.batch.run.course import Course
 from proxy.batch.run.questions import Questions
@@ -70,12 +70,11 @@ class Parts:
 
     async def find_lost(self) -> None:
         """Parts whose creation was not confirmed before a crash."""
-        provider = self._course.shop.offers.provider(self._course.job.path)
         for part in self.all:
             if part.state != "creating":
                 continue
             try:
-                part.provider_id = await provider.find(part, self._course.headers, self.tag(part.number))
+                part.provider_id = await self._course.provider.find(part, self._course.headers, self.tag(part.number))
             except (UpstreamError, Refused, NoBatchApi):
                 part.provider_id = ""
             if part.provider_id:
