@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from proxy.batch.providers.provider import NoBatchApi, Refused
 from proxy.batch.run.aside import Aside
@@ -38,7 +38,7 @@ class Parts:
         """What names a part at its provider; of one length for any part below 1000."""
         return f"ibid-{self._course.job.id[-12:]}-{part:03d}"
 
-    def begin(self, part: Part, numbers: Iterable[int]) -> None:
+    def begin(self, part: Part, numbers: Sequence[int]) -> None:
         self.all.append(part)
         self.sent[part.number] = set(numbers)
         self._saver.send(numbers, part)
