@@ -41,7 +41,7 @@ from proxy.admin.operations import Operator
 from proxy.admin.reindex import Reindex
 from proxy.batch.deferred import DeferredCalls
 from proxy.batch.engine import Engine
-from proxy.batch.http import BatchApi
+from proxy.batch.http.api import BatchApi
 from proxy.batch.lines import Lines
 from proxy.client import listener
 from proxy.client.handlers import ClientHandler

@@ -15,9 +15,12 @@ from dataclasses import dataclass, field
 
 import orjson
 
-from proxy.batch.engine import Engine, RawHeaders, has_credentials, is_batchable, joined, kept, of_lines
+from proxy.batch.engine import Engine
 from proxy.batch.files import FileWriter
-from proxy.batch.lines import Answered, refusal
+from proxy.batch.headers import RawHeaders, has_credentials, joined, kept, of_lines
+from proxy.batch.lines import Answered, new_id, refusal
+from proxy.batch.offers import is_batchable
+from proxy.batch.workshop import new_name
 from proxy.core.batches import BatchFile, Deferred, Job, read_reply, spell_reply
 from proxy.core.dialects.routes import without_key
 from proxy.core.errors import BadRequest, CacheFault, IbidError, UpstreamError
@@ -54,6 +57,7 @@ class DeferredCalls:
 
     def __init__(self, engine: Engine, tasks: Tasks, *, collect_s: float = 60.0, keep_s: float = 2_592_000.0) -> None:
         self._engine = engine
+        self._shop = engine.shop
         self._tasks = tasks
         self._collect_s = collect_s
         self._keep_s = keep_s
@@ -64,17 +68,17 @@ class DeferredCalls:
 
     async def start(self) -> None:
         """Go on with what an earlier process left, where that needs nobody. Raises CacheFault."""
-        for call in await self._engine.store.open_deferred():
+        for call in await self._shop.store.open_deferred():
             if not call.needs_owner and call.id not in self._under_way:
                 await self._take_up(call, joined(call.headers, ()))
 
     async def accept(self, query: Query, path_qs: str, headers: Sequence[tuple[bytes, bytes]]) -> Deferred:
         """Write a call down and begin it. Raises CacheFault."""
         deadline_s = query.controls.deadline_s
-        now_ms = int(self._engine.clock() * 1000)
+        now_ms = self._shop.now_ms()
         shown, needs_owner = kept(headers)
         call = Deferred(
-            id=self._engine.new_name("def_"),
+            id=new_name("def_"),
             tenant=query.tenant,
             path_qs=_without_credential(path_qs),
             headers=shown,
@@ -85,7 +89,7 @@ class DeferredCalls:
             expires_ms=now_ms + int(self._keep_s * 1000),
             key_id=query.key_id or "",
         )
-        await self._engine.store.put_deferred(call, self._engine.worker, now_ms + LEASE_MS)
+        await self._shop.store.put_deferred(call, self._shop.worker, now_ms + LEASE_MS)
         self._begin(call, query, of_lines(headers))
         return call
 
@@ -105,7 +109,7 @@ class DeferredCalls:
 
     async def reply(self, call_id: str, tenant: str, headers: Sequence[tuple[bytes, bytes]]) -> Reply | Deferred | None:
         """The answer, the call while it is under way, or None for one that this tenant does not have."""
-        store = self._engine.store
+        store = self._shop.store
         call = await store.deferred(call_id, tenant)
         if call is None:
             return None
@@ -143,15 +147,15 @@ class DeferredCalls:
         """Begin a call that nobody works on any more, if whoever asks about it may send it."""
         if call.needs_owner and not has_credentials(headers):
             return
-        now_ms = int(self._engine.clock() * 1000)
-        if not await self._engine.store.claim_deferred(call.id, self._engine.worker, now_ms, now_ms + LEASE_MS):
+        now_ms = self._shop.now_ms()
+        if not await self._shop.store.claim_deferred(call.id, self._shop.worker, now_ms, now_ms + LEASE_MS):
             return
         try:
-            query = self._engine.read(call.path_qs, call.tenant, headers, call.body, call.key_id)
+            query = self._shop.read(call.path_qs, call.tenant, headers, call.body, call.key_id)
         except BadRequest as error:  # it was read once: the rules have changed since
             log.warning("a deferred call cannot be read any more", extra={"code": error.code})
-            dialect = self._engine.dialect_of(call.path_qs)
-            await self._settle(call, refusal(dialect, self._engine.new_id(), error))
+            dialect = self._shop.dialect_of(call.path_qs)
+            await self._settle(call, refusal(dialect, new_id(), error))
             return
         self._begin(call, query, headers)
 
@@ -178,7 +182,7 @@ class DeferredCalls:
 
     async def _ask(self, call: Deferred, query: Query, headers: RawHeaders) -> Answered | None:
         """The answer, or what its key's limits have against it; None: the next process goes on with it."""
-        lines = self._engine.lines
+        lines = self._shop.lines
         deadline_s = None if call.deadline_ms is None else call.deadline_ms / 1000
         until_s = min(deadline_s or math.inf, lines.clock() + WAIT_S)
 
@@ -190,7 +194,7 @@ class DeferredCalls:
         except BadRequest as refused:
             if refused.should_retry and self._stopped:
                 return None
-            return refusal(query.dialect, self._engine.new_id(), refused)
+            return refusal(query.dialect, new_id(), refused)
         if answered is not None:
             return answered
         try:
@@ -202,33 +206,33 @@ class DeferredCalls:
         headers = [*answered.headers]
         if not any(name.lower() == "x-request-id" for name, _ in headers):
             headers.append(("x-request-id", answered.request_id))
-        await self._engine.store.settle_deferred(call.id, spell_reply(answered.status, headers, answered.body))
+        await self._shop.store.settle_deferred(call.id, spell_reply(answered.status, headers, answered.body))
 
     async def _collect_if_patient(self, call: Deferred, query: Query, headers: RawHeaders) -> bool:
         """Whether the call goes with a batch; one that the cache answers does not have to."""
         path = call.path_qs.partition("?")[0]
         if call.deadline_ms is None or query.stream or query.controls.only_if_cached or not is_batchable(path):
             return False
-        left_s = call.deadline_ms / 1000 - self._engine.clock()
-        if left_s < DEFER_FROM_S - MARGIN_S or self._engine.has_batches(query.upstream) is False:
+        left_s = call.deadline_ms / 1000 - self._shop.clock()
+        if left_s < DEFER_FROM_S - MARGIN_S or self._shop.offers.known(query.upstream) is False:
             return False
         found = await self._find(call, query, headers)
         if isinstance(found, Answered):
             await self._settle(call, found)
             self._under_way.discard(call.id)
             return True
-        if not await self._engine.probe(query.upstream, path, headers):
+        if not await self._shop.offers.probe(query.upstream, path, headers):
             return False
         self._join(call, query, headers, path, left_s)
         return True
 
     async def _find(self, call: Deferred, query: Query, headers: RawHeaders) -> Answered | None:
         """What the cache has, or what its key's limits will have against it in a batch as well."""
-        lines = self._engine.lines
+        lines = self._shop.lines
         try:
             client, answered = await lines.let_in(query, call.path_qs, headers, lambda _: False)
         except BadRequest as refused:
-            return None if refused.should_retry else refusal(query.dialect, self._engine.new_id(), refused)
+            return None if refused.should_retry else refusal(query.dialect, new_id(), refused)
         if answered is not None:
             return answered
         try:
@@ -265,24 +269,24 @@ class DeferredCalls:
 
     async def _hand_in(self, group: _Group) -> None:
         """A batch of ours like any other, which nobody sees."""
-        engine, calls = self._engine, group.calls
-        now_ms = int(engine.clock() * 1000)
+        shop, calls = self._shop, group.calls
+        now_ms = shop.now_ms()
         expires_ms = max(call.expires_ms for call in calls)
         tenant = calls[0].tenant
         try:
-            file_id = engine.new_name("file-")
-            writer = FileWriter(engine.store, BatchFile(file_id, tenant, "requests", "", 0, now_ms, expires_ms))
+            file_id = new_name("file-")
+            writer = FileWriter(shop.store, BatchFile(file_id, tenant, "requests", "", 0, now_ms, expires_ms))
             await writer.begin()
             for call in calls:
                 await writer.write(requests_line(call.id, call.body))
             await writer.end()
             deadline_ms = min(call.deadline_ms or expires_ms for call in calls) - int(MARGIN_S * 1000)
             job = Job(
-                engine.new_name("batch_"), tenant, "deferred", group.path, "in_progress", file_id, now_ms, deadline_ms,
+                new_name("batch_"), tenant, "deferred", group.path, "in_progress", file_id, now_ms, deadline_ms,
                 expires_ms, key_id=calls[0].key_id,
             )  # fmt: skip
-            await engine.store.join_deferred(job.id, [call.id for call in calls])
-            await engine.begin(job, group.headers)
+            await shop.store.join_deferred(job.id, [call.id for call in calls])
+            await self._engine.begin(job, group.headers)
         except IbidError as fault:
             log.warning("deferred calls cannot be handed in", extra={"reason": fault.code})
         finally:

@@ -111,7 +111,7 @@ async def test_a_line_whose_forerunner_brought_nothing_is_sent_after_all(data_di
 
 async def test_where_no_time_is_left_for_a_further_part_a_line_is_asked_for_alone(data_dir, up, monkeypatch):
     passed = itertools.count(0, 20 * 3600)  # seconds of a clock that is read when a round begins and ends
-    monkeypatch.setattr("proxy.batch.runs.time", SimpleNamespace(monotonic=passed.__next__))
+    monkeypatch.setattr("proxy.batch.run.story.time", SimpleNamespace(monotonic=passed.__next__))
     theirs = RefusesFirst(up, polls=0)
     one, other = ALIKE[0]
     async with running(data_dir, up.url, QUICKLY) as ibid, sdk(ibid) as client:

@@ -444,7 +444,7 @@ async def test_responses_and_legacy_completions_are_lines_too(exact, up):
 
 
 async def test_lines_go_to_the_provider_by_model_and_in_batches_it_can_take(data_dir, up, monkeypatch):
-    monkeypatch.setattr("proxy.batch.runs.PART_LIMIT_BYTES", 1200)
+    monkeypatch.setattr("proxy.batch.run.handing.PART_LIMIT_BYTES", 1200)
     theirs = BatchUpstream(up)
     models = ("gpt-4o-mini", "gpt-4o")
     async with running(data_dir, up.url, QUICK) as ibid, sdk(ibid) as client:
@@ -460,6 +460,32 @@ async def test_lines_go_to_the_provider_by_model_and_in_batches_it_can_take(data
         assert len(theirs.batches) > 2
         assert all(sum(len(json.dumps(body)) for _, body in one.requests) <= 1200 for one in theirs.batches.values())
         assert theirs.files == {}  # nothing of ours is left there
+
+
+class SaysNothing(BatchUpstream):
+    """Takes batches, and leaves whoever asks for their list without an answer."""
+
+    def answer(self, seen):
+        if seen.path == "/v1/batches?limit=1":
+            return self.nothing()
+        return super().answer(seen)
+
+    async def nothing(self):
+        await self.up.stopping.wait()
+        return Json(404, {})
+
+
+async def test_an_upstream_that_does_not_say_whether_it_has_batches_holds_nobody_up(data_dir, up, monkeypatch):
+    monkeypatch.setattr("proxy.batch.offers.PROBE_S", 0.05)
+    theirs = SaysNothing(up)
+    async with running(data_dir, up.url, QUICK) as ibid, sdk(ibid) as one, sdk(ibid, "sk-b") as other:
+        handed = [(client, await hand_in(client, [line("a", f"What is {client.api_key}?")])) for client in (one, other)]
+        for client, batch in handed:
+            batch = await ended(client, batch)
+            assert (batch.status, batch.request_counts.completed) == ("completed", 1)
+    assert len(theirs.batches) == 2
+    asked = [seen for seen in up.requests if seen.path == "/v1/batches?limit=1"]
+    assert len(asked) == 1  # its silence is the upstream's, whoever asks
 
 
 async def test_replicas_share_batches_and_one_of_them_works_on_each(data_dir, tmp_path, up, pg_url):
