@@ -96,7 +96,7 @@ $(MODEL): deploy/fetch_llm.py | $(RUN_STAMP)
 	@touch $@
 
 # The bundled model as the tests use it, converted once for all their processes; again when the converter changes.
-$(CONVERTED)/.done: index/convert.py index/model.py tests/models.py | $(RUN_STAMP)
+$(CONVERTED)/.done: index/artefact.py index/convert.py index/embedder.py index/model.py tests/models.py | $(RUN_STAMP)
 	rm -rf $(CONVERTED)
 	$(BIN)/python -m tests.models
 	@touch $@

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from index.artefact import INT8, ONNX, artefact_directory, open_artefact
 from index.batcher import guard_for
-from index.convert import INT8, ONNX, artefact_directory, open_artefact
 from index.embedder import OnnxBackend
 from index.errors import ModelFault
 from index.guard import head
