@@ -44,6 +44,7 @@ from proxy.batch.engine import Engine
 from proxy.batch.http import BatchApi
 from proxy.batch.lines import Lines
 from proxy.client import listener
+from proxy.client.connection import ClientServer
 from proxy.client.handlers import ClientHandler
 from proxy.core.answer import decode_answer
 from proxy.core.dialects.routes import Routes
@@ -548,7 +549,7 @@ async def open_app(
         runner = await open_admin(settings, operator, edges.telemetry, token, bound.admin)
         stack.push_async_callback(runner.cleanup)
         app.admin_port = int(runner.addresses[0][1])
-        clients = listener.Listener(listener.ClientServer(handler, settings.limits), bound.clients, ACCEPT_TICK_S)
+        clients = listener.Listener(ClientServer(handler, settings.limits), bound.clients, ACCEPT_TICK_S)
         app.port = clients.port
 
         def each_second(now_s: float) -> None:

@@ -21,9 +21,9 @@ from typing import Protocol
 from aiohttp import web
 from aiohttp.hdrs import METH_POST
 
+from proxy.client.admission import Admission
 from proxy.client.callers import Callers, Lines
 from proxy.client.incoming import address_of, body_at_hand, check_head, error_response, query_of, read_body, target_of
-from proxy.client.listener import Admission
 from proxy.client.passing import Passing, PassThrough, is_free, is_websocket, passing, tells_cost
 from proxy.client.wire import SERVER, answer_at_once, headers_of, relay_at_once
 from proxy.core.arrival import Arrival, Room

@@ -15,16 +15,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-from aiohttp import hdrs
-from aiohttp.client import IDEMPOTENT_METHODS
-from aiohttp.client_proto import ResponseHandler
-from aiohttp.connector import Connection
-from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.http_parser import RawResponseMessage
-from aiohttp.http_writer import _serialize_headers
-from aiohttp.streams import StreamReader
+from aiohttp import StreamReader, hdrs
 from yarl import URL
 
+from proxy.aiohttp_internals import (
+    CLOSING,
+    IDEMPOTENT_METHODS,
+    Connection,
+    HttpProcessingError,
+    RawResponseMessage,
+    ResponseHandler,
+    left_behind,
+    read_all_there_is,
+    serialize_headers,
+)
 from proxy.core.dialects.routes import family_of, without_key
 from proxy.core.errors import BadRequest, ConfigError, UpstreamError
 from proxy.core.identity import CREDENTIALS, forwardable
@@ -48,7 +52,6 @@ _DROPPED = frozenset(
     "upgrade content-length date server set-cookie set-cookie2 alt-svc strict-transport-security".split()
 )
 _RENAMED = {"x-request-id": "x-upstream-request-id"}
-_CLOSING = "Cannot write to closing transport"
 _IDENTITY = ("Accept-Encoding", "identity")
 _OF_A_STREAM = {b"content-length": "Content-Length", b"content-encoding": "Content-Encoding"}
 _BARE = re.compile(
@@ -177,7 +180,7 @@ class _Pattern:
             request.headers.setdefault(hdrs.CONTENT_TYPE, "application/octet-stream")
         if not is_bodiless:
             del request.headers[hdrs.CONTENT_LENGTH]
-        head = _serialize_headers(f"{method} {url.raw_path_qs} HTTP/1.1", request.headers)
+        head = serialize_headers(f"{method} {url.raw_path_qs} HTTP/1.1", request.headers)
         self.head = head if is_bodiless else head[:-2] + b"Content-Length: "
 
 
@@ -242,13 +245,13 @@ class OpenResponse:
         upstream_idle_timeout (504)."""
         self.waiting_since = self._owner.loop.time()
         try:
-            piece = await _read_all_there_is(self._content)
+            piece = await read_all_there_is(self._content)
         except aiohttp.SocketTimeoutError as error:
             self.abort()
             message = "The upstream stopped in the middle of its answer."
             raise UpstreamError(message, code="upstream_idle_timeout", status=504) from error
         except (aiohttp.ClientError, OSError) as error:
-            if held := self._content._read_nowait(-1):  # came before the break, and aiohttp would drop it
+            if held := left_behind(self._content):  # came before the break, and aiohttp would drop it
                 return held
             was_reset = self._was_reset() or isinstance(error, OSError)
             self.abort()
@@ -288,27 +291,6 @@ class OpenResponse:
             self.abort()  # answered before all of the body was taken: nothing may queue behind the rest
         else:
             self._response.release()
-
-
-async def _read_all_there_is(content: StreamReader) -> bytes:
-    """`content.readany()`, with the pieces taken at once: taking them one by one, aiohttp looks after each, however
-    many HTTP chunks arrived together, whether parser and transport have to be resumed."""
-    if (error := content.exception()) is not None:
-        raise error
-    if content.at_eof():
-        return b""
-    while not content._buffer and not content._eof:
-        await content._wait("readany")
-    pieces = content._buffer
-    if not pieces or content._buffer_offset or content._protocol._reading_paused:
-        return content._read_nowait(-1)
-    whole = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-    pieces.clear()
-    content._size = 0
-    content._cursor += len(whole)
-    if content._http_chunk_splits:
-        content._http_chunk_splits.clear()
-    return whole
 
 
 def _broken(was_reset: bool) -> UpstreamError:
@@ -535,7 +517,7 @@ class Upstreams:
             assert protocol is not None
             transport = protocol.transport
             if transport is None or transport.is_closing():
-                raise aiohttp.ClientConnectionResetError(_CLOSING)
+                raise aiohttp.ClientConnectionResetError(CLOSING)
             protocol.set_response_params(
                 skip_payload=method == hdrs.METH_HEAD, read_until_eof=True, auto_decompress=False
             )
@@ -626,7 +608,7 @@ def _may_repeat(error: Exception, method: str) -> bool:
     if isinstance(error, aiohttp.ClientConnectorError):
         return True
     reset = error if isinstance(error, aiohttp.ClientConnectionResetError) else error.__cause__
-    if isinstance(reset, aiohttp.ClientConnectionResetError) and str(reset) == _CLOSING:
+    if isinstance(reset, aiohttp.ClientConnectionResetError) and str(reset) == CLOSING:
         return True
     return method in IDEMPOTENT_METHODS and isinstance(error, aiohttp.ClientOSError | aiohttp.ServerDisconnectedError)
 
