@@ -74,7 +74,8 @@ from proxy.request.reading import Reader, Steering
 from proxy.settings.config import Settings, UpstreamSettings
 from proxy.store.store import Store, open_store
 from proxy.tasks import Tasks, aside
-from proxy.upstreams.upstream import UpstreamAddress, UpstreamLimits, Upstreams
+from proxy.upstreams.address import UpstreamAddress
+from proxy.upstreams.upstream import UpstreamLimits, Upstreams
 from proxy.watch import logs
 from proxy.watch.health import Health, Trouble
 from proxy.watch.memory import Memory, group_limit_bytes
