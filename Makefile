@@ -72,7 +72,7 @@ bench: $(DEV_STAMP) ## ibid against its floors in turn, as a table of ratios
 
 # It prints the SHA-256 that `index/guard/head.py` must hold; other weights than those are refused.
 train-guard: $(DEV_STAMP) ## the pair guard's weights anew from the licensed pairs in DATA=DIR; 8 minutes on one core
-	OMP_NUM_THREADS=1 $(BIN)/python -m index.guard.train --data "$(DATA)" --out index/guard/weights.safetensors
+	OMP_NUM_THREADS=1 $(BIN)/python -m index.guard.training.train --data "$(DATA)" --out index/guard/weights.safetensors
 
 clean: ## remove the environments and every cache; never data
 	rm -rf $(VENV) $(VENV_OPENAI2) $(VENV_FRAMEWORKS) tests/conformance/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
@@ -96,7 +96,7 @@ $(MODEL): deploy/fetch_llm.py | $(RUN_STAMP)
 	@touch $@
 
 # The bundled model as the tests use it, converted once for all their processes; again when the converter changes.
-$(CONVERTED)/.done: index/convert.py index/model.py tests/models.py | $(RUN_STAMP)
+$(CONVERTED)/.done: index/artefact.py index/convert.py index/embedder.py index/model.py tests/models.py | $(RUN_STAMP)
 	rm -rf $(CONVERTED)
 	$(BIN)/python -m tests.models
 	@touch $@

@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index import tokens
-from index.convert import INT8, ONNX, artefact_directory, converted
+from index.artefact import INT8, ONNX, artefact_directory, converted
 from index.embedder import Backend, OnnxBackend, TokenStates, TorchBackend, Vector, identity_of
 from index.errors import EmbedderFault, EmbedderLate, IndexRoomError, ModelFault, Overloaded, TextTooLong
 from index.guard.head import MAX_KEPT, MAX_TOKENS, Guard, load_guard

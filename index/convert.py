@@ -2,10 +2,9 @@
 
     python -m index.convert MODEL_DIR --into DATA_DIR/models --digest HEX --window N --backend onnx --backend onnx-int8
 
-The whole pipeline (transformer, pooling, whatever follows, unit length) becomes one graph. An artefact is a directory
-`<digest>-<backend>-v<FORMAT>` holding `model.onnx`, `tokenizer.json` and `manifest.json`; it appears by one rename, so
-two converters at once are safe: the second finds the first one's directory and keeps it. A graph that does not agree
-with sentence-transformers on the check texts is refused, and the torch backend is what remains.
+The whole pipeline (transformer, pooling, whatever follows, unit length) becomes one graph in a directory of its own
+(`index.artefact`). A graph that does not agree with sentence-transformers on the check texts is refused, and the torch
+backend is what remains.
 
 Besides the embedding, the graph of a BERT-like model gives the states of every token after the embeddings, after the
 middle layer and after the last (`states_<layer>`): what `index.guard` aligns. They are named outputs of nodes that are
@@ -20,33 +19,27 @@ exported in its plain form (`attn_implementation="eager"`), the only one onnxrun
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import importlib.metadata
 import json
-import logging
 import os
 import shutil
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from index import lifeline
+from index.artefact import CONVERTER, FORMAT, INT8, ONNX, Artefact, artefact_directory, open_artefact
+from index.embedder import OnnxBackend, load_reference
 from index.errors import ModelFault
-from index.model import DAMAGED, TEMPORARY, ModelFiles, claim, read_json, settle_directory, sha256_of, sync_directory
+from index.model import DAMAGED, TEMPORARY, claim, sha256_of, sync_directory
 from index.quiet import SILENCE, library
 
-log = logging.getLogger(__name__)
-
-FORMAT = 2  # raise it when the graph, the quantiser's settings or the manifest change
-ONNX, INT8 = "onnx", "onnx-int8"
 OPSET = 17
 GRAPH_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 AGREEMENT = {ONNX: (0.9999, 0.9999), INT8: (0.94, 0.99)}  # cosine to sentence-transformers: smallest, mean
@@ -60,129 +53,6 @@ CHECK_TEXTS = (
     "def mean(xs): return sum(xs) / len(xs)  # why ZeroDivisionError?",
     "Explain, step by step, how a bill becomes a law in a country with two chambers. " * 4,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Artefact:
-    """A converted model on disk, as its manifest states it; checksums verified by `open_artefact`."""
-
-    directory: Path
-    backend: str
-    source: str  # ModelFiles.digest
-    dimension: int
-    window: int
-    prefix: str  # the model's default prompt, put before every text
-    inputs: tuple[str, ...]
-    states: tuple[int, ...] = ()  # layers whose token states are outputs; 0 = the embeddings
-
-    @property
-    def graph(self) -> Path:
-        return self.directory / "model.onnx"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.directory / "tokenizer.json"
-
-
-def artefact_directory(models: Path, digest: str, backend: str) -> Path:
-    return models / f"{digest[:16]}-{backend}-v{FORMAT}"
-
-
-def open_artefact(directory: Path, digest: str) -> Artefact:
-    """What the manifest says, after both files were hashed again. Raises ModelFault when anything differs."""
-    manifest = read_json(directory / "manifest.json")
-    try:
-        if (manifest["format"], manifest["source_sha256"]) != (FORMAT, digest):
-            raise ModelFault(f"{directory.name} was converted from another model or by another version")
-        for name, expected in manifest["files"].items():
-            if sha256_of(directory / name) != expected:
-                raise ModelFault(f"{directory.name}/{name} does not match its checksum")
-        if not {"model.onnx", "tokenizer.json"} <= manifest["files"].keys():
-            raise ModelFault(f"the manifest of {directory.name} lists no graph or no tokenizer")
-        return Artefact(
-            directory=directory,
-            backend=str(manifest["backend"]),
-            source=digest,
-            dimension=int(manifest["dimension"]),
-            window=int(manifest["window"]),
-            prefix=str(manifest["prefix"]),
-            inputs=tuple(manifest["inputs"]),
-            states=tuple(int(layer) for layer in manifest["states"]),
-        )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ModelFault(f"the manifest of {directory.name} is damaged") from error
-
-
-async def converted(files: ModelFiles, models: Path, backend: str, timeout_s: float) -> Artefact:
-    """The artefact of this model, converting it first when it is absent or damaged. Raises ModelFault."""
-    directory = artefact_directory(models, files.digest, backend)
-    await asyncio.to_thread(_settle, models)
-    if directory.exists():
-        try:
-            return await asyncio.to_thread(open_artefact, directory, files.digest)
-        except ModelFault as fault:
-            log.warning("converting again: %s", fault)
-    await _run_converter(files, models, backend, timeout_s)
-    return await asyncio.to_thread(open_artefact, directory, files.digest)
-
-
-def _settle(models: Path) -> None:
-    try:
-        settle_directory(models)
-    except OSError as error:
-        log.warning("%s cannot be tidied: %s", models, error.strerror)
-
-
-async def _run_converter(files: ModelFiles, models: Path, backend: str, timeout_s: float) -> None:
-    """One child process; killed when the caller is cancelled or `timeout_s` passes; it ends with this process."""
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        lifeline.MODULE,
-        "index.convert",
-        str(files.directory),
-        "--into",
-        str(models),
-    ]
-    command += ["--digest", files.digest, "--window", str(files.window), "--backend", backend]
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=asyncio.subprocess.PIPE,  # open while this process lives
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, **SILENCE},
-    )
-    assert process.stderr is not None
-    try:
-        async with asyncio.timeout(timeout_s):
-            errors = await process.stderr.read()
-            await process.wait()
-    except TimeoutError:
-        raise ModelFault(f"converting the model took longer than {timeout_s:g} s") from None
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-            _settle(models)
-    if process.returncode != 0:
-        lines = errors.decode(errors="replace").strip().splitlines()
-        raise ModelFault(f"the model does not convert to {backend}: {lines[-1] if lines else process.returncode}")
-
-
-# The child process from here on.
-
-
-def load_reference(directory: Path, **model_kwargs: Any) -> Any:
-    """The sentence-transformers model itself: local files, safetensors, no code of the model's own."""
-    sentence_transformers = library("sentence_transformers")
-    return sentence_transformers.SentenceTransformer(
-        str(directory),
-        device="cpu",
-        trust_remote_code=False,
-        local_files_only=True,
-        model_kwargs={"use_safetensors": True, **model_kwargs},
-    )
 
 
 def convert(source: Path, models: Path, digest: str, window: int, backends: Sequence[str]) -> list[Path]:
@@ -332,8 +202,6 @@ def _agreement(
     reference: Any, made: Path, inputs: list[str], prefix: str, window: int, backend: str
 ) -> tuple[dict[str, Any], int]:
     """Cosine of the graph, one text at a time, to sentence-transformers. Raises ModelFault under AGREEMENT."""
-    from index.embedder import OnnxBackend  # here: embedder imports this module
-
     expected: NDArray[np.float32] = reference.encode(
         list(CHECK_TEXTS), normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
     )
@@ -379,7 +247,7 @@ def _is_sound(directory: Path, digest: str) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with the reason as the last line of standard error."""
-    parser = argparse.ArgumentParser(prog="python -m index.convert", description="Convert a model to ONNX, once.")
+    parser = argparse.ArgumentParser(prog=f"python -m {CONVERTER}", description="Convert a model to ONNX, once.")
     parser.add_argument("source", type=Path)
     parser.add_argument("--into", type=Path, required=True)
     parser.add_argument("--digest", required=True)

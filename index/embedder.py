@@ -8,13 +8,14 @@ torch (the reference and the fall-back). Only `TorchBackend` imports torch, when
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from index.convert import INT8, Artefact, load_reference
+from index.artefact import INT8, Artefact
 from index.errors import EmbedderFault, ModelFault, TextTooLong
 from index.model import ModelFiles
 from index.quiet import library
@@ -144,6 +145,18 @@ class OnnxBackend:
     def encode(self, text: str) -> Vector:
         vector: Vector = self.encode_tokens([self.tokens(text)])[0]
         return vector
+
+
+def load_reference(directory: Path, **model_kwargs: Any) -> Any:
+    """The sentence-transformers model itself: local files, safetensors, no code of the model's own."""
+    sentence_transformers = library("sentence_transformers")
+    return sentence_transformers.SentenceTransformer(
+        str(directory),
+        device="cpu",
+        trust_remote_code=False,
+        local_files_only=True,
+        model_kwargs={"use_safetensors": True, **model_kwargs},
+    )
 
 
 class TorchBackend:

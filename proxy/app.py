@@ -44,6 +44,7 @@ from proxy.batch.engine import Engine
 from proxy.batch.http.api import BatchApi
 from proxy.batch.lines import Lines
 from proxy.client import listener
+from proxy.client.connection import ClientServer
 from proxy.client.handlers import ClientHandler
 from proxy.core.answer import decode_answer
 from proxy.core.dialects.routes import Routes
@@ -73,7 +74,8 @@ from proxy.request.reading import Reader, Steering
 from proxy.settings.config import Settings, UpstreamSettings
 from proxy.store.store import Store, open_store
 from proxy.tasks import Tasks, aside
-from proxy.upstreams.upstream import UpstreamAddress, UpstreamLimits, Upstreams
+from proxy.upstreams.address import UpstreamAddress
+from proxy.upstreams.upstream import UpstreamLimits, Upstreams
 from proxy.watch import logs
 from proxy.watch.health import Health, Trouble
 from proxy.watch.memory import Memory, group_limit_bytes
@@ -548,7 +550,7 @@ async def open_app(
         runner = await open_admin(settings, operator, edges.telemetry, token, bound.admin)
         stack.push_async_callback(runner.cleanup)
         app.admin_port = int(runner.addresses[0][1])
-        clients = listener.Listener(listener.ClientServer(handler, settings.limits), bound.clients, ACCEPT_TICK_S)
+        clients = listener.Listener(ClientServer(handler, settings.limits), bound.clients, ACCEPT_TICK_S)
         app.port = clients.port
 
         def each_second(now_s: float) -> None:

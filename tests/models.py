@@ -11,7 +11,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from index.convert import INT8, ONNX, artefact_directory
+from index.artefact import INT8, ONNX, artefact_directory
 from index.model import locate
 from index.quiet import SILENCE
 from tests.waiting import PATIENCE_S

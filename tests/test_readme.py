@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import re
+import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -199,6 +200,22 @@ def test_every_link_leads_to_a_file() -> None:
     links = [link for link in re.findall(r"\]\(([^)#\s]+)\)", README) if "://" not in link]
     assert "deploy/life-of-a-request.svg" in links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_floors_are_those_of_the_import_contract() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    rows = table("| floor | rooms |").splitlines()[2:]
+    told = [re.findall(r"\[[^]]+\]\(proxy/(\w+)(?:\.py)?\)", row) for row in rows]
+    assert told == [layer.split(" | ") for layer in layers]
+
+
+def test_each_everyday_change_has_its_one_or_two_places() -> None:
+    rows = table("| where would I change").splitlines()[2:]
+    places = [re.findall(r"\]\((\S+)\)", row) for row in rows]
+    assert len(places) >= 10
+    assert all(1 <= len(named) <= 2 for named in places)
+    assert [path for named in places for path in named if not (ROOT / path).exists()] == []
 
 
 def test_every_make_target_told_of_exists() -> None:

@@ -2,7 +2,7 @@
 
 Each side's tokens are projected, softly aligned with the other side's, compared token by token, pooled and judged; both
 directions share every weight and the two are joined by sums and differences, so the logit does not depend on which text
-was asked. NumPy only: `index.guard.learn` is the same in torch, and a test holds the two together.
+was asked. NumPy only: `index.guard.training.learn` is the same in torch, and a test holds the two together.
 
 The weights belong to one embedding model, which they name; with any other they are not used.
 """

@@ -21,17 +21,17 @@ from typing import Protocol
 from aiohttp import web
 from aiohttp.hdrs import METH_POST
 
+from proxy.client.admission import Admission
 from proxy.client.callers import Callers, Lines
+from proxy.client.delivery import Delivery
 from proxy.client.incoming import address_of, body_at_hand, check_head, error_response, query_of, read_body, target_of
-from proxy.client.listener import Admission
 from proxy.client.passing import Passing, PassThrough, is_free, is_websocket, passing, tells_cost
-from proxy.client.wire import SERVER, answer_at_once, headers_of, relay_at_once
+from proxy.client.wire import answer_at_once
 from proxy.core.arrival import Arrival, Room
 from proxy.core.batches import Place
-from proxy.core.dialects.dialect import JSON, Dialect
+from proxy.core.dialects.dialect import Dialect
 from proxy.core.dialects.routes import Routes
-from proxy.core.directives import held_headers
-from proxy.core.errors import BadRequest, CacheFault, IbidError, UpstreamError
+from proxy.core.errors import BadRequest, CacheFault, IbidError
 from proxy.core.memo import Memo, size_of
 from proxy.core.model import Limits
 from proxy.core.plan import Lane
@@ -39,7 +39,7 @@ from proxy.core.query import Query
 from proxy.money.keys import Grant, KeyRing
 from proxy.ports import Ledger, Upstream
 from proxy.records import Client
-from proxy.relay import Paced, Relay, Replay
+from proxy.relay import Relay, Replay
 from proxy.request.embeddings import Embeddings
 from proxy.request.pipeline import Pipeline
 from proxy.request.reading import Caller, Reader, Target
@@ -47,12 +47,10 @@ from proxy.watch.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
-WHOLE_LIMIT_BYTES = 1024 * 1024
 MEMO_BODY_BYTES = 16 * 1024
 TARGET_BYTES = 2048
 QUERY_BYTES = 4096
 """Of a Target and of a Query, but for the texts in them."""
-HEARTBEAT_S = 15.0
 
 
 class Batches(Protocol):
@@ -90,7 +88,8 @@ class ClientHandler:
     ) -> None:
         self.admission = Admission(limits.in_flight, limits.queued, limits.queue_timeout_s)
         self.arriving = Room(limits)
-        self.streams: set[LiveStream] = set()
+        self._delivery = Delivery()
+        self.streams = self._delivery.streams
         self.batches: Batches | None = None  # set by `app.assemble`, for it reads its lines through this handler
         self._pipeline = pipeline
         self._embeddings = embeddings
@@ -177,14 +176,15 @@ class ClientHandler:
             await self.admission.enter()
         try:
             if replay is None and spent is None and query.batch is None and query.controls.deadline_s is not None:
-                return await self._answer_patiently(request, query, client)
+                asked = asyncio.ensure_future(self._ask(query, client))
+                return await self._delivery.patiently(request, query, request_id, asked)
             reply = replay or await self._reply(query, client, spent)
             if is_new and (isinstance(reply, Replay) or reply.status < 400):
                 self._remember(request, target, caller, body, query)
             if isinstance(reply, Relay):
-                return await self._relay(request, reply)
+                return await self._delivery.relay(request, reply)
             if reply.paced is not None:
-                return await self._pace(request, reply, reply.paced)
+                return await self._delivery.pace(request, reply, reply.paced)
             return answer_at_once(request, reply)
         finally:
             self.admission.leave()
@@ -311,25 +311,6 @@ class ClientHandler:
         assert dialect is not None
         return dialect
 
-    # -- a client that can wait -----------------------------------------------------------------------------------
-
-    async def _answer_patiently(self, request: web.BaseRequest, query: Query, client: Client) -> web.StreamResponse:
-        """Answer one who named a deadline. When the answer is long in coming, the response is begun without it and
-        kept alive by what the dialect allows; its headers then cannot tell what the cache did."""
-        asked = asyncio.ensure_future(self._ask(query, client))
-        try:
-            beat = query.dialect.heartbeat if query.stream else query.dialect.patience
-            await asyncio.wait([asked], timeout=HEARTBEAT_S if beat is not None else None)
-            if not asked.done() and beat is not None:
-                return await self._hold(request, query, client, asked, beat)
-            reply = await asked
-        except BaseException:
-            await _drop(asked)
-            raise
-        if isinstance(reply, Replay):
-            return answer_at_once(request, reply)
-        return await self._relay(request, reply)
-
     async def _ask(self, query: Query, client: Client) -> Replay | Relay:
         """The answer of a provider's batch where client and plan allow that it takes so long, else the usual one."""
         if Lane.DEFER in query.plan.lanes and self.batches is not None and not query.stream:
@@ -339,125 +320,6 @@ class ClientHandler:
             except CacheFault as fault:
                 self._telemetry.fault(fault.code)
         return await self._pipeline.answer(query, client)
-
-    async def _hold(
-        self,
-        request: web.BaseRequest,
-        query: Query,
-        client: Client,
-        asked: asyncio.Future[Replay | Relay],
-        beat: bytes,
-    ) -> web.StreamResponse:
-        dialect = query.dialect
-        kind = f"{dialect.stream_type}; charset=utf-8" if query.stream else JSON
-        headers = [*held_headers(query.plan.text, client.request_id), ("Content-Type", kind), ("Server", SERVER)]
-        if dialect.id_header:
-            headers.append((dialect.id_header, client.request_id))
-        live = LiveStream(web.StreamResponse(status=200, headers=headers), beat)
-        response = live.response
-        self.streams.add(live)
-        try:
-            await response.prepare(request)
-            await live.write(beat)
-            reply = await asked
-            if isinstance(reply, Replay):
-                await live.write(reply.body)
-            else:
-                await self._carry_on(request, reply, live)
-        except IbidError as error:
-            response.force_close()
-            if not (said := dialect.stream_error(error, client.request_id) if query.stream else b""):
-                _cut(request)  # the head said 200: a cut is the only honest end
-                return response
-            await live.write(said)
-        finally:
-            self.streams.discard(live)
-        await response.write_eof()
-        return response
-
-    async def _carry_on(self, request: web.BaseRequest, relay: Relay, live: LiveStream) -> None:
-        outcome = "cancelled"
-        try:
-            if relay.status >= 400:
-                outcome = "error"
-                raise UpstreamError("The upstream refused the request.", code="upstream_error", status=relay.status)
-            while piece := await relay.next():
-                await live.write(piece)
-            outcome = "ok"
-        except UpstreamError:
-            outcome = "error"
-            raise
-        finally:
-            relay.close(outcome)
-
-    # -- writing --------------------------------------------------------------------------------------------------
-
-    async def _relay(self, request: web.BaseRequest, relay: Relay) -> web.StreamResponse:
-        outcome = "cancelled"
-        try:
-            if relay.content_length is not None and relay.content_length <= WHOLE_LIMIT_BYTES and not relay.is_stream:
-                body = await relay.whole()
-                outcome = "ok" if relay.status < 400 else "error"
-                relay.close(outcome)  # settles, and so knows the cost
-                return relay_at_once(request, relay.status, relay.headers, body)
-            response = web.StreamResponse(status=relay.status, headers=[*relay.headers, ("Server", SERVER)])
-            live = LiveStream(response, relay.dialect.heartbeat if relay.is_stream else None)
-            self.streams.add(live)
-            try:
-                outcome = await self._copy(request, relay, live)
-            finally:
-                self.streams.discard(live)
-            return response
-        except UpstreamError:
-            outcome = "error"
-            raise
-        finally:
-            relay.close(outcome)
-
-    async def _pace(self, request: web.BaseRequest, replay: Replay, paced: Paced) -> web.StreamResponse:
-        """Write a replay in whole events, each when it is due."""
-        response = web.StreamResponse(headers=headers_of(replay))
-        live = LiveStream(response, paced.heartbeat)
-        begun_s: float | None = None
-        start, is_settled = 0, False
-        self.streams.add(live)
-        try:
-            await response.prepare(request)
-            for end, due_s in paced.schedule:
-                if begun_s is None:
-                    begun_s = time.perf_counter()
-                elif (rest_s := begun_s + due_s - time.perf_counter()) > 0:
-                    await asyncio.sleep(rest_s)
-                if end == len(replay.body):
-                    is_settled = True
-                    paced.settle(begun_s, "ok")
-                await live.write(replay.body[start:end])
-                start = end
-            await response.write_eof()
-        finally:
-            self.streams.discard(live)
-            if not is_settled:
-                paced.settle(begun_s, "cancelled")
-        return response
-
-    async def _copy(self, request: web.BaseRequest, relay: Relay, live: LiveStream) -> str:
-        """Relay piece by piece. Past the first byte an upstream's fault is said in the stream, or by cutting it."""
-        response = live.response
-        await response.prepare(request)
-        try:
-            while piece := await relay.next():
-                await live.write(piece)
-        except UpstreamError as error:
-            relay.close("error")
-            if not relay.is_stream:
-                response.force_close()
-                return _cut(request)
-            response.force_close()
-            if not (said := relay.last_words(error)):
-                return _cut(request)
-            await live.write(said)
-        await response.write_eof()
-        return "error" if relay.broken is not None or relay.status >= 400 else "ok"
 
     def shed(self) -> None:
         """Drop what is remembered of requests, for want of memory."""
@@ -471,52 +333,7 @@ class ClientHandler:
 
     def beat(self, now_s: float) -> None:
         """Called about once a second: keep silent event streams alive. `now_s` is `time.monotonic`."""
-        for live in self.streams:
-            live.beat(now_s)
-
-
-class LiveStream:
-    """A response being written piece by piece, and when it last said something."""
-
-    __slots__ = ("_heartbeat", "_spoke_s", "_writing", "response")
-
-    def __init__(self, response: web.StreamResponse, heartbeat: bytes | None) -> None:
-        self.response = response
-        self._heartbeat = heartbeat
-        self._spoke_s = time.monotonic()
-        self._writing = False
-
-    async def write(self, piece: bytes) -> None:
-        self._writing = True
-        await self.response.write(piece)
-        self._writing = False
-        self._spoke_s = time.monotonic()
-
-    def beat(self, now_s: float) -> None:
-        """The dialect's heartbeat when nothing was said for HEARTBEAT_S; only ever between two events."""
-        if self._heartbeat is not None and not self._writing and now_s - self._spoke_s >= HEARTBEAT_S:
-            self._spoke_s = now_s
-            asyncio.ensure_future(self.response.write(self._heartbeat)).add_done_callback(_swallow_connection_loss)
-
-
-async def _drop(asked: asyncio.Future[Replay | Relay]) -> None:
-    """Give up an answer nobody waits for any more."""
-    asked.cancel()
-    await asyncio.wait([asked])
-    if not asked.cancelled() and asked.exception() is None and isinstance(reply := asked.result(), Relay):
-        reply.close("cancelled")
-
-
-def _cut(request: web.BaseRequest) -> str:
-    """End a response that cannot say that it broke."""
-    if request.transport is not None:
-        request.transport.abort()
-    return "error"
-
-
-def _swallow_connection_loss(task: asyncio.Future[None]) -> None:
-    if not task.cancelled() and (fault := task.exception()) is not None and not isinstance(fault, ConnectionError):
-        log.warning("heartbeat failed", exc_info=fault)
+        self._delivery.beat(now_s)
 
 
 def _size_of_query(query: Query) -> int:

@@ -15,11 +15,17 @@ from functools import partial
 from typing import NoReturn
 from urllib.parse import unquote
 
-from aiohttp import HttpVersion10, HttpVersion11, hdrs, web
-from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
-from aiohttp.streams import StreamReader
-from aiohttp.web_protocol import RequestPayloadError
+from aiohttp import HttpVersion10, HttpVersion11, StreamReader, hdrs, web
 
+from proxy.aiohttp_internals import (
+    TOO_MANY_HEADERS,
+    BadHttpMessage,
+    LineTooLong,
+    answer_as_http11,
+    close_undrained,
+    limit_of,
+    take_small,
+)
 from proxy.core.arrival import Arrival
 from proxy.core.dialects.dialect import Dialect
 from proxy.core.dialects.openai_chat import OpenAIChat
@@ -73,8 +79,7 @@ def target_of(request: web.BaseRequest) -> str:
 
 def _check_old_version(request: web.BaseRequest) -> None:
     if request.version < HttpVersion10:  # what the parser makes of a target with something odd before its version
-        request._version = HttpVersion11  # of the response; the property remembers what it was asked before
-        request._cache.pop("version", None)
+        answer_as_http11(request)
         raise BadRequest("HTTP/0.9 is not supported.")
     if hdrs.TRANSFER_ENCODING in request.headers:
         raise BadRequest("Transfer-Encoding is not defined before HTTP/1.1 (RFC 9112 §6.1).")
@@ -132,9 +137,7 @@ def body_at_hand(request: web.BaseRequest, limits: Limits) -> bytes | None:
         return None
     if not payload.total_bytes:
         return b""
-    if payload.total_bytes <= SMALL_BYTES and len(payload._buffer) == 1:
-        return payload._buffer.popleft()  # below aiohttp's low-water mark, so nothing waits to be resumed
-    return payload.read_nowait()
+    return take_small(payload) if payload.total_bytes <= SMALL_BYTES else payload.read_nowait()
 
 
 async def read_body(request: web.BaseRequest, limits: Limits, arrival: Arrival | None = None) -> bytes:
@@ -203,10 +206,10 @@ async def _next(request: web.BaseRequest, arrival: Arrival) -> bytes:
             arrival.wake = partial(_end, timeout)
             chunk = await request.content.readany()
     except TimeoutError:
-        request.protocol._lingering_time = 0.0  # the wait is over: answer and close, do not drain
+        close_undrained(request)
         message = "The request body did not arrive in time."
         raise BadRequest(message, code="request_timeout", status=408, should_retry=True) from None
-    except RequestPayloadError as error:
+    except web.RequestPayloadError as error:
         raise BadRequest("The request body is not framed as its headers say.") from error
     finally:
         arrival.wake = None
@@ -257,10 +260,10 @@ def parser_error(fault: BadHttpMessage, limits: Limits) -> BadRequest:
     The parser tells a long URL from a long header only by the limit it quotes; `ClientConnection` gives it two.
     """
     if isinstance(fault, LineTooLong):
-        if fault.args[1] == limits.header_line_bytes:
+        if limit_of(fault) == limits.header_line_bytes:
             return BadRequest("The request URL is too long.", code="uri_too_long", status=414)
         return BadRequest("A request header is too long.", code="headers_too_large", status=431)
-    if fault.message == "Too many headers received":
+    if fault.message == TOO_MANY_HEADERS:
         return BadRequest("The request has too many headers.", code="headers_too_large", status=431)
     return BadRequest("The request is not valid HTTP/1.1.")
 

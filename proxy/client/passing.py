@@ -27,8 +27,8 @@ from aiohttp.hdrs import (
     SEC_WEBSOCKET_PROTOCOL,
     UPGRADE,
 )
-from aiohttp.helpers import must_be_empty_body
 
+from proxy.aiohttp_internals import must_be_empty_body
 from proxy.client.incoming import body_stream, read_body
 from proxy.client.wire import SERVER
 from proxy.core import jsontext

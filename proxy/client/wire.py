@@ -13,8 +13,8 @@ from typing import cast
 
 from aiohttp import HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
-from aiohttp.helpers import rfc822_formatted_time
 
+from proxy.aiohttp_internals import rfc822_formatted_time
 from proxy.relay import Replay
 
 AT_ONCE_LIMIT_BYTES = 256 * 1024

@@ -9,66 +9,33 @@ from __future__ import annotations
 
 import asyncio
 import io
-import re
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 from aiohttp import hdrs
-from aiohttp.client import IDEMPOTENT_METHODS
-from aiohttp.client_proto import ResponseHandler
-from aiohttp.connector import Connection
-from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.http_parser import RawResponseMessage
-from aiohttp.http_writer import _serialize_headers
-from aiohttp.streams import StreamReader
 from yarl import URL
 
-from proxy.core.dialects.routes import family_of, without_key
+from proxy.aiohttp_internals import CLOSING, IDEMPOTENT_METHODS, HttpProcessingError, serialize_headers
+from proxy.core.dialects.routes import family_of
 from proxy.core.errors import BadRequest, ConfigError, UpstreamError
-from proxy.core.identity import CREDENTIALS, forwardable
+from proxy.core.identity import forwardable
 from proxy.core.memo import Memo, size_of
 from proxy.core.patterns import is_one_of
+from proxy.upstreams.address import DEFAULTS, MEMO_BYTES, Address, UpstreamAddress
 from proxy.upstreams.breaker import Breaker
+from proxy.upstreams.response import OpenResponse, broken
 
 RETRY_PAUSE_S = 0.05
 WRITTEN_AT_ONCE_BYTES = 1 << 20  # above it aiohttp warns of a stalled loop
 ROUTES_KEPT = 1024
-NAMES_KEPT = 1024
-MEMO_BYTES = 8 * 1024 * 1024
-URL_BYTES = 2048
 PATTERN_BYTES = 8192
-"""Of a URL and of a pattern, but for the texts in them."""
+"""Of a pattern, but for the texts in it."""
 NAME_CHARS = 200  # of a model; where a longer one leads is not remembered
 
-_DROPPED = frozenset(
-    # hop-by-hop (RFC 9110 §7.6.1), then what describes this connection, the other origin, or another client's session
-    "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
-    "upgrade content-length date server set-cookie set-cookie2 alt-svc strict-transport-security".split()
-)
-_RENAMED = {"x-request-id": "x-upstream-request-id"}
-_CLOSING = "Cannot write to closing transport"
 _IDENTITY = ("Accept-Encoding", "identity")
 _OF_A_STREAM = {b"content-length": "Content-Length", b"content-encoding": "Content-Encoding"}
-_BARE = re.compile(
-    r"/(chat|completions|responses|embeddings|models|files|batches|messages|audio|images|moderations|fine_tuning|"
-    r"assistants|threads|vector_stores|uploads)(/|\?|$)"
-)
-_VERSION = re.compile(r"/v\d[^/]*(/|$)")
-_PLAIN_TARGET = re.compile(r"/[\x21-\x7e]*")
-
-
-@dataclass(frozen=True, slots=True)
-class UpstreamAddress:
-    """One configured model server. Of a dialect's, the first that names the model serves it, else the first without
-    names; where all name theirs, nobody serves another model."""
-
-    name: str
-    base_url: str  # with or without its /v1
-    dialect: str  # "openai" | "anthropic" | "gemini" | "ollama"
-    models: tuple[str, ...] = ()  # patterns of `fnmatch`; none: what no other upstream of the dialect names
-    key: str | None = field(default=None, repr=False)  # sent instead of the client's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,80 +45,6 @@ class UpstreamLimits:
     idle_s: float = 120.0  # between two pieces of a body
     keep_alive_s: float = 15.0
     memo_bytes: int = MEMO_BYTES  # of each memo
-
-
-DEFAULTS = (
-    UpstreamAddress("openai", "https://api.openai.com", "openai"),
-    UpstreamAddress("anthropic", "https://api.anthropic.com", "anthropic"),
-    UpstreamAddress("gemini", "https://generativelanguage.googleapis.com", "gemini"),
-    UpstreamAddress("ollama", "http://127.0.0.1:11434", "ollama"),
-)
-
-_KEY_HEADERS = {"anthropic": (b"x-api-key", b""), "gemini": (b"x-goog-api-key", b"")}
-
-
-class Address:
-    """Where an upstream is, and the URL of a path there. Raises ConfigError for a base that is not plain http(s)."""
-
-    __slots__ = ("_host", "_is_complete", "_known", "_root", "breaker", "key", "models", "name", "place")
-
-    def __init__(self, configured: UpstreamAddress, breaker: Breaker, memo_bytes: int = MEMO_BYTES) -> None:
-        self.name = configured.name
-        self.models = configured.models
-        self.breaker = breaker
-        self.key: tuple[bytes, bytes] | None = None
-        if configured.key is not None:
-            name, prefix = _KEY_HEADERS.get(configured.dialect, (b"authorization", b"Bearer "))
-            self.key = name, prefix + configured.key.encode("ascii")
-        try:
-            base = URL(configured.base_url)
-            has_host = bool(base.scheme in ("http", "https") and base.raw_host and base.port)
-        except ValueError as error:
-            raise ConfigError(f"upstream {self.name!r}: base_url is not a URL") from error
-        if not has_host or base.raw_user is not None or base.raw_password is not None:
-            raise ConfigError(f"upstream {self.name!r}: base_url must be http(s)://host[:port][/path], no credentials")
-        if base.raw_query_string or base.raw_fragment:
-            raise ConfigError(f"upstream {self.name!r}: base_url must not have a query or a fragment")
-        path = base.raw_path.rstrip("/")
-        self._host = (base.scheme, base.raw_host, base.port)
-        # "/v1" at the end is the part every client repeats; another version ("/v4", "/v1beta/openai") stands for it.
-        path = path.removesuffix("/v1")
-        self._is_complete = _VERSION.search(path) is not None
-        self._root = self.place = str(base.origin()) + path
-        self._known: Memo[str, URL] = Memo(memo_bytes)
-
-    def with_key(
-        self, headers: Sequence[tuple[bytes, bytes]], path_qs: str
-    ) -> tuple[Sequence[tuple[bytes, bytes]], str]:
-        """Headers and target with this upstream's key where the client's were."""
-        assert self.key is not None
-        others = [header for header in headers if header[0].lower() not in CREDENTIALS]
-        path, mark, query = path_qs.partition("?")
-        return (*others, self.key), path + without_key(mark + query)
-
-    def url_of(self, path_qs: str) -> URL:
-        """The URL to ask for what a client asked of us. Its scheme, host and port are always the configured ones."""
-        return self._known.get(path_qs) or self._join(path_qs)
-
-    def remember(self, path_qs: str, url: URL) -> None:
-        """That an upstream answered there."""
-        if self._known.get(path_qs) is not url:
-            self._known.put(path_qs, url, 6 * len(path_qs) + URL_BYTES)
-
-    def _join(self, path_qs: str) -> URL:
-        if _PLAIN_TARGET.fullmatch(path_qs) is None or "#" in path_qs:
-            raise BadRequest("Unknown request URL.", code="unknown_url", status=404)
-        path = path_qs.removeprefix("/v1") if path_qs.startswith("/v1/v1/") else path_qs
-        root_path = URL(self._root, encoded=True).raw_path.rstrip("/")
-        if self._is_complete:
-            path = path.removeprefix("/v1") if path.startswith("/v1/") else path
-        elif _BARE.match(path):
-            path = "/v1" + path
-        joined = path if root_path and path.startswith(root_path + "/") else root_path + path
-        url = URL(str(URL(self._root, encoded=True).origin()) + joined, encoded=True)
-        if (url.scheme, url.raw_host, url.port) != self._host or url.raw_user is not None:
-            raise BadRequest("Unknown request URL.", code="unknown_url", status=404)
-        return url
 
 
 class _Pattern:
@@ -177,7 +70,7 @@ class _Pattern:
             request.headers.setdefault(hdrs.CONTENT_TYPE, "application/octet-stream")
         if not is_bodiless:
             del request.headers[hdrs.CONTENT_LENGTH]
-        head = _serialize_headers(f"{method} {url.raw_path_qs} HTTP/1.1", request.headers)
+        head = serialize_headers(f"{method} {url.raw_path_qs} HTTP/1.1", request.headers)
         self.head = head if is_bodiless else head[:-2] + b"Content-Length: "
 
 
@@ -190,131 +83,6 @@ class _Waiting:
         self.task = task
         self.since = since
         self.expired = False
-
-
-class OpenResponse:
-    """A response whose head has arrived. Ended by `release` or `abort`; reading may be cancelled and taken up again."""
-
-    __slots__ = (
-        "_connection",
-        "_content",
-        "_is_cut_by_close",
-        "_owner",
-        "_protocol",
-        "_received",
-        "_response",
-        "content_length",
-        "content_type",
-        "headers",
-        "status",
-        "waiting_since",
-    )
-
-    def __init__(
-        self,
-        owner: Upstreams,
-        status: int,
-        head: RawResponseMessage | aiohttp.ClientResponse,
-        content: StreamReader,
-        connection: Connection | None,  # None: the body is here already
-        response: aiohttp.ClientResponse | Connection,  # what ends it
-    ) -> None:
-        self._owner = owner
-        self._received = received = head.headers
-        self._content = content
-        self._connection = connection
-        self._protocol: ResponseHandler | None = connection.protocol if connection is not None else None
-        self._response = response
-        length = received.get(hdrs.CONTENT_LENGTH)
-        self.status = status
-        self.content_type: str = received.get(hdrs.CONTENT_TYPE, "").partition(";")[0].strip().lower()
-        self.content_length: int | None = int(length) if length is not None and length.isdigit() else None
-        self.headers: Sequence[tuple[str, str]] = _end_to_end(received)
-        self.waiting_since = 0.0
-        self._is_cut_by_close = length is None and hdrs.TRANSFER_ENCODING not in received
-
-    def header(self, name: str) -> str | None:
-        """One header of the response, the lines of a repeated one joined (RFC 9110 §5.3); None when absent."""
-        return ", ".join(lines) if (lines := self._received.getall(name, None)) else None
-
-    async def read_some(self) -> bytes:
-        """Next bytes; b"" at a clean end. Raises UpstreamError: upstream_incomplete, upstream_reset (502),
-        upstream_idle_timeout (504)."""
-        self.waiting_since = self._owner.loop.time()
-        try:
-            piece = await _read_all_there_is(self._content)
-        except aiohttp.SocketTimeoutError as error:
-            self.abort()
-            message = "The upstream stopped in the middle of its answer."
-            raise UpstreamError(message, code="upstream_idle_timeout", status=504) from error
-        except (aiohttp.ClientError, OSError) as error:
-            if held := self._content._read_nowait(-1):  # came before the break, and aiohttp would drop it
-                return held
-            was_reset = self._was_reset() or isinstance(error, OSError)
-            self.abort()
-            raise _broken(was_reset) from error
-        finally:
-            self.waiting_since = 0.0
-        if not piece and self._is_cut_by_close and self._was_reset():  # aiohttp ends such a body cleanly
-            self.abort()
-            raise _broken(True)
-        return piece
-
-    def _was_reset(self) -> bool:
-        return self._protocol is not None and isinstance(self._protocol.exception(), OSError)
-
-    def inspect(self, now: float, idle_s: float) -> None:
-        """Wake a reader whose next bytes are late, or will not come: aiohttp drops a body whose framing breaks
-        without telling its reader."""
-        if not self.waiting_since:
-            return
-        if now - self.waiting_since >= idle_s:
-            self._content.set_exception(aiohttp.SocketTimeoutError("idle"))
-        elif self._protocol is not None and isinstance(self._protocol.exception(), HttpProcessingError):
-            self._content.set_exception(aiohttp.ClientPayloadError("framing"))
-
-    def abort(self) -> None:
-        """Close the connection at once, whatever is still on its way in either direction."""
-        self._owner.forget(self)
-        if self._connection is not None and self._connection.transport is not None:
-            self._connection.transport.abort()
-        self._response.close()
-
-    def release(self) -> None:
-        """Give the connection back when the body has ended; otherwise close it."""
-        self._owner.forget(self)
-        transport = None if self._connection is None else self._connection.transport
-        if transport is not None and self._response is self._connection and transport.get_write_buffer_size():
-            self.abort()  # answered before all of the body was taken: nothing may queue behind the rest
-        else:
-            self._response.release()
-
-
-async def _read_all_there_is(content: StreamReader) -> bytes:
-    """`content.readany()`, with the pieces taken at once: taking them one by one, aiohttp looks after each, however
-    many HTTP chunks arrived together, whether parser and transport have to be resumed."""
-    if (error := content.exception()) is not None:
-        raise error
-    if content.at_eof():
-        return b""
-    while not content._buffer and not content._eof:
-        await content._wait("readany")
-    pieces = content._buffer
-    if not pieces or content._buffer_offset or content._protocol._reading_paused:
-        return content._read_nowait(-1)
-    whole = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-    pieces.clear()
-    content._size = 0
-    content._cursor += len(whole)
-    if content._http_chunk_splits:
-        content._http_chunk_splits.clear()
-    return whole
-
-
-def _broken(was_reset: bool) -> UpstreamError:
-    if was_reset:
-        return UpstreamError("The upstream reset the connection.", code="upstream_reset")
-    return UpstreamError("The upstream closed the connection before its answer was whole.", code="upstream_incomplete")
 
 
 class Upstreams:
@@ -535,7 +303,7 @@ class Upstreams:
             assert protocol is not None
             transport = protocol.transport
             if transport is None or transport.is_closing():
-                raise aiohttp.ClientConnectionResetError(_CLOSING)
+                raise aiohttp.ClientConnectionResetError(CLOSING)
             protocol.set_response_params(
                 skip_payload=method == hdrs.METH_HEAD, read_until_eof=True, auto_decompress=False
             )
@@ -597,27 +365,6 @@ class _Upload:
             raise
 
 
-_names: dict[str, str] = {}  # as received → as the client gets it, "" when it does not
-
-
-def _end_to_end(received: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Headers that may reach the client. A coding that came in spite of `identity` stays on its body; the upstream's
-    own `x-request-id` gives way to ours under another name."""
-    named = received.get(hdrs.CONNECTION)
-    also_dropped = {name.strip().lower() for name in named.split(",")} if named else ()
-    kept = []
-    for name, value in received.items():
-        shown = _names.get(name)
-        if shown is None:
-            if len(_names) >= NAMES_KEPT:
-                _names.clear()
-            shown = _RENAMED.get(name.lower(), str(name))
-            shown = _names[str(name)] = "" if name.lower() in _DROPPED else shown
-        if shown and not (also_dropped and name.lower() in also_dropped):
-            kept.append((shown, value))
-    return kept
-
-
 def _may_repeat(error: Exception, method: str) -> bool:
     """No connection was made, or the pooled one was closing before the first write (aiohttp says so in words only:
     the same class with other words means that the connection was lost while writing), or repeating does no harm."""
@@ -626,7 +373,7 @@ def _may_repeat(error: Exception, method: str) -> bool:
     if isinstance(error, aiohttp.ClientConnectorError):
         return True
     reset = error if isinstance(error, aiohttp.ClientConnectionResetError) else error.__cause__
-    if isinstance(reset, aiohttp.ClientConnectionResetError) and str(reset) == _CLOSING:
+    if isinstance(reset, aiohttp.ClientConnectionResetError) and str(reset) == CLOSING:
         return True
     return method in IDEMPOTENT_METHODS and isinstance(error, aiohttp.ClientOSError | aiohttp.ServerDisconnectedError)
 
@@ -637,5 +384,5 @@ def _fault(error: Exception) -> UpstreamError:
     if isinstance(error, aiohttp.ClientResponseError | HttpProcessingError):
         return UpstreamError("The upstream answered outside HTTP.", code="upstream_incomplete")
     if isinstance(error, aiohttp.ClientPayloadError):
-        return _broken(False)
+        return broken(False)
     return UpstreamError("The upstream closed the connection before it answered.", code="upstream_reset")

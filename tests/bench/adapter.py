@@ -9,7 +9,7 @@ pairs (same: alike; other: apart; the rest of the batch apart), once with all so
 *Own*: the whitening of what differs inside a namespace's answers, from verdicts on its earlier questions alone, made
 anew every REFIT questions: what per-namespace training could learn.
 
-DIR holds the streams and the two licensed files that `index.guard.train` reads.
+DIR holds the streams and the two licensed files that `index.guard.training.train` reads.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from index.guard.generate import Pair
-from index.guard.train import every, training_pairs
+from index.guard.training.generate import Pair
+from index.guard.training.train import every, training_pairs
 from index.model import BUNDLED
 from index.quiet import library
 from proxy.commands.evaluate import open_texts

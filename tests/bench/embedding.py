@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from index.convert import artefact_directory, open_artefact
+from index.artefact import artefact_directory, open_artefact
 from index.embedder import OnnxBackend
 from index.model import locate
 from tests.bench.questions import fresh_question, reworded

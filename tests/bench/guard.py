@@ -4,7 +4,7 @@
 
 DIR holds labelled files as `ibid evaluate` reads them (`pairs_*`, `stream_*`, gzip JSON lines); those that are absent
 are left out. None of them is in this repository, and of them training reads banking77 and PAWS alone. Further heads,
-e.g. those that `index.guard.train --leave-out` writes, become further rows. Prints Markdown.
+e.g. those that `index.guard.training.train --leave-out` writes, become further rows. Prints Markdown.
 """
 
 from __future__ import annotations

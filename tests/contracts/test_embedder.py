@@ -27,8 +27,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from index import tokens
+from index.artefact import INT8, ONNX, artefact_directory, open_artefact
 from index.batcher import EmbedderOwner, guard_for
-from index.convert import INT8, ONNX, artefact_directory, open_artefact
 from index.embedder import OnnxBackend
 from index.errors import EmbedderFault, Overloaded, TextTooLong
 from index.guard.head import MAX_TOKENS, NO_OPINION

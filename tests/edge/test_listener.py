@@ -18,8 +18,9 @@ from dataclasses import replace
 import pytest
 from aiohttp import web
 
+from proxy.client.admission import Admission
 from proxy.client.incoming import body_stream, check_head, error_response, query_of, read_body, target_of
-from proxy.client.listener import Admission, Listener, start
+from proxy.client.listener import Listener, start
 from proxy.core.errors import Busy, IbidError
 from proxy.core.model import Limits
 from tests.edge.rawclient import RawClient, get, post

@@ -17,8 +17,10 @@ from yarl import URL
 
 from proxy.core.dialects.routes import family_of
 from proxy.core.errors import BadRequest, ConfigError, UpstreamError
+from proxy.upstreams.address import Address, UpstreamAddress
 from proxy.upstreams.breaker import Breaker
-from proxy.upstreams.upstream import Address, OpenResponse, UpstreamAddress, UpstreamLimits, Upstreams
+from proxy.upstreams.response import OpenResponse
+from proxy.upstreams.upstream import UpstreamLimits, Upstreams
 from tests.waiting import PATIENCE_S, until
 
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]

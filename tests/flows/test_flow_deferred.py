@@ -198,7 +198,7 @@ async def test_without_the_batch_api_a_preference_is_ignored(data_dir, up):
 
 
 async def test_a_client_that_stays_gets_the_answer_of_a_batch_on_its_open_connection(data_dir, up, monkeypatch):
-    monkeypatch.setattr("proxy.client.handlers.HEARTBEAT_S", 0.1)
+    monkeypatch.setattr("proxy.client.delivery.HEARTBEAT_S", 0.1)
     monkeypatch.setattr("proxy.batch.deferred.COLLECT_LINES", 3)
     batches = BatchUpstream(up, polls=3)
     up.default = batches.answer

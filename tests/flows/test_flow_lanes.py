@@ -435,7 +435,7 @@ async def test_explain_tells_the_plan_and_what_it_would_cost(data_dir, up, edge)
 async def test_who_names_a_deadline_is_held_with_a_heartbeat_and_the_sdk_reads_the_answer(
     data_dir, up, edge, stream, monkeypatch
 ):
-    monkeypatch.setattr("proxy.client.handlers.HEARTBEAT_S", 0.2)
+    monkeypatch.setattr("proxy.client.delivery.HEARTBEAT_S", 0.2)
     up.default = Chat(delay_s=1.5)
     async with running(data_dir, up.url, lanes(edge)) as ibid:
         client = AsyncOpenAI(base_url=f"{ibid.url}/v1", api_key="sk-a", max_retries=0)
@@ -460,7 +460,7 @@ async def test_who_names_a_deadline_is_held_with_a_heartbeat_and_the_sdk_reads_t
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_held_answer_that_fails_never_looks_whole(data_dir, up, edge, stream, monkeypatch):
-    monkeypatch.setattr("proxy.client.handlers.HEARTBEAT_S", 0.2)
+    monkeypatch.setattr("proxy.client.delivery.HEARTBEAT_S", 0.2)
 
     async def slow_failure(seen: Any) -> Json:
         await asyncio.sleep(1.0)
@@ -482,7 +482,7 @@ async def test_a_held_answer_that_fails_never_looks_whole(data_dir, up, edge, st
 
 
 async def test_a_client_that_leaves_while_it_is_held_ends_the_call(data_dir, up, edge, monkeypatch):
-    monkeypatch.setattr("proxy.client.handlers.HEARTBEAT_S", 0.1)
+    monkeypatch.setattr("proxy.client.delivery.HEARTBEAT_S", 0.1)
     up.default = Chat(delay_s=PATIENCE_S)
     async with running(data_dir, up.url, lanes(edge)) as ibid:
         async with ibid.open(chat_body("slow"), headers={"x-deadline": "10m"}) as response:

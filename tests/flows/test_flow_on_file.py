@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 from aiohttp.http_writer import StreamWriter
 
-from proxy.client.handlers import WHOLE_LIMIT_BYTES
+from proxy.client.delivery import WHOLE_LIMIT_BYTES
 from proxy.client.wire import WireResponse
 from proxy.store.journal import Journal
 from tests.flows.running import CHAT, EMBEDDINGS, chat_body

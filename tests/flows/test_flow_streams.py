@@ -384,7 +384,7 @@ async def test_tokens_a_second_from_the_operator_or_the_client(data_dir, up):
 
 
 async def test_a_slow_replay_is_kept_alive_and_ends_at_once_when_its_client_leaves(exact, up, monkeypatch):
-    monkeypatch.setattr("proxy.client.handlers.HEARTBEAT_S", 0.1)
+    monkeypatch.setattr("proxy.client.delivery.HEARTBEAT_S", 0.1)
     up.default = Chat(text=" ".join(["word"] * 40), pieces=20)
     await exact.fill(ASKED, stream=True)
     async with exact.open(chat_body(ASKED, stream=True), headers={"x-cache-pace": "1"}) as response:

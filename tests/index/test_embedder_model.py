@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from index import convert, model
+from index.artefact import INT8, ONNX, Artefact, artefact_directory, converted, open_artefact
 from index.batcher import open_embedder
-from index.convert import INT8, ONNX, artefact_directory, converted, open_artefact
 from index.embedder import OnnxBackend
 from index.errors import EmbedderFault, ModelFault
 from index.model import locate
@@ -211,7 +211,7 @@ async def test_a_sound_artefact_is_not_converted_again(data_dir: Path, monkeypat
     async def refuse(*args: Any) -> None:
         raise AssertionError("a converter was started")
 
-    monkeypatch.setattr(convert, "_run_converter", refuse)
+    monkeypatch.setattr("index.artefact._run_converter", refuse)
     artefact = await converted(locate(None, data_dir / "models"), data_dir / "models", ONNX, timeout_s=1)
     manifest = json.loads((artefact.directory / "manifest.json").read_text())
     assert manifest["agreement"]["smallest"] >= 0.9999
@@ -238,7 +238,7 @@ def test_ids_outside_the_vocabulary_are_a_fault_not_a_crash(data_dir: Path) -> N
 
 def test_a_graph_that_is_no_graph_is_a_fault(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"noise")
-    artefact = convert.Artefact(tmp_path, ONNX, "0" * 64, 4, 16, "", ("input_ids",))
+    artefact = Artefact(tmp_path, ONNX, "0" * 64, 4, 16, "", ("input_ids",))
     with pytest.raises(ModelFault, match="cannot be opened"):
         OnnxBackend(artefact)
 

@@ -17,12 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from index.artefact import INT8, ONNX, artefact_directory, open_artefact
 from index.batcher import guard_for
-from index.convert import INT8, ONNX, artefact_directory, open_artefact
 from index.embedder import OnnxBackend
 from index.errors import ModelFault
-from index.guard import edits, generate, head
+from index.guard import head
 from index.guard.head import MAX_TOKENS, NO_OPINION, Guard, load_guard, parse
+from index.guard.training import edits, generate
 from index.model import locate
 from index.quiet import SILENCE
 from tests.models import converted_data_dir
@@ -109,10 +110,10 @@ import json, sys
 from pathlib import Path
 import numpy as np
 import torch
-from index.guard.generate import Pair
+from index.guard.training.generate import Pair
 from index.guard.head import Guard
-from index.guard.learn import Recipe, States, build, score
-from index.guard.train import exported
+from index.guard.training.learn import Recipe, States, build, score
+from index.guard.training.train import exported
 torch.manual_seed(3)
 recipe = Recipe()
 model = build(3, 384, recipe).eval()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from index import convert, lifeline
+from index import artefact, lifeline
 from index.model import TEMPORARY, ModelFiles, claim, settle_directory
 
 PATIENCE_S = 60.0
@@ -64,9 +64,9 @@ async def test_a_conversion_that_is_given_up_leaves_no_process_and_no_file(
         how["env"] = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
         return await started(command[0], "-m", lifeline.MODULE, "stand_in", **how)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(convert.asyncio, "create_subprocess_exec", start)
+    monkeypatch.setattr(artefact.asyncio, "create_subprocess_exec", start)
     files = ModelFiles("model", tmp_path, "0" * 64, 8)
-    converting = asyncio.create_task(convert.converted(files, models, "onnx", PATIENCE_S))
+    converting = asyncio.create_task(artefact.converted(files, models, "onnx", PATIENCE_S))
     async with asyncio.timeout(PATIENCE_S):
         while not list(models.glob(f"{TEMPORARY}*/made")):
             assert not converting.done()

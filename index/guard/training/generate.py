@@ -14,8 +14,8 @@ from functools import cache
 from random import Random
 from typing import NamedTuple
 
-from index.guard import phrases
-from index.guard.edits import adjuncts, hard_edit, restrict, reword
+from index.guard.training import phrases
+from index.guard.training.edits import adjuncts, hard_edit, restrict, reword
 
 _SLOT = re.compile(r"\{([a-z_]+)(\d?)\}")
 _EITHER = re.compile(r"\[([^\]]*)\]")

@@ -41,5 +41,5 @@ def short(name: str) -> tuple[str, ...]:
 
 
 def _read(name: str) -> str:
-    text = importlib.resources.files("index.guard").joinpath("data", *name.split("/")).read_text("utf-8")
+    text = importlib.resources.files("index.guard.training").joinpath("data", *name.split("/")).read_text("utf-8")
     return text.replace("\\\n", "").strip()

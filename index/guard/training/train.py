@@ -1,6 +1,6 @@
 """Train the pair guard: one command, one seed, CPU.
 
-    python -m index.guard.train --data DIR --out index/guard/weights.safetensors [--leave-out DIR]
+    python -m index.guard.training.train --data DIR --out index/guard/weights.safetensors [--leave-out DIR]
 
 DIR holds the licensed pairs, gzip JSON lines: `stream_banking77.jsonl.gz` ({"query", "answer_id"}; CC BY 4.0, PolyAI)
 and `pairs_paws_en.jsonl.gz` ({"a", "b", "label"}; PAWS-Wiki, Google, free use with attribution). Everything else is
@@ -31,9 +31,9 @@ from safetensors.numpy import save
 
 from index.batcher import load_backend
 from index.embedder import Backend
-from index.guard.generate import Pair, around, from_grammar
 from index.guard.head import MAX_TOKENS
-from index.guard.learn import Recipe, States, Weights, fit
+from index.guard.training.generate import Pair, around, from_grammar
+from index.guard.training.learn import Recipe, States, Weights, fit
 from index.model import locate
 from index.quiet import library
 
@@ -47,7 +47,7 @@ INTENT_PAIRS = 4500  # of each label
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m index.guard.train", description="Train the pair guard.")
+    parser = argparse.ArgumentParser(prog="python -m index.guard.training.train", description="Train the pair guard.")
     parser.add_argument("--data", type=Path, required=True, help="directory of the licensed pairs")
     parser.add_argument("--out", type=Path, required=True, help="weight file to write")
     parser.add_argument("--leave-out", type=Path, help="also train without each source in turn, into this directory")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from index.guard.generate import Pair
+from index.guard.training.generate import Pair
 from index.quiet import library
 
 Weights = dict[str, NDArray[np.float32]]

@@ -12,7 +12,7 @@ from functools import cache
 from random import Random
 from typing import NamedTuple
 
-from index.guard import phrases
+from index.guard.training import phrases
 from index.lexicon import ANTONYMS
 
 Edited = tuple[str, str]
