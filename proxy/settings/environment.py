@@ -57,7 +57,7 @@ def overlay(document: Document, environ: Mapping[str, str]) -> None:
         elif text:
             place, wanted = found
             document.put(place, text if _is_text(wanted) else _toml(variable, text), variable)
-    keys = {table.get("key_env") for table in document.table("upstream").values() if isinstance(table, dict)}
+    keys = [table.get("key_env") for table in document.table("upstream").values() if isinstance(table, dict)]
     for variable in unknown:
         if variable not in keys:
             _refuse(variable)

@@ -117,6 +117,7 @@ def test_secrets_are_not_shown_by_repr() -> None:
         ("[server]\n\nlisen = '127.0.0.1:1'\n", 3, "server.lisen is unknown (did you mean listen?)"),
         ("\n[sever]\n", 2, "sever is unknown (did you mean server?)"),
         ("[upstream.lab]\nbase_url = 'http://h'\nkey = 'sk-1'\n", 3, "upstream.lab.key is unknown"),
+        ("[upstream.lab]\nbase_url = 'http://h'\nkey_env = ['A']\n", 3, "upstream.lab.key_env must be a string that"),
         ("[cache]\nttl_s = '1d'\n", 2, "cache.ttl_s must be a finite number"),
         ("[cache]\nttl_s = nan\n", 2, "cache.ttl_s must be a finite number"),
         ("[cache]\nsemantic = 1\n", 2, "cache.semantic must be true or false"),
