@@ -29,9 +29,7 @@ from proxy.settings.file import Document, Fail, converted, setting_names
 from proxy.settings.lanes import LANES, AliasSettings, LaneSettings, PolicySettings
 from proxy.settings.sections import (
     DEFAULT_UPSTREAMS,
-    LIMITS_BOUNDS,
     POLICY,
-    RULES_BOUNDS,
     SECTIONS,
     Address,
     Batch,
@@ -69,10 +67,10 @@ def load(flags: Flags, environ: Mapping[str, str]) -> Settings:
     settings = Settings(
         data_dir=_data_dir(document, flags, environ),
         server=_server(document, flags, environ),
-        limits=_limits(document),
+        limits=_section(document, "limits", Limits),
         upstreams=_upstreams(document, flags, environ),
         forward=_section(document, "forward", Forward),
-        rules=_rules(document),
+        rules=_section(document, "cache", Rules),
         cache=_section(document, "cache", Cache),
         stream=_section(document, "stream", Stream),
         batch=_section(document, "batch", Batch),
@@ -169,28 +167,6 @@ def _server(document: Document, flags: Flags, environ: Mapping[str, str]) -> Ser
             _named("IBID_ADMIN_TOKEN")(f"must be at least {TOKEN_CHARACTERS} printable ASCII characters without spaces")
         server = dataclasses.replace(server, admin_token=token)
     return server
-
-
-def _limits(document: Document) -> Limits:
-    limits = _section(document, "limits", Limits)
-    for spec in dataclasses.fields(limits):
-        value = getattr(limits, spec.name)
-        if value == 0 and spec.name != "queued":
-            document.fail("limits", spec.name, "must be above 0: nothing would ever be served")
-    _check_bounds(document, "limits", limits, LIMITS_BOUNDS)
-    return limits
-
-
-def _rules(document: Document) -> Rules:
-    rules = _section(document, "cache", Rules)
-    _check_bounds(document, "cache", rules, RULES_BOUNDS)
-    return rules
-
-
-def _check_bounds(document: Document, section: str, values: object, bounds: Mapping[str, tuple[float, float]]) -> None:
-    for name, (least, most) in bounds.items():
-        if not least <= getattr(values, name) <= most:
-            document.fail(section, name, f"must be between {least:g} and {most:g}")
 
 
 def _upstreams(document: Document, flags: Flags, environ: Mapping[str, str]) -> Mapping[str, UpstreamSettings]:

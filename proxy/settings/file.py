@@ -109,11 +109,6 @@ class Document:
         return dataclasses.replace(base, **changes)  # type: ignore[type-var]
 
 
-def option(default: Any, why: str, *, least: float | None = None, most: float | None = None) -> Any:
-    """A field with its default, one line of why, and inclusive bounds."""
-    return dataclasses.field(default=default, metadata={"why": why, "least": least, "most": most})
-
-
 def setting_names(kind: type[Any]) -> frozenset[str]:
     """Names a file may set: all fields but those marked `environment_only`."""
     return frozenset(spec.name for spec in dataclasses.fields(kind) if not spec.metadata.get("environment_only"))
@@ -129,11 +124,10 @@ def type_of(kind: type[Any], name: str) -> Any:
 
 def converted(value: Any, kind: type[Any], name: str, fail: Fail, convert: Convert | None = None) -> Any:
     """The value in the field's type and within its bounds; `fail` is called with what is wrong."""
-    wanted = type_of(kind, name)
-    metadata = next(spec.metadata for spec in dataclasses.fields(kind) if spec.name == name)
-    result = _of_type(value, wanted, fail, convert)
+    result = _of_type(value, type_of(kind, name), fail, convert)
     if isinstance(result, int | float | Decimal) and not isinstance(result, bool):
-        _check_bounds(result, metadata.get("least", 0), metadata.get("most"), fail)
+        (bounds,) = (spec.metadata for spec in dataclasses.fields(kind) if spec.name == name)
+        _check_bounds(result, bounds, fail)
     return result
 
 
@@ -161,9 +155,14 @@ def _of_type(value: Any, wanted: Any, fail: Fail, convert: Convert | None) -> An
     return convert(value, fail)
 
 
-def _check_bounds(value: float | Decimal, least: float | None, most: float | None, fail: Fail) -> None:
-    if least is not None and value < least:
+def _check_bounds(value: float | Decimal, bounds: Mapping[str, Any], fail: Fail) -> None:
+    least, above, between, most = (bounds[name] for name in ("least", "above", "between", "most"))
+    if value < least:
         fail(f"must be at least {least:g}")
+    if above is not None and value <= above:
+        fail(f"must be above {above:g}: nothing would ever be served")
+    if between is not None and not between[0] <= value <= between[1]:
+        fail(f"must be between {between[0]:g} and {between[1]:g}")
     if most is not None and value > most:
         fail(f"must be at most {most:g}")
 
