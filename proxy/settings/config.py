@@ -25,7 +25,7 @@ from proxy.core.plan import (
     lanes_of,
 )
 from proxy.settings.environment import overlay
-from proxy.settings.file import Document, Fail, converted, setting_names
+from proxy.settings.file import Document, Fail, converted
 from proxy.settings.lanes import LANES, AliasSettings, LaneSettings, PolicySettings
 from proxy.settings.sections import (
     DEFAULT_UPSTREAMS,
@@ -62,8 +62,9 @@ def load(flags: Flags, environ: Mapping[str, str]) -> Settings:
     """
     document = Document.read(flags.config or environ.get("IBID_CONFIG"))
     overlay(document, environ)
-    document.known("", frozenset({"data_dir", "prices", "upstream", "lane", "alias", "policy", *SECTIONS}))
-    document.known("prices", frozenset({"override"}))
+    top = frozenset({"data_dir", "prices", "upstream", "lane", "alias", POLICY, *SECTIONS})
+    document.known("", document.values, top)
+    document.known("prices", document.table("prices"), frozenset({"override"}))
     settings = Settings(
         data_dir=_data_dir(document, flags, environ),
         server=_server(document, flags, environ),
@@ -90,21 +91,16 @@ def load(flags: Flags, environ: Mapping[str, str]) -> Settings:
 
 
 def _section(document: Document, section: str, kind: type[Kind]) -> Kind:
-    names = frozenset[str]().union(*(setting_names(part) for part in SECTIONS[section]))
-    document.known(section, names)
-    return document.fill(section, kind, document.table(section), kind(), _address)
+    return document.fill(section, document.table(section), kind(), _address, *SECTIONS[section])
 
 
 def _named_tables(document: Document, section: str, kind: type[Kind], bases: Mapping[str, Kind]) -> dict[str, Kind]:
     """One value per table of `[section.NAME]`, on top of the base of that name."""
     found = {}
     for name, table in document.table(section).items():
-        place = f"{section}.{name}"
         if not isinstance(table, dict):
             document.fail(section, name, "must be a table")
-        for unknown in table.keys() - setting_names(kind):
-            document.fail(place, unknown, "is unknown")
-        found[name] = document.fill(place, kind, table, bases.get(name, kind()), None)
+        found[name] = document.fill(f"{section}.{name}", table, bases.get(name, kind()))
     return found
 
 
@@ -233,13 +229,9 @@ def _prices(document: Document) -> Mapping[str, PriceOverride]:
 
 
 def _lanes(document: Document) -> LaneSettings:
-    document.known("lane", frozenset(LANES))
-    found = {}
-    for name, kind in LANES.items():
-        section = f"lane.{name}"
-        document.known(section, setting_names(kind))
-        found[name] = document.fill(section, kind, document.table(section), kind(), None)
-    return LaneSettings(**found)
+    document.known("lane", document.table("lane"), frozenset(LANES))
+    tables = {name: document.table(f"lane.{name}") for name in LANES}
+    return LaneSettings(**{name: document.fill(f"lane.{name}", tables[name], kind()) for name, kind in LANES.items()})
 
 
 def _aliases(document: Document) -> Mapping[str, str]:
@@ -262,9 +254,7 @@ def _policies(document: Document) -> Iterator[Policy]:
         document.fail("", "policy", "must be tables of the form [[policy]]")
     for number, table in enumerate(listed):
         place = f"{POLICY}.{number}"
-        for unknown in table.keys() - setting_names(PolicySettings):
-            document.fail(place, unknown, "is unknown")
-        policy = document.fill(place, PolicySettings, table, PolicySettings(), _match)
+        policy = document.fill(place, table, PolicySettings(), _match)
         lanes = DEFAULT_PLAN.lanes
         try:
             if "plan" in table:

@@ -92,20 +92,28 @@ class Document:
                 self.fail(".".join(parts[:depth]), part, "must be a table")
         return typing.cast("Mapping[str, Any]", found)
 
-    def known(self, section: str, names: frozenset[str]) -> None:
+    def known(self, section: str, table: Mapping[str, Any], names: frozenset[str]) -> None:
         """Raises ConfigError for the first name of the table that is not one of these."""
-        for name in self.table(section):
+        for name in table:
             if name not in names:
                 close = _closest(name, names)
                 self.fail(section, name, f"is unknown{f' (did you mean {close}?)' if close else ''}")
 
     def fill(
-        self, section: str, kind: type[Kind], table: Mapping[str, Any], base: Kind, convert: Convert | None
+        self, section: str, table: Mapping[str, Any], base: Kind, convert: Convert | None = None, *others: type[Any]
     ) -> Kind:
-        """`base` with what the table says. `convert` is asked first about types this module does not know."""
-        changes = {}
-        for name in setting_names(kind) & table.keys():
-            changes[name] = converted(table[name], kind, name, partial(self.fail, section, name), convert)
+        """`base` with what the table says, which may also hold settings of `others`. Raises ConfigError.
+
+        `convert` is asked about types this module does not know.
+        """
+        kind = type(base)
+        own = setting_names(kind)
+        self.known(section, table, own.union(*map(setting_names, others)))
+        changes = {
+            name: converted(value, kind, name, partial(self.fail, section, name), convert)
+            for name, value in table.items()
+            if name in own
+        }
         return dataclasses.replace(base, **changes)  # type: ignore[type-var]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from proxy.core.option import option
 from proxy.core.plan import Match
@@ -139,15 +139,4 @@ class PolicySettings:
     ttl_s: float | None = option(None, "life of what is stored, when the client does not say")
 
 
-LANES: Mapping[str, type[Any]] = {
-    "stale": StaleLane,
-    "edge": EdgeLane,
-    "cascade": CascadeLane,
-    "route": RouteLane,
-    "prefix": PrefixLane,
-    "predict": PredictLane,
-    "tier": TierLane,
-    "race": RaceLane,
-    "hedge": HedgeLane,
-    "prefetch": PrefetchLane,
-}
+LANES: Mapping[str, type[Any]] = get_type_hints(LaneSettings)

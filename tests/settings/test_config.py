@@ -20,6 +20,8 @@ EXAMPLE = ROOT / "deploy" / "config.example.toml"
 HOME = {"HOME": "/home/ann"}
 LINE = re.compile(r"^(# )?([a-z_]+) = (.+?) +# (\S.*)$")
 
+LIMITS = [spec.name for spec in dataclasses.fields(Limits)]
+
 
 def written(folder: Path, text: str) -> Flags:
     path = folder / "ibid.toml"
@@ -118,6 +120,9 @@ def test_secrets_are_not_shown_by_repr() -> None:
         ("\n[sever]\n", 2, "sever is unknown (did you mean server?)"),
         ("[upstream.lab]\nbase_url = 'http://h'\nkey = 'sk-1'\n", 3, "upstream.lab.key is unknown"),
         ("[upstream.lab]\nbase_url = 'http://h'\nkey_env = ['A']\n", 3, "upstream.lab.key_env must be a string that"),
+        ("[upstream.lab]\nbase_ulr = 'http://h'\n", 2, "upstream.lab.base_ulr is unknown (did you mean base_url?)"),
+        ("[[policy]]\nname = 'a'\nttl = 3\n", 3, "policy.0.ttl is unknown (did you mean ttl_s?)"),
+        ("[limits]\n" + "".join(f"{name} = true\n" for name in LIMITS), 2, f"limits.{LIMITS[0]} must be a"),
         ("[cache]\nttl_s = '1d'\n", 2, "cache.ttl_s must be a finite number"),
         ("[cache]\nttl_s = nan\n", 2, "cache.ttl_s must be a finite number"),
         ("[cache]\nsemantic = 1\n", 2, "cache.semantic must be true or false"),
