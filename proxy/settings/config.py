@@ -53,6 +53,13 @@ __all__ = ["Address", "Flags", "PriceOverride", "Settings", "UpstreamSettings", 
 Kind = TypeVar("Kind")
 
 TOKEN_CHARACTERS = 32
+FLAGS: Mapping[str, tuple[str, ...]] = {
+    "listen": ("server", "listen"),
+    "admin": ("server", "admin"),
+    "database": ("store", "database_url"),
+    "data_dir": ("data_dir",),
+}
+"""Settings that a flag of another name gives; `--upstream` and `--workers` are read where they are needed."""
 
 
 def load(flags: Flags, environ: Mapping[str, str]) -> Settings:
@@ -62,11 +69,14 @@ def load(flags: Flags, environ: Mapping[str, str]) -> Settings:
     """
     document = Document.read(flags.config or environ.get("IBID_CONFIG"))
     overlay(document, environ)
+    for name, place in FLAGS.items():
+        if given := getattr(flags, name):
+            document.put(place, given, f"--{name.replace('_', '-')}")
     top = frozenset({"data_dir", "prices", "upstream", "lane", "alias", POLICY, *SECTIONS})
     document.known("", document.values, top)
     document.known("prices", document.table("prices"), frozenset({"override"}))
     settings = Settings(
-        data_dir=_data_dir(document, flags, environ),
+        data_dir=_data_dir(document, environ),
         server=_server(document, flags, environ),
         limits=_section(document, "limits", Limits),
         upstreams=_upstreams(document, flags, environ),
@@ -77,14 +87,14 @@ def load(flags: Flags, environ: Mapping[str, str]) -> Settings:
         batch=_section(document, "batch", Batch),
         embedding=_section(document, "embedding", Embedding),
         index=_section(document, "index", Index),
-        store=_store(document, flags, environ),
+        store=_store(document),
         prices=_prices(document),
-        log=_log(document, environ),
+        log=_section(document, "log", Log),
         lanes=_lanes(document),
         policies=tuple(_policies(document)),
         aliases=_aliases(document),
         source=document.path,
-        is_data_dir_named=_named_data_dir(document, flags, environ) is not None,
+        is_data_dir_named="data_dir" in document.values,
     )
     _check_together(settings, document)
     return settings
@@ -113,13 +123,6 @@ def _named(source: str) -> Fail:
     return fail
 
 
-def _given(flag: str | None, flag_name: str, environ: Mapping[str, str], variable: str) -> tuple[str | None, Fail]:
-    """The flag's value, else the variable's, with the failure that names where it came from. Empty is unset."""
-    if flag:
-        return flag, _named(flag_name)
-    return environ.get(variable) or None, _named(variable)
-
-
 def _address(value: Any, fail: Fail) -> Address:
     """ "HOST:PORT" or "[IPV6]:PORT" as an Address."""
     found = (
@@ -130,15 +133,9 @@ def _address(value: Any, fail: Fail) -> Address:
     return Address(found[1] or found[2], int(found[3]))
 
 
-def _named_data_dir(document: Document, flags: Flags, environ: Mapping[str, str]) -> Any:
-    return flags.data_dir or environ.get("IBID_DATA_DIR") or document.values.get("data_dir")
-
-
-def _data_dir(document: Document, flags: Flags, environ: Mapping[str, str]) -> Path:
-    named = _named_data_dir(document, flags, environ)
-    if named is None:
-        base = environ.get("XDG_DATA_HOME") or os.path.join(environ.get("HOME") or "~", ".local", "share")
-        named = os.path.join(base, "ibid")
+def _data_dir(document: Document, environ: Mapping[str, str]) -> Path:
+    base = environ.get("XDG_DATA_HOME") or os.path.join(environ.get("HOME") or "~", ".local", "share")
+    named = document.values.get("data_dir", os.path.join(base, "ibid"))
     if not isinstance(named, str) or not named or "\0" in named:
         document.fail("", "data_dir", "must be the path of a folder")
     if named.startswith("~/") and environ.get("HOME"):
@@ -150,12 +147,6 @@ def _server(document: Document, flags: Flags, environ: Mapping[str, str]) -> Ser
     if "admin_token" in document.table("server"):
         document.fail("server", "admin_token", "is a secret: set IBID_ADMIN_TOKEN instead")
     server = _section(document, "server", Server)
-    listen, fail_listen = _given(flags.listen, "--listen", environ, "IBID_LISTEN")
-    admin, fail_admin = _given(flags.admin, "--admin", environ, "IBID_ADMIN")
-    if listen:
-        server = dataclasses.replace(server, listen=_address(listen, fail_listen))
-    if admin:
-        server = dataclasses.replace(server, admin=_address(admin, fail_admin))
     if flags.workers is not None:
         server = dataclasses.replace(server, workers=converted(flags.workers, Server, "workers", _named("--workers")))
     if token := environ.get("IBID_ADMIN_TOKEN"):
@@ -178,10 +169,9 @@ def _upstreams(document: Document, flags: Flags, environ: Mapping[str, str]) -> 
             if not re.fullmatch(r"[\x21-\x7e]+", key):
                 document.fail(f"upstream.{name}", "key_env", f"names {upstream.key_env}, which holds no key")
             found[name] = dataclasses.replace(upstream, key=key)
-    one, fail = _given(flags.upstream, "--upstream", environ, "IBID_UPSTREAM")
-    if one:
+    if one := flags.upstream or environ.get("IBID_UPSTREAM"):
         if problem := _url_problem(one):
-            fail(problem)
+            _named("--upstream" if flags.upstream else "IBID_UPSTREAM")(problem)
         own = () if flags.upstream else [name for name in found if f"upstream.{name}.base_url" in document.variables]
         found |= {name: dataclasses.replace(found[name], base_url=one) for name in DEFAULT_UPSTREAMS.keys() - own}
     return types.MappingProxyType(found)
@@ -201,18 +191,11 @@ def _url_problem(url: str) -> str:
     return "must not have a query or a fragment" if "?" in url or "#" in url else ""
 
 
-def _store(document: Document, flags: Flags, environ: Mapping[str, str]) -> StoreSettings:
+def _store(document: Document) -> StoreSettings:
     store = _section(document, "store", StoreSettings)
-    url, fail = _given(flags.database, "--database", environ, "IBID_DATABASE_URL")
-    if url is None:
-        url = store.database_url
-
-        def fail(message: str) -> NoReturn:
-            document.fail("store", "database_url", message)
-
-    if url and not re.match(r"(sqlite(\+aiosqlite)?|postgres(ql)?(\+asyncpg)?)://", url):
-        fail("must begin with sqlite:/// or postgresql://")
-    return dataclasses.replace(store, database_url=url)
+    if store.database_url and not re.match(r"(sqlite(\+aiosqlite)?|postgres(ql)?(\+asyncpg)?)://", store.database_url):
+        document.fail("store", "database_url", "must begin with sqlite:/// or postgresql://")
+    return store
 
 
 def _prices(document: Document) -> Mapping[str, PriceOverride]:
@@ -278,13 +261,6 @@ def _match(table: Any, fail: Fail) -> Match:
         if type(value) is not kinds[name]:
             fail(f"{name} must be {'true or false' if kinds[name] is bool else 'a string'}")
     return Match(**table)
-
-
-def _log(document: Document, environ: Mapping[str, str]) -> Log:
-    log = _section(document, "log", Log)
-    if level := environ.get("IBID_LOG_LEVEL"):
-        log = dataclasses.replace(log, level=converted(level.upper(), Log, "level", _named("IBID_LOG_LEVEL")))
-    return log
 
 
 def _check_together(settings: Settings, document: Document) -> None:

@@ -196,6 +196,24 @@ def test_an_unusable_upstream_address_is_refused_without_being_quoted(url: str, 
         assert "hunter2" not in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("listen", "nonsense", '--listen must be "HOST:PORT"'),
+        ("admin", "127.0.0.1:4141", "--admin is the client listener's address"),
+        ("database", "mysql://u:canary@h/d", "--database must begin with"),
+        ("data_dir", "a\0b", "--data-dir must be the path of a folder"),
+        ("workers", 0, "--workers must be at least 1"),
+    ],
+)
+def test_a_mistake_in_a_flag_names_it_and_not_the_file(tmp_path: Path, name: str, value: str, words: str) -> None:
+    flags = written(tmp_path, "data_dir = '/file'\n[server]\nadmin = '127.0.0.1:1'\n")
+    with pytest.raises(ConfigError) as caught:
+        load(dataclasses.replace(flags, **{name: value}), HOME)
+    assert caught.value.message.startswith(words)
+    assert "canary" not in caught.value.message
+
+
 @pytest.mark.parametrize("token", ["short", "ä" * 40, "with space " * 4])
 def test_a_weak_admin_token_is_refused_and_not_quoted(token: str) -> None:
     with pytest.raises(ConfigError, match="IBID_ADMIN_TOKEN must be at least 32") as caught:
@@ -403,6 +421,11 @@ def test_a_variable_that_is_no_setting_is_an_error_even_when_empty(variable: str
         ("IBID_UPSTREAM__LAB__KEY_ENV", "NO_KEY", "upstream.lab"),
         ("IBID_POLICY", "[{ plan = ['warp'] }]", "IBID_POLICY: policy.0.plan is not a plan"),
         ("IBID_STORE__DATABASE_URL", "mysql://u:canary@h/d", "IBID_STORE__DATABASE_URL must begin with"),
+        ("IBID_DATABASE_URL", "mysql://u:canary@h/d", "IBID_DATABASE_URL must begin with"),
+        ("IBID_LISTEN", "nonsense", 'IBID_LISTEN must be "HOST:PORT"'),
+        ("IBID_ADMIN", "127.0.0.1:4141", "IBID_ADMIN is the client listener's address"),
+        ("IBID_DATA_DIR", "a\0b", "IBID_DATA_DIR must be the path of a folder"),
+        ("IBID_LOG_LEVEL", "loud", "IBID_LOG_LEVEL must be one of DEBUG, INFO"),
     ],
 )
 def test_a_mistake_in_a_variable_names_it(variable: str, value: str, words: str) -> None:
