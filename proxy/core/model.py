@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from proxy.core.option import option
 from proxy.core.pace import Pace
-from proxy.core.units import DAY_S
+from proxy.core.units import DAY_S, MIB
 
 Input = str | tuple[int, ...]
 """What one vector is asked for: a text, or the ids of its tokens."""
@@ -280,45 +281,73 @@ def again(recurring: tuple[Any, ...], request_id: str, ts_ms: int, ttft_ms: floa
 class Limits:
     """Bounds of the client listener (reference (d), default limits)."""
 
-    body_bytes: int = 4 * 1024 * 1024
-    json_depth: int = 64
-    messages: int = 2048
-    headers: int = 128
-    header_line_bytes: int = 8190
-    header_timeout_s: float = 10.0
-    body_timeout_s: float = 30.0
-    body_bytes_per_s: int = 4096
-    upload_timeout_s: float = 3600.0
-    bodies: int = 512
-    body_share: float = 0.25
-    bodies_bytes: int = 256 * 1024 * 1024
-    keep_alive_s: float = 75.0
-    connections: int = 4096
-    in_flight: int = 1024
-    queued: int = 256
-    queue_timeout_s: float = 10.0
-    write_stall_s: float = 60.0
-    memo_bytes: int = 8 * 1024 * 1024
+    body_bytes: int = option(4 * MIB, "largest request body, decoded", above=0)
+    json_depth: int = option(64, "deepest nesting of a body", above=0)
+    messages: int = option(2048, "longest conversation", above=0)
+    headers: int = option(128, "header lines of one request", above=0)
+    header_line_bytes: int = option(8190, "longest header line", above=0)
+    header_timeout_s: float = option(10.0, "time to send the whole head; ends slow senders", above=0)
+    body_timeout_s: float = option(
+        30.0, "how long a request body may be silent, or in all behind body_bytes_per_s", above=0
+    )
+    body_bytes_per_s: int = option(
+        4096, "least rate of a request body; a slower one is cut after body_timeout_s", above=0
+    )
+    upload_timeout_s: float = option(3600.0, "longest wait for one request body in all, however fast", above=0)
+    bodies: int = option(
+        512, "request bodies arriving at once, at most half of in_flight; whole ones need no place", above=0
+    )
+    body_share: float = option(
+        0.25,
+        "part of those places for one credential or address, once three quarters are taken",
+        above=0,
+        between=(0.001, 1.0),
+    )
+    bodies_bytes: int = option(256 * MIB, "memory for bodies that are still arriving, together", above=0)
+    keep_alive_s: float = option(75.0, "idle time before a client's connection is closed", above=0)
+    connections: int = option(4096, "open client connections", above=0)
+    in_flight: int = option(1024, "requests worked on at once", above=0)
+    queued: int = option(256, "requests waiting for a turn; beyond it 503 at once")
+    queue_timeout_s: float = option(10.0, "longest wait for a turn", above=0)
+    write_stall_s: float = option(60.0, "longest time a client may leave an answer unread", above=0)
+    memo_bytes: int = option(
+        8 * MIB,
+        "memory for what was read of repeated requests, in each of the places that remember it",
+        above=0,
+        between=(64 * 1024, 1024 * MIB),
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
     """The built-in policy's numbers: all that core receives of the configuration."""
 
-    max_error_rate: float = 0.01
-    ttl_s: float = float(DAY_S)
-    max_ttl_s: float = 30.0 * DAY_S
-    volatile_ttl_s: float = 60.0
-    semantic_temperature_max: float = 0.3
-    cache_seeded: bool = False  # exact hits for a request with a seed
-    cache_tools: bool = True  # exact hits for requests that carry tools and were answered in text
-    cache_tool_calls: bool = False  # exact hits whose answer is a tool call, with new ids
-    semantic: bool = True
-    min_words: int = 3
-    near_floor: float = 0.80
-    start_similarity: float = 0.95
-    audit_share: float = 0.05
-    pair_guard: bool = True
-    alpha: float = 0.1
-    answer_limit_bytes: int = 1024 * 1024
-    prompt_limit_bytes: int = 256 * 1024
+    max_error_rate: float = option(
+        0.01, "share of hits that may be wrong: the budget the judge keeps", between=(0.0, 0.5)
+    )
+    ttl_s: float = option(float(DAY_S), "life of an entry when nobody says otherwise")
+    max_ttl_s: float = option(30.0 * DAY_S, "longest life a client may ask for")
+    volatile_ttl_s: float = option(60.0, "life of an answer to a question about now")
+    semantic_temperature_max: float = option(
+        0.3, "explicit temperature above this: exact only, the client wants variety", between=(0.0, 2.0)
+    )
+    cache_seeded: bool = option(False, "exact hits even for a request that gives a seed")
+    cache_tools: bool = option(True, "exact hits for requests that carry tools and were answered in text")
+    cache_tool_calls: bool = option(
+        False, "exact hits whose answer is a tool call, with new ids: a repeated question repeats the call"
+    )
+    semantic: bool = option(True, "look for reworded questions at all")
+    min_words: int = option(3, "shorter prompts say too little to compare")
+    near_floor: float = option(0.80, "similarity from which a miss is listed as a near-miss", between=(0.0, 1.0))
+    start_similarity: float = option(
+        0.95, "similarity that serves before a scope has evidence, if no guard objects", between=(0.8, 1.0)
+    )
+    audit_share: float = option(
+        0.05, "share of proven hits asked again upstream, off the client's path", between=(0.0, 1.0)
+    )
+    pair_guard: bool = option(
+        True, "ask the pair guard about every semantic hit; false serves more, and more of it wrong"
+    )
+    alpha: float = option(0.1, "chance that the bound on the error rate is ever too low", between=(0.001, 0.5))
+    answer_limit_bytes: int = option(MIB, "longer answers are not stored")
+    prompt_limit_bytes: int = option(256 * 1024, "longer prompts are not looked up")

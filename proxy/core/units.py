@@ -1,4 +1,4 @@
-"""Money and time as numbers: the units several rooms count in, and the texts that say a length of time or an instant.
+"""Money, time and memory as numbers: the units several rooms count in, and the texts that say a time or its length.
 
 Who reads such a text keeps the form it accepts, and says itself what else it wanted.
 """
@@ -12,6 +12,7 @@ from typing import Final
 NUSD_PER_USD: Final = 1_000_000_000
 DAY_S: Final = 86_400
 DAY_MS: Final = DAY_S * 1000
+MIB: Final = 1024 * 1024
 LAST_MS: Final = 253_402_300_799_000
 """9999-12-31T23:59:59Z: later instants cannot be told as a date everywhere."""
 

@@ -25,13 +25,11 @@ from proxy.core.plan import (
     lanes_of,
 )
 from proxy.settings.environment import overlay
-from proxy.settings.file import Document, Fail, converted, setting_names
+from proxy.settings.file import Document, Fail, converted
 from proxy.settings.lanes import LANES, AliasSettings, LaneSettings, PolicySettings
 from proxy.settings.sections import (
     DEFAULT_UPSTREAMS,
-    LIMITS_BOUNDS,
     POLICY,
-    RULES_BOUNDS,
     SECTIONS,
     Address,
     Batch,
@@ -55,6 +53,13 @@ __all__ = ["Address", "Flags", "PriceOverride", "Settings", "UpstreamSettings", 
 Kind = TypeVar("Kind")
 
 TOKEN_CHARACTERS = 32
+FLAGS: Mapping[str, tuple[str, ...]] = {
+    "listen": ("server", "listen"),
+    "admin": ("server", "admin"),
+    "database": ("store", "database_url"),
+    "data_dir": ("data_dir",),
+}
+"""Settings that a flag of another name gives; `--upstream` and `--workers` are read where they are needed."""
 
 
 def load(flags: Flags, environ: Mapping[str, str]) -> Settings:
@@ -64,49 +69,48 @@ def load(flags: Flags, environ: Mapping[str, str]) -> Settings:
     """
     document = Document.read(flags.config or environ.get("IBID_CONFIG"))
     overlay(document, environ)
-    document.known("", frozenset({"data_dir", "prices", "upstream", "lane", "alias", "policy", *SECTIONS}))
-    document.known("prices", frozenset({"override"}))
+    for name, place in FLAGS.items():
+        if given := getattr(flags, name):
+            document.put(place, given, f"--{name.replace('_', '-')}")
+    top = frozenset({"data_dir", "prices", "upstream", "lane", "alias", POLICY, *SECTIONS})
+    document.known("", document.values, top)
+    document.known("prices", document.table("prices"), frozenset({"override"}))
     settings = Settings(
-        data_dir=_data_dir(document, flags, environ),
+        data_dir=_data_dir(document, environ),
         server=_server(document, flags, environ),
-        limits=_limits(document),
+        limits=_section(document, "limits", Limits),
         upstreams=_upstreams(document, flags, environ),
         forward=_section(document, "forward", Forward),
-        rules=_rules(document),
+        rules=_section(document, "cache", Rules),
         cache=_section(document, "cache", Cache),
         stream=_section(document, "stream", Stream),
         batch=_section(document, "batch", Batch),
         embedding=_section(document, "embedding", Embedding),
         index=_section(document, "index", Index),
-        store=_store(document, flags, environ),
+        store=_store(document),
         prices=_prices(document),
-        log=_log(document, environ),
+        log=_section(document, "log", Log),
         lanes=_lanes(document),
         policies=tuple(_policies(document)),
         aliases=_aliases(document),
         source=document.path,
-        is_data_dir_named=_named_data_dir(document, flags, environ) is not None,
+        is_data_dir_named="data_dir" in document.values,
     )
     _check_together(settings, document)
     return settings
 
 
 def _section(document: Document, section: str, kind: type[Kind]) -> Kind:
-    names = frozenset[str]().union(*(setting_names(part) for part in SECTIONS[section]))
-    document.known(section, names)
-    return document.fill(section, kind, document.table(section), kind(), _address)
+    return document.fill(section, document.table(section), kind(), _address, *SECTIONS[section])
 
 
 def _named_tables(document: Document, section: str, kind: type[Kind], bases: Mapping[str, Kind]) -> dict[str, Kind]:
     """One value per table of `[section.NAME]`, on top of the base of that name."""
     found = {}
     for name, table in document.table(section).items():
-        place = f"{section}.{name}"
         if not isinstance(table, dict):
             document.fail(section, name, "must be a table")
-        for unknown in table.keys() - setting_names(kind):
-            document.fail(place, unknown, "is unknown")
-        found[name] = document.fill(place, kind, table, bases.get(name, kind()), None)
+        found[name] = document.fill(f"{section}.{name}", table, bases.get(name, kind()))
     return found
 
 
@@ -119,13 +123,6 @@ def _named(source: str) -> Fail:
     return fail
 
 
-def _given(flag: str | None, flag_name: str, environ: Mapping[str, str], variable: str) -> tuple[str | None, Fail]:
-    """The flag's value, else the variable's, with the failure that names where it came from. Empty is unset."""
-    if flag:
-        return flag, _named(flag_name)
-    return environ.get(variable) or None, _named(variable)
-
-
 def _address(value: Any, fail: Fail) -> Address:
     """ "HOST:PORT" or "[IPV6]:PORT" as an Address."""
     found = (
@@ -136,15 +133,9 @@ def _address(value: Any, fail: Fail) -> Address:
     return Address(found[1] or found[2], int(found[3]))
 
 
-def _named_data_dir(document: Document, flags: Flags, environ: Mapping[str, str]) -> Any:
-    return flags.data_dir or environ.get("IBID_DATA_DIR") or document.values.get("data_dir")
-
-
-def _data_dir(document: Document, flags: Flags, environ: Mapping[str, str]) -> Path:
-    named = _named_data_dir(document, flags, environ)
-    if named is None:
-        base = environ.get("XDG_DATA_HOME") or os.path.join(environ.get("HOME") or "~", ".local", "share")
-        named = os.path.join(base, "ibid")
+def _data_dir(document: Document, environ: Mapping[str, str]) -> Path:
+    base = environ.get("XDG_DATA_HOME") or os.path.join(environ.get("HOME") or "~", ".local", "share")
+    named = document.values.get("data_dir", os.path.join(base, "ibid"))
     if not isinstance(named, str) or not named or "\0" in named:
         document.fail("", "data_dir", "must be the path of a folder")
     if named.startswith("~/") and environ.get("HOME"):
@@ -156,12 +147,6 @@ def _server(document: Document, flags: Flags, environ: Mapping[str, str]) -> Ser
     if "admin_token" in document.table("server"):
         document.fail("server", "admin_token", "is a secret: set IBID_ADMIN_TOKEN instead")
     server = _section(document, "server", Server)
-    listen, fail_listen = _given(flags.listen, "--listen", environ, "IBID_LISTEN")
-    admin, fail_admin = _given(flags.admin, "--admin", environ, "IBID_ADMIN")
-    if listen:
-        server = dataclasses.replace(server, listen=_address(listen, fail_listen))
-    if admin:
-        server = dataclasses.replace(server, admin=_address(admin, fail_admin))
     if flags.workers is not None:
         server = dataclasses.replace(server, workers=converted(flags.workers, Server, "workers", _named("--workers")))
     if token := environ.get("IBID_ADMIN_TOKEN"):
@@ -169,28 +154,6 @@ def _server(document: Document, flags: Flags, environ: Mapping[str, str]) -> Ser
             _named("IBID_ADMIN_TOKEN")(f"must be at least {TOKEN_CHARACTERS} printable ASCII characters without spaces")
         server = dataclasses.replace(server, admin_token=token)
     return server
-
-
-def _limits(document: Document) -> Limits:
-    limits = _section(document, "limits", Limits)
-    for spec in dataclasses.fields(limits):
-        value = getattr(limits, spec.name)
-        if value == 0 and spec.name != "queued":
-            document.fail("limits", spec.name, "must be above 0: nothing would ever be served")
-    _check_bounds(document, "limits", limits, LIMITS_BOUNDS)
-    return limits
-
-
-def _rules(document: Document) -> Rules:
-    rules = _section(document, "cache", Rules)
-    _check_bounds(document, "cache", rules, RULES_BOUNDS)
-    return rules
-
-
-def _check_bounds(document: Document, section: str, values: object, bounds: Mapping[str, tuple[float, float]]) -> None:
-    for name, (least, most) in bounds.items():
-        if not least <= getattr(values, name) <= most:
-            document.fail(section, name, f"must be between {least:g} and {most:g}")
 
 
 def _upstreams(document: Document, flags: Flags, environ: Mapping[str, str]) -> Mapping[str, UpstreamSettings]:
@@ -206,10 +169,9 @@ def _upstreams(document: Document, flags: Flags, environ: Mapping[str, str]) -> 
             if not re.fullmatch(r"[\x21-\x7e]+", key):
                 document.fail(f"upstream.{name}", "key_env", f"names {upstream.key_env}, which holds no key")
             found[name] = dataclasses.replace(upstream, key=key)
-    one, fail = _given(flags.upstream, "--upstream", environ, "IBID_UPSTREAM")
-    if one:
+    if one := flags.upstream or environ.get("IBID_UPSTREAM"):
         if problem := _url_problem(one):
-            fail(problem)
+            _named("--upstream" if flags.upstream else "IBID_UPSTREAM")(problem)
         own = () if flags.upstream else [name for name in found if f"upstream.{name}.base_url" in document.variables]
         found |= {name: dataclasses.replace(found[name], base_url=one) for name in DEFAULT_UPSTREAMS.keys() - own}
     return types.MappingProxyType(found)
@@ -229,18 +191,11 @@ def _url_problem(url: str) -> str:
     return "must not have a query or a fragment" if "?" in url or "#" in url else ""
 
 
-def _store(document: Document, flags: Flags, environ: Mapping[str, str]) -> StoreSettings:
+def _store(document: Document) -> StoreSettings:
     store = _section(document, "store", StoreSettings)
-    url, fail = _given(flags.database, "--database", environ, "IBID_DATABASE_URL")
-    if url is None:
-        url = store.database_url
-
-        def fail(message: str) -> NoReturn:
-            document.fail("store", "database_url", message)
-
-    if url and not re.match(r"(sqlite(\+aiosqlite)?|postgres(ql)?(\+asyncpg)?)://", url):
-        fail("must begin with sqlite:/// or postgresql://")
-    return dataclasses.replace(store, database_url=url)
+    if store.database_url and not re.match(r"(sqlite(\+aiosqlite)?|postgres(ql)?(\+asyncpg)?)://", store.database_url):
+        document.fail("store", "database_url", "must begin with sqlite:/// or postgresql://")
+    return store
 
 
 def _prices(document: Document) -> Mapping[str, PriceOverride]:
@@ -257,13 +212,9 @@ def _prices(document: Document) -> Mapping[str, PriceOverride]:
 
 
 def _lanes(document: Document) -> LaneSettings:
-    document.known("lane", frozenset(LANES))
-    found = {}
-    for name, kind in LANES.items():
-        section = f"lane.{name}"
-        document.known(section, setting_names(kind))
-        found[name] = document.fill(section, kind, document.table(section), kind(), None)
-    return LaneSettings(**found)
+    document.known("lane", document.table("lane"), frozenset(LANES))
+    tables = {name: document.table(f"lane.{name}") for name in LANES}
+    return LaneSettings(**{name: document.fill(f"lane.{name}", tables[name], kind()) for name, kind in LANES.items()})
 
 
 def _aliases(document: Document) -> Mapping[str, str]:
@@ -286,9 +237,7 @@ def _policies(document: Document) -> Iterator[Policy]:
         document.fail("", "policy", "must be tables of the form [[policy]]")
     for number, table in enumerate(listed):
         place = f"{POLICY}.{number}"
-        for unknown in table.keys() - setting_names(PolicySettings):
-            document.fail(place, unknown, "is unknown")
-        policy = document.fill(place, PolicySettings, table, PolicySettings(), _match)
+        policy = document.fill(place, table, PolicySettings(), _match)
         lanes = DEFAULT_PLAN.lanes
         try:
             if "plan" in table:
@@ -312,13 +261,6 @@ def _match(table: Any, fail: Fail) -> Match:
         if type(value) is not kinds[name]:
             fail(f"{name} must be {'true or false' if kinds[name] is bool else 'a string'}")
     return Match(**table)
-
-
-def _log(document: Document, environ: Mapping[str, str]) -> Log:
-    log = _section(document, "log", Log)
-    if level := environ.get("IBID_LOG_LEVEL"):
-        log = dataclasses.replace(log, level=converted(level.upper(), Log, "level", _named("IBID_LOG_LEVEL")))
-    return log
 
 
 def _check_together(settings: Settings, document: Document) -> None:

@@ -29,10 +29,12 @@ SHORT: Final[Mapping[str, str]] = {
     "IBID_LOG_LEVEL": "LOG__LEVEL",
 }
 """Short forms, and what they stand for, less the prefix."""
-OWN: Final = frozenset({"IBID_CONFIG", "IBID_DATA_DIR", "IBID_UPSTREAM", "IBID_ADMIN_TOKEN", *SHORT})
+OWN: Final = frozenset({"IBID_CONFIG", "IBID_UPSTREAM", "IBID_ADMIN_TOKEN"})
 """Read by `config` itself."""
-WHOLE: Final = (("policy",), ("alias",), ("prices", "override"))
-"""Tables whose names no variable can spell may be given whole."""
+WHOLE: Final[Mapping[tuple[str, ...], type[Any]]] = {
+    ("policy",): dict, ("alias",): dict, ("prices", "override"): dict, ("data_dir",): str,
+}  # fmt: skip
+"""What a variable gives whole: tables with names it could not spell, and the one setting outside all tables."""
 
 _OF_DEVELOPMENT: Final = re.compile(
     r"IBID_(TEST_\w+|BIN|RUNNING|OPENAI2_PYTHON|FRAMEWORKS_PYTHON|SCHEMATHESIS|SCHEMA_EXAMPLES|WRITE_GOLDEN|BENCH_DATA)"
@@ -50,14 +52,15 @@ def overlay(document: Document, environ: Mapping[str, str]) -> None:
             continue
         if _OF_DEVELOPMENT.fullmatch(variable) or _OF_KUBERNETES.fullmatch(variable):
             continue
-        path = tuple(variable.removeprefix(PREFIX).lower().split("__"))
+        path = tuple(SHORT.get(variable, variable.removeprefix(PREFIX)).lower().split("__"))
         found = _place(document, path) if variable == variable.upper() else None
         if found is None:
             unknown.append(variable)
         elif text:
             place, wanted = found
-            document.put(place, text if _is_text(wanted) else _toml(variable, text), variable)
-    keys = {table.get("key_env") for table in document.table("upstream").values() if isinstance(table, dict)}
+            said = text.upper() if variable == "IBID_LOG_LEVEL" else text
+            document.put(place, said if _is_text(wanted) else _toml(variable, said), variable)
+    keys = [table.get("key_env") for table in document.table("upstream").values() if isinstance(table, dict)]
     for variable in unknown:
         if variable not in keys:
             _refuse(variable)
@@ -69,7 +72,7 @@ def overlay(document: Document, environ: Mapping[str, str]) -> None:
 def _place(document: Document, path: tuple[str, ...]) -> tuple[tuple[str, ...], Any] | None:
     """Where in the file a variable's setting stands, and its type; None for no setting."""
     if path in WHOLE:
-        return path, dict
+        return path, WHOLE[path]
     *above, name = path
     kinds: tuple[type[Any], ...] = ()
     match above:
@@ -114,7 +117,7 @@ def _refuse(variable: str) -> NoReturn:
 
 def _names(typed: list[str]) -> Iterator[str]:
     """Every variable there is; where an operator names a table, as it was typed."""
-    yield from OWN
+    yield from (*OWN, *SHORT, "IBID_DATA_DIR")
     for option in options():
         if option.section in ("", "policy"):
             continue

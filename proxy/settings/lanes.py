@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
+from proxy.core.option import option
 from proxy.core.plan import Match
-from proxy.settings.file import option
 
 
 @dataclass(frozen=True, slots=True)
 class StaleLane:
     """Both stale lanes. RFC 5861; expired entries are kept for the longer of the two windows."""
 
-    while_revalidate_s: float = option(
-        0.0, "how long after its end an entry is served while a new answer is fetched", least=0
-    )
-    if_error_s: float = option(0.0, "how long after its end an entry stands in for an upstream that failed", least=0)
+    while_revalidate_s: float = option(0.0, "how long after its end an entry is served while a new answer is fetched")
+    if_error_s: float = option(0.0, "how long after its end an entry stands in for an upstream that failed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +44,10 @@ class RouteLane:
     k: int = option(50, "answered questions asked for their votes", least=1, most=64)
     min_similarity: float = option(0.35, "less alike questions have no vote", least=-1, most=1)
     min_neighbours: int = option(20, "with fewer votes the requested model answers", least=1)
-    accept_quality: float = option(0.9, "share of good answers that the lower bound must reach", least=0, most=1)
-    confidence_z: float = option(1.645, "of Wilson's lower bound; 1.645 is 95 %, one-sided", least=0, most=5)
-    explore_share: float = option(
-        0.02, "share of requests also put to the other model, off the client's path", least=0, most=1
-    )
-    sticky_s: float = option(3600.0, "how long a conversation stays with its model", least=0)
+    accept_quality: float = option(0.9, "share of good answers that the lower bound must reach", most=1)
+    confidence_z: float = option(1.645, "of Wilson's lower bound; 1.645 is 95 %, one-sided", most=5)
+    explore_share: float = option(0.02, "share of requests also put to the other model, off the client's path", most=1)
+    sticky_s: float = option(3600.0, "how long a conversation stays with its model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +64,7 @@ class PredictLane:
     models: tuple[str, ...] = option((), "models that take a prediction, with * and ?; none: the lane is off")
     min_similarity: float = option(0.8, "of the near-miss", least=-1, most=1)
     min_output_tokens: int = option(64, "shorter answers gain nothing", least=1)
-    min_accept_rate: float = option(0.5, "share of predicted tokens that must be accepted", least=0, most=1)
+    min_accept_rate: float = option(0.5, "share of predicted tokens that must be accepted", most=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +73,14 @@ class TierLane:
 
     name: Literal["flex"] = option("flex", "service_tier sent")
     models: tuple[str, ...] = option((), "models that have it, with * and ?; none: the lane is off")
-    margin_s: float = option(15.0, "time kept for the default tier before the client's deadline", least=0)
+    margin_s: float = option(15.0, "time kept for the default tier before the client's deadline")
 
 
 @dataclass(frozen=True, slots=True)
 class RaceLane:
     """Edge and cloud at once; the edge wins only with a proven answer."""
 
-    head_start_s: float = option(0.5, "how long the edge has alone, until its own times are known", least=0)
+    head_start_s: float = option(0.5, "how long the edge has alone, until its own times are known")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +89,8 @@ class HedgeLane:
 
     quantile: float = option(0.95, "of the times to first token seen, after which to send one more", least=0.5, most=1)
     min_samples: int = option(20, "times to be seen first", least=1)
-    min_delay_s: float = option(0.05, "never sooner than this", least=0)
-    max_extra_load: float = option(0.05, "further calls, as a share of the calls made", least=0, most=1)
+    min_delay_s: float = option(0.05, "never sooner than this")
+    max_extra_load: float = option(0.05, "further calls, as a share of the calls made", most=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +98,8 @@ class PrefetchLane:
     """Ask the likely next question before it is asked, on cheap lanes only."""
 
     min_count: int = option(3, "times a question must have followed another", least=1)
-    min_share: float = option(0.5, "share of times it must have followed", least=0, most=1)
-    within_s: float = option(120.0, "a question later than this does not follow", least=0)
+    min_share: float = option(0.5, "share of times it must have followed", most=1)
+    within_s: float = option(120.0, "a question later than this does not follow")
     ttl_s: float = option(600.0, "life of what was prefetched", least=1)
 
 
@@ -140,18 +136,7 @@ class PolicySettings:
     )
     plan: tuple[str, ...] = option((), "lanes; unset: exact, semantic, collapse")
     on_error: tuple[str, ...] = option((), "what stands in for a failed upstream, in this order: stale, edge")
-    ttl_s: float | None = option(None, "life of what is stored, when the client does not say", least=0)
+    ttl_s: float | None = option(None, "life of what is stored, when the client does not say")
 
 
-LANES: Mapping[str, type[Any]] = {
-    "stale": StaleLane,
-    "edge": EdgeLane,
-    "cascade": CascadeLane,
-    "route": RouteLane,
-    "prefix": PrefixLane,
-    "predict": PredictLane,
-    "tier": TierLane,
-    "race": RaceLane,
-    "hedge": HedgeLane,
-    "prefetch": PrefetchLane,
-}
+LANES: Mapping[str, type[Any]] = get_type_hints(LaneSettings)

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from proxy.core.model import Limits, Rules
+from proxy.core.option import option
 from proxy.core.pace import TOKENS_PER_S, Pace
 from proxy.core.plan import ALIASES, Lane, Policy
-from proxy.settings.file import option, setting_names
+from proxy.core.units import MIB
+from proxy.settings.file import setting_names
 from proxy.settings.lanes import LANES, AliasSettings, LaneSettings, PolicySettings
-
-MIB = 1024 * 1024
 
 
 class Address(NamedTuple):
@@ -51,9 +51,9 @@ class Server:
     keys_only: bool = option(False, "serve keys made by `ibid keys` only; any other credential, or none, is 401")
     workers: int = option(1, "event loops sharing the client port; more than 1 is not supported yet", least=1)
     memory_bytes: int = option(
-        0, "memory it may take: caches go at 85 %, new requests get 503 at 95 %; 0: what the container has", least=0
+        0, "memory it may take: caches go at 85 %, new requests get 503 at 95 %; 0: what the container has"
     )
-    drain_timeout_s: float = option(30.0, "how long a stop waits for answers under way", least=0)
+    drain_timeout_s: float = option(30.0, "how long a stop waits for answers under way")
     admin_token: str | None = field(default=None, repr=False, metadata={"environment_only": True})
 
 
@@ -87,12 +87,11 @@ class Forward:
 class Cache:
     """What of the cache is not a rule of the policy."""
 
-    hot_bytes: int = option(64 * MIB, "memory for rows served without asking SQL; least recently used leave", least=0)
+    hot_bytes: int = option(64 * MIB, "memory for rows served without asking SQL; least recently used leave")
     usage_on_hit: Literal["original", "zero"] = option("original", "usage a hit reports: as stored, or 0")
     semantic_misses_per_min: int = option(
         600,
         "semantic misses of one key; beyond it exact hits only: no cache is mapped by near copies; 0: no bound",
-        least=0,
     )
     judge_model: str | None = option(None, "chat model of the same upstream that compares answers; unset: none")
 
@@ -127,7 +126,7 @@ class Batch:
     poll_interval_s: float = option(30.0, "how often a provider is asked how far its batch is", least=0.01)
     max_lines: int = option(100_000, "most lines of one batch; OpenAI's own bound of 50,000 stays", least=1)
     keep_days: float = option(30.0, "how long files, batches, results and deferred answers are kept", least=0.001)
-    collect_s: float = option(60.0, "how long a deferred call waits for others to share its provider batch", least=0)
+    collect_s: float = option(60.0, "how long a deferred call waits for others to share its provider batch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +139,9 @@ class Embedding:
     )
     threads: int = option(1, "threads of one model call; more only with idle cores", least=1)
     queue: int = option(256, "texts waiting; when full the lookup is bypassed at once", least=1)
-    lru: int = option(4096, "vectors kept, so wording seen before is not embedded again; 1.5 KiB each", least=0)
+    lru: int = option(4096, "vectors kept, so wording seen before is not embedded again; 1.5 KiB each")
     states_bytes: int = option(
-        32 * MIB, "memory for token states, so the pair guard encodes few texts anew; about 2.3 KB a word", least=0
+        32 * MIB, "memory for token states, so the pair guard encodes few texts anew; about 2.3 KB a word"
     )
     deadline_ms: int = option(150, "longest wait for a vector; then the request is forwarded", least=1)
     require_semantic: bool = option(False, "refuse to start without a working model, instead of exact hits only")
@@ -161,10 +160,8 @@ class Index:
 class StoreSettings:
     """SQL: entries and ledger. `database_url` may hold a password and is kept out of `repr`."""
 
-    database_url: str = field(
-        default="",
-        repr=False,
-        metadata={"why": "sqlite:///FILE or postgresql://USER@HOST/NAME; unset: ibid.db in data_dir"},
+    database_url: str = option(
+        "", "sqlite:///FILE or postgresql://USER@HOST/NAME; unset: ibid.db in data_dir", is_secret=True
     )
     max_entries: int = option(100_000, "entries kept; the least recently used are evicted", least=1)
     max_bytes: int = option(1024 * MIB, "stored answers together; the least recently used are evicted", least=MIB)
@@ -183,18 +180,14 @@ class Log:
 class PriceOverride:
     """Prices agreed with a provider, or of a machine of one's own, exact as written."""
 
-    input_usd_per_mtok: Decimal | None = option(None, "input tokens; required unless time is priced, then 0", least=0)
-    output_usd_per_mtok: Decimal | None = option(None, "output tokens; required unless time is priced, then 0", least=0)
-    cache_read_usd_per_mtok: Decimal | None = option(None, "read from the provider's cache; unset: as input", least=0)
-    cache_write_usd_per_mtok: Decimal | None = option(None, "written to the provider's cache; unset: as input", least=0)
-    flex_factor: Decimal | None = option(
-        None, "times these rates in tier flex; unset: such calls are unpriced", least=0
-    )
-    batch_factor: Decimal | None = option(None, "times these rates in a batch; unset: such calls are unpriced", least=0)
-    priority_factor: Decimal | None = option(
-        None, "times these rates in tier priority; unset: such calls are unpriced", least=0
-    )
-    per_second_usd: Decimal | None = option(None, "a second of a call, for a model of one's own", least=0)
+    input_usd_per_mtok: Decimal | None = option(None, "input tokens; required unless time is priced, then 0")
+    output_usd_per_mtok: Decimal | None = option(None, "output tokens; required unless time is priced, then 0")
+    cache_read_usd_per_mtok: Decimal | None = option(None, "read from the provider's cache; unset: as input")
+    cache_write_usd_per_mtok: Decimal | None = option(None, "written to the provider's cache; unset: as input")
+    flex_factor: Decimal | None = option(None, "times these rates in tier flex; unset: such calls are unpriced")
+    batch_factor: Decimal | None = option(None, "times these rates in a batch; unset: such calls are unpriced")
+    priority_factor: Decimal | None = option(None, "times these rates in tier priority; unset: such calls are unpriced")
+    per_second_usd: Decimal | None = option(None, "a second of a call, for a model of one's own")
 
     def rates(self) -> dict[str, str]:
         """What is set, by the names of the price book: input, output, cache_read, cache_write, the others as here."""
@@ -210,62 +203,6 @@ DEFAULT_UPSTREAMS: Mapping[str, UpstreamSettings] = types.MappingProxyType(
         "ollama": UpstreamSettings("http://127.0.0.1:11434", "ollama"),
     }
 )
-
-LIMITS_WHY: Mapping[str, str] = {
-    "body_bytes": "largest request body, decoded",
-    "json_depth": "deepest nesting of a body",
-    "messages": "longest conversation",
-    "headers": "header lines of one request",
-    "header_line_bytes": "longest header line",
-    "header_timeout_s": "time to send the whole head; ends slow senders",
-    "body_timeout_s": "how long a request body may be silent, or in all behind body_bytes_per_s",
-    "body_bytes_per_s": "least rate of a request body; a slower one is cut after body_timeout_s",
-    "upload_timeout_s": "longest wait for one request body in all, however fast",
-    "bodies": "request bodies arriving at once, at most half of in_flight; whole ones need no place",
-    "body_share": "part of those places for one credential or address, once three quarters are taken",
-    "bodies_bytes": "memory for bodies that are still arriving, together",
-    "keep_alive_s": "idle time before a client's connection is closed",
-    "connections": "open client connections",
-    "in_flight": "requests worked on at once",
-    "queued": "requests waiting for a turn; beyond it 503 at once",
-    "queue_timeout_s": "longest wait for a turn",
-    "write_stall_s": "longest time a client may leave an answer unread",
-    "memo_bytes": "memory for what was read of repeated requests, in each of the places that remember it",
-}
-
-RULES_WHY: Mapping[str, str] = {
-    "max_error_rate": "share of hits that may be wrong: the budget the judge keeps",
-    "ttl_s": "life of an entry when nobody says otherwise",
-    "max_ttl_s": "longest life a client may ask for",
-    "volatile_ttl_s": "life of an answer to a question about now",
-    "semantic_temperature_max": "explicit temperature above this: exact only, the client wants variety",
-    "cache_seeded": "exact hits even for a request that gives a seed",
-    "cache_tools": "exact hits for requests that carry tools and were answered in text",
-    "cache_tool_calls": "exact hits whose answer is a tool call, with new ids: a repeated question repeats the call",
-    "semantic": "look for reworded questions at all",
-    "min_words": "shorter prompts say too little to compare",
-    "near_floor": "similarity from which a miss is listed as a near-miss",
-    "start_similarity": "similarity that serves before a scope has evidence, if no guard objects",
-    "pair_guard": "ask the pair guard about every semantic hit; false serves more, and more of it wrong",
-    "audit_share": "share of proven hits asked again upstream, off the client's path",
-    "alpha": "chance that the bound on the error rate is ever too low",
-    "answer_limit_bytes": "longer answers are not stored",
-    "prompt_limit_bytes": "longer prompts are not looked up",
-}
-
-LIMITS_BOUNDS: Mapping[str, tuple[float, float]] = {
-    "body_share": (0.001, 1.0),
-    "memo_bytes": (64 * 1024, 1024 * MIB),
-}
-
-RULES_BOUNDS: Mapping[str, tuple[float, float]] = {
-    "max_error_rate": (0.0, 0.5),
-    "semantic_temperature_max": (0.0, 2.0),
-    "near_floor": (0.0, 1.0),
-    "start_similarity": (0.8, 1.0),
-    "audit_share": (0.0, 1.0),
-    "alpha": (0.001, 0.5),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,11 +299,5 @@ def options() -> list[Option]:
         for kind in kinds:
             for spec in dataclasses.fields(kind):
                 if spec.name in setting_names(kind):
-                    found.append(Option(section, spec.name, spec.default, _why(kind, spec)))
+                    found.append(Option(section, spec.name, spec.default, spec.metadata["why"]))
     return found
-
-
-def _why(kind: type[Any], spec: dataclasses.Field[Any]) -> str:
-    if kind is Limits:
-        return LIMITS_WHY[spec.name]
-    return RULES_WHY[spec.name] if kind is Rules else str(spec.metadata["why"])

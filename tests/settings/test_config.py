@@ -20,6 +20,8 @@ EXAMPLE = ROOT / "deploy" / "config.example.toml"
 HOME = {"HOME": "/home/ann"}
 LINE = re.compile(r"^(# )?([a-z_]+) = (.+?) +# (\S.*)$")
 
+LIMITS = [spec.name for spec in dataclasses.fields(Limits)]
+
 
 def written(folder: Path, text: str) -> Flags:
     path = folder / "ibid.toml"
@@ -117,6 +119,10 @@ def test_secrets_are_not_shown_by_repr() -> None:
         ("[server]\n\nlisen = '127.0.0.1:1'\n", 3, "server.lisen is unknown (did you mean listen?)"),
         ("\n[sever]\n", 2, "sever is unknown (did you mean server?)"),
         ("[upstream.lab]\nbase_url = 'http://h'\nkey = 'sk-1'\n", 3, "upstream.lab.key is unknown"),
+        ("[upstream.lab]\nbase_url = 'http://h'\nkey_env = ['A']\n", 3, "upstream.lab.key_env must be a string that"),
+        ("[upstream.lab]\nbase_ulr = 'http://h'\n", 2, "upstream.lab.base_ulr is unknown (did you mean base_url?)"),
+        ("[[policy]]\nname = 'a'\nttl = 3\n", 3, "policy.0.ttl is unknown (did you mean ttl_s?)"),
+        ("[limits]\n" + "".join(f"{name} = true\n" for name in LIMITS), 2, f"limits.{LIMITS[0]} must be a"),
         ("[cache]\nttl_s = '1d'\n", 2, "cache.ttl_s must be a finite number"),
         ("[cache]\nttl_s = nan\n", 2, "cache.ttl_s must be a finite number"),
         ("[cache]\nsemantic = 1\n", 2, "cache.semantic must be true or false"),
@@ -188,6 +194,24 @@ def test_an_unusable_upstream_address_is_refused_without_being_quoted(url: str, 
             load(flags, environ)
         assert caught.value.message.startswith(f"{source} {words}")
         assert "hunter2" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("listen", "nonsense", '--listen must be "HOST:PORT"'),
+        ("admin", "127.0.0.1:4141", "--admin is the client listener's address"),
+        ("database", "mysql://u:canary@h/d", "--database must begin with"),
+        ("data_dir", "a\0b", "--data-dir must be the path of a folder"),
+        ("workers", 0, "--workers must be at least 1"),
+    ],
+)
+def test_a_mistake_in_a_flag_names_it_and_not_the_file(tmp_path: Path, name: str, value: str, words: str) -> None:
+    flags = written(tmp_path, "data_dir = '/file'\n[server]\nadmin = '127.0.0.1:1'\n")
+    with pytest.raises(ConfigError) as caught:
+        load(dataclasses.replace(flags, **{name: value}), HOME)
+    assert caught.value.message.startswith(words)
+    assert "canary" not in caught.value.message
 
 
 @pytest.mark.parametrize("token", ["short", "ä" * 40, "with space " * 4])
@@ -397,6 +421,11 @@ def test_a_variable_that_is_no_setting_is_an_error_even_when_empty(variable: str
         ("IBID_UPSTREAM__LAB__KEY_ENV", "NO_KEY", "upstream.lab"),
         ("IBID_POLICY", "[{ plan = ['warp'] }]", "IBID_POLICY: policy.0.plan is not a plan"),
         ("IBID_STORE__DATABASE_URL", "mysql://u:canary@h/d", "IBID_STORE__DATABASE_URL must begin with"),
+        ("IBID_DATABASE_URL", "mysql://u:canary@h/d", "IBID_DATABASE_URL must begin with"),
+        ("IBID_LISTEN", "nonsense", 'IBID_LISTEN must be "HOST:PORT"'),
+        ("IBID_ADMIN", "127.0.0.1:4141", "IBID_ADMIN is the client listener's address"),
+        ("IBID_DATA_DIR", "a\0b", "IBID_DATA_DIR must be the path of a folder"),
+        ("IBID_LOG_LEVEL", "loud", "IBID_LOG_LEVEL must be one of DEBUG, INFO"),
     ],
 )
 def test_a_mistake_in_a_variable_names_it(variable: str, value: str, words: str) -> None:
