@@ -478,7 +478,7 @@ class Run:
         return f"ibid-{self.job.id[-12:]}-{part:03d}"
 
     async def _hand_in(self, upstream: str, model: str, numbers: list[int], size_bytes: int) -> None:
-        purge, now_ms = self._engine.lines.pipeline.began(self._client()).purge, self._now_ms()
+        purge, now_ms = self._engine.lines.pipeline.entries.began(self._client()).purge, self._now_ms()
         part = Part(len(self._parts), upstream, model, lines=len(numbers), created_ms=now_ms, purge=purge)
         provider = self._engine.provider(self.job.path)
 

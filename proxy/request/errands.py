@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Final, Protocol
 
@@ -52,7 +52,7 @@ class Errands:
         hot: HotRows,
         tasks: Tasks,
         telemetry: Telemetry,
-        flights: MutableMapping[bytes, Flight[Fetch]],
+        flights: Mapping[bytes, Flight[Fetch]],
         take_off: TakeOff,
         embedder: Callable[[], ports.Embedder | None],
         clock: Callable[[], float],
@@ -106,9 +106,7 @@ class Errands:
 
     async def _refetch(self, query: Query, client: Client, lookup: Lookup, purpose: str) -> None:
         """Forward a question for the cache alone; clients who ask it meanwhile may join."""
-        flight = self._take_off(self._fetch(query, client, lookup, purpose), shared=True)
-        self._flights[query.fingerprint] = flight
-        await _read_whole(flight.join())
+        await _read_whole(self._take_off(self._fetch(query, client, lookup, purpose), shared=True).join())
 
     def _is_under_way(self, query: Query) -> bool:
         flight = self._flights.get(query.fingerprint)

@@ -243,7 +243,7 @@ async def test_a_purge_in_another_process_reaches_what_this_one_is_at(tmp_path, 
         asking = asyncio.create_task(ibid.ask(ASKED, **MARKED))
         await held.arrived.wait()
         assert await purge(other, "tag") == 1
-        await ibid.app.pipeline.follow()  # what the timer does
+        await ibid.app.pipeline.entries.follow()  # what the timer does
         assert not ibid.app.pipeline.flights  # nobody joins it any more
         held.released.set()
         assert (await asking).text == "the old text"
