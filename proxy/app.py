@@ -414,7 +414,7 @@ def assemble(
         upstream=edges.upstreams,
         reader=reader,
         routes=routes,
-        ledger=ledger,
+        books=books,
         telemetry=edges.telemetry,
         limits=settings.limits,
         secret=secret,
