@@ -10,7 +10,7 @@ from proxy.core.errors import BadRequest
 from proxy.core.model import Level, Miss
 from proxy.core.plan import Lane
 from proxy.core.query import Query
-from proxy.lanes.forwarding import ACTING, Forwarder
+from proxy.lanes.forwarding import ACTING
 from proxy.lanes.route import Choice
 from proxy.records import Fetch, Lookup
 from proxy.relay import Ending, Relay, Replay
@@ -18,7 +18,7 @@ from proxy.request.collapse import Flight, Seat
 from proxy.request.entries import Entries
 from proxy.request.heads import forward_headers
 from proxy.request.landing import Landing
-from proxy.request.leaving import Finisher
+from proxy.request.parts import Parts
 from proxy.request.serving import Server
 from proxy.request.settle import Request, Settler
 
@@ -26,24 +26,14 @@ from proxy.request.settle import Request, Settler
 class Boarding:
     """Owns nothing it is given. `flights`: those that others may join, by fingerprint."""
 
-    def __init__(
-        self,
-        *,
-        flights: dict[bytes, Flight[Fetch]],
-        entries: Entries,
-        forwarder: Forwarder,
-        landing: Landing,
-        server: Server,
-        settler: Settler,
-        finisher: Finisher | None,
-    ) -> None:
-        self._flights = flights
+    def __init__(self, parts: Parts, entries: Entries, landing: Landing, server: Server, settler: Settler) -> None:
+        self._flights = parts.flights
+        self._forwarder = parts.forwarder
+        self._on_left = None if parts.finisher is None else parts.finisher.left
         self._entries = entries
-        self._forwarder = forwarder
         self._landing = landing
         self._server = server
         self._settler = settler
-        self._on_left = None if finisher is None else finisher.left
 
     def joinable(self, query: Query) -> Flight[Fetch] | None:
         """The flight whose answer will be this question's too."""

@@ -3,40 +3,30 @@ calls whose answers would be stored after it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import orjson
 
-from proxy import ports
 from proxy.core.answer import decode_answer
 from proxy.core.model import Answer, Draft, Entry
 from proxy.core.purges import Began, asked_ms, marks_of, reaches
 from proxy.core.query import Query
-from proxy.hot import HotRow, HotRows
-from proxy.meaning import Meaning
-from proxy.records import Client, Fetch
-from proxy.request.collapse import Flight
-from proxy.watch.telemetry import Telemetry
+from proxy.hot import HotRow
+from proxy.records import Client
+from proxy.request.parts import Parts
 
 
 class Entries:
     """Owns nothing it is given."""
 
-    def __init__(
-        self,
-        store: ports.EntryStore,
-        hot: HotRows,
-        meaning: Meaning,
-        flights: MutableMapping[bytes, Flight[Fetch]],
-        telemetry: Telemetry,
-    ) -> None:
-        self._store = store
-        self._hot = hot
-        self._meaning = meaning
-        self._flights = flights
-        self._telemetry = telemetry
-        self._followed = store.purges.newest
+    def __init__(self, parts: Parts) -> None:
+        self._store = parts.store
+        self._hot = parts.hot
+        self._meaning = parts.meaning
+        self._flights = parts.flights
+        self._telemetry = parts.telemetry
+        self._followed = parts.store.purges.newest
         self.purges = 0  # rows read or written before the last of them may be gone
         self.on_lacking: Callable[[], None] = _nobody_is_told  # an entry was stored without the vector of its question
 

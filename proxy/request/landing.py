@@ -3,63 +3,34 @@ it may be stored."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import replace
 
 from proxy import ports
 from proxy.core import policy
 from proxy.core.dialects.dialect import Recording
-from proxy.core.model import Answer, Level, Rules
+from proxy.core.model import Answer, Level
 from proxy.core.pace import has_pace, runs_of, texts_of
 from proxy.core.plan import Lane
 from proxy.core.query import Query
-from proxy.judging.audits import Auditor
-from proxy.lanes.forwarding import STALE_IF_ERROR, Forwarder
+from proxy.lanes.forwarding import STALE_IF_ERROR
 from proxy.lanes.route import MECHANISM as ROUTED
-from proxy.meaning import Meaning
-from proxy.money.books import Books, draft_of
+from proxy.money.books import draft_of
 from proxy.records import Fetch
 from proxy.request.collapse import Flight
 from proxy.request.entries import Entries
 from proxy.request.errands import Errands, reason_of
-from proxy.request.leaving import Finisher
-from proxy.tasks import Tasks
-from proxy.watch.telemetry import Telemetry
+from proxy.request.parts import Parts
 
 
 class Landing:
     """Owns nothing it is given."""
 
-    def __init__(
-        self,
-        *,
-        rules: Rules,
-        books: Books,
-        telemetry: Telemetry,
-        tasks: Tasks,
-        meaning: Meaning,
-        entries: Entries,
-        auditor: Auditor,
-        forwarder: Forwarder,
-        errands: Errands,
-        finisher: Finisher | None,
-        flights: MutableMapping[bytes, Flight[Fetch]],
-        model_aliases: Mapping[str, Collection[str]],
-        clock: Callable[[], float],
-    ) -> None:
-        self._rules = rules
-        self._books = books
-        self._telemetry = telemetry
-        self._tasks = tasks
-        self._meaning = meaning
+    def __init__(self, parts: Parts, entries: Entries, errands: Errands) -> None:
+        self._parts = parts
+        self._books = parts.books
+        self._telemetry = parts.telemetry
         self._entries = entries
-        self._auditor = auditor
-        self._forwarder = forwarder
         self._errands = errands
-        self._finisher = finisher
-        self._flights = flights
-        self._model_aliases = model_aliases
-        self._clock = clock
 
     def landed(self, flight: Flight[Fetch]) -> None:
         """The upstream call ended, one way or the other."""
@@ -68,15 +39,15 @@ class Landing:
         is_stream = response is not None and response.content_type == fetch.asked.dialect.stream_type
         self._read(flight, status, is_stream=is_stream)
         self._count_calls(flight, status, is_stream=is_stream)
-        if self._finisher is not None:
-            self._finisher.landed(flight)
+        if self._parts.finisher is not None:
+            self._parts.finisher.landed(flight)
         if fetch.purpose != "answer":
             self._books.unasked(fetch)
         for settle in fetch.deferred:
             settle()
         fetch.deferred.clear()
         if fetch.answer is not None:
-            _ = self._tasks.spawn(self._keep(flight, fetch.answer), "store")
+            _ = self._parts.tasks.spawn(self._keep(flight, fetch.answer), "store")
         else:
             self._telemetry.unstored(fetch.unstored or "no_answer")
             self._forget_flight(flight)
@@ -112,7 +83,7 @@ class Landing:
         if fetch.stand_in != STALE_IF_ERROR:
             won = flight.is_delivered
             fetch.call = self._books.call_of(fetch, status, flight.size_bytes, is_stream=is_stream, won=won)
-            self._forwarder.learn(fetch)
+            self._parts.forwarder.learn(fetch)
         if len(fetch.attempts) > 1 or fetch.attempt is None:
             fetch.extra = self._books.lost_calls(fetch, fetch.usage)
 
@@ -129,11 +100,11 @@ class Landing:
             policy.storable(
                 None if recording is None else recording.answer or recording.refusal_reason,
                 fetch.query,
-                self._rules,
+                self._parts.rules,
                 status=response.status,
                 size_bytes=flight.size_bytes,
                 header=response.header,
-                aliases=self._model_aliases,
+                aliases=self._parts.model_aliases,
             )
             or ""
         )
@@ -147,20 +118,20 @@ class Landing:
 
     def _forget_flight(self, flight: Flight[Fetch]) -> None:
         fingerprint = flight.context.asked.fingerprint
-        if self._flights.get(fingerprint) is flight:
-            del self._flights[fingerprint]
+        if self._parts.flights.get(fingerprint) is flight:
+            del self._parts.flights[fingerprint]
 
     async def keep(self, fetch: Fetch, answer: Answer) -> None:
         """Store an answer, and learn from it."""
-        embedder = self._meaning.embedder
+        embedder = self._parts.meaning.embedder
         identity = "" if embedder is None else embedder.identity
-        draft = draft_of(fetch, answer, identity, self._rules, int(self._clock() * 1000))
+        draft = draft_of(fetch, answer, identity, self._parts.rules, int(self._parts.clock() * 1000))
         try:
             entry = await self._entries.put(draft, answer, fetch.began)
             if entry is None:
                 return
             opinion = None if fetch.routed_to else fetch.lookup.opinion  # of answers of the model asked for
-            self._auditor.stored(opinion, fetch.again, fetch.query, fetch.client.headers, entry, answer)
+            self._parts.auditor.stored(opinion, fetch.again, fetch.query, fetch.client.headers, entry, answer)
             if fetch.purpose == "answer" and may_route(fetch.asked):
                 self._errands.stored(fetch, entry, answer)
         except ports.CACHE_FAULTS as fault:

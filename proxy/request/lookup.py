@@ -10,19 +10,16 @@ import time
 from proxy import ports
 from proxy.core import freshness, policy
 from proxy.core.allowance import Allowance
-from proxy.core.model import Bypass, Candidate, Entry, Hit, Level, Miss, NearMiss, Rules, Tier
+from proxy.core.model import Bypass, Candidate, Entry, Hit, Level, Miss, NearMiss, Tier
 from proxy.core.plan import Lane
 from proxy.core.purges import Began
 from proxy.core.query import Query
-from proxy.hot import HotRow, HotRows
-from proxy.judging.audits import Auditor
+from proxy.hot import HotRow
 from proxy.judging.judge import Judged, Opinion, Place, objection, verdict_of
-from proxy.meaning import Meaning
 from proxy.records import Client, Lookup, Stale
 from proxy.request.entries import Entries
 from proxy.request.errands import reason_of
-from proxy.settings.lanes import StaleLane
-from proxy.watch.telemetry import Telemetry
+from proxy.request.parts import Parts
 
 CANDIDATES = 16
 ROUNDING = 1e-3  # between a similarity of the index, in fixed point, and one of the row
@@ -31,29 +28,17 @@ ROUNDING = 1e-3  # between a similarity of the index, in fixed point, and one of
 class Finder:
     """Owns nothing it is given."""
 
-    def __init__(
-        self,
-        *,
-        rules: Rules,
-        store: ports.EntryStore,
-        hot: HotRows,
-        meaning: Meaning,
-        entries: Entries,
-        auditor: Auditor,
-        stale: StaleLane,
-        telemetry: Telemetry,
-        semantic_misses_per_min: int,
-    ) -> None:
-        self._rules = rules
-        self._store = store
-        self._hot = hot
-        self._meaning = meaning
+    def __init__(self, parts: Parts, entries: Entries) -> None:
+        self._rules = parts.rules
+        self._store = parts.store
+        self._hot = parts.hot
+        self._meaning = parts.meaning
         self._entries = entries
-        self._auditor = auditor
-        self._judge = auditor.judge
-        self._stale = stale
-        self._telemetry = telemetry
-        self.misses = Allowance(semantic_misses_per_min)
+        self._auditor = parts.auditor
+        self._judge = parts.auditor.judge
+        self._stale = parts.stale
+        self._telemetry = parts.telemetry
+        self.misses = Allowance(parts.semantic_misses_per_min)
 
     def compares(self, query: Query) -> bool:
         """Whether a question is looked up by its meaning as well."""

@@ -7,128 +7,40 @@ call's end; `entries` is what this process holds of what is stored; and `settle`
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
 from proxy import ports
 from proxy.core import policy
-from proxy.core.dialects.dialect import UsageMode
-from proxy.core.model import Hit, Level, Miss, Rules, Tier
-from proxy.core.pace import Pace
+from proxy.core.model import Hit, Level, Miss, Tier
 from proxy.core.plan import Lane
 from proxy.core.query import Query
-from proxy.hot import HotRows
-from proxy.judging.audits import Auditor
-from proxy.lanes.forwarding import Forwarder
-from proxy.lanes.prefetch import Prefetcher
-from proxy.lanes.route import Choice, Router
-from proxy.meaning import Meaning
-from proxy.money.books import Books
-from proxy.records import Client, Fetch, Lookup
+from proxy.lanes.route import Choice
+from proxy.records import Client, Lookup
 from proxy.relay import Relay, Replay
 from proxy.request.boarding import Boarding
-from proxy.request.collapse import Flight
 from proxy.request.entries import Entries
 from proxy.request.errands import Errands, reason_of
 from proxy.request.explanation import explanation
 from proxy.request.landing import Landing, may_route
-from proxy.request.leaving import Finisher
 from proxy.request.lookup import Finder, is_fresh
+from proxy.request.parts import Parts
 from proxy.request.serving import Server
 from proxy.request.settle import Request, Settler
-from proxy.settings.lanes import StaleLane
-from proxy.tasks import Tasks
-from proxy.watch.telemetry import Telemetry
 
 
-class Pipeline:
-    """Owns nothing it is given; `app.py` opens and closes the edges."""
+@dataclass(eq=False, repr=False, kw_only=True)
+class Pipeline(Parts):
+    """The parts, and the stages made of them."""
 
-    boarding: Boarding
-
-    def __init__(
-        self,
-        *,
-        rules: Rules,
-        store: ports.EntryStore,
-        books: Books,
-        telemetry: Telemetry,
-        tasks: Tasks,
-        hot: HotRows,
-        meaning: Meaning,
-        auditor: Auditor,
-        forwarder: Forwarder,
-        router: Router,
-        prefetcher: Prefetcher,
-        stale: StaleLane,
-        usage_on_hit: UsageMode = "original",
-        pace: Pace = "instant",
-        finisher: Finisher | None = None,
-        model_aliases: Mapping[str, Collection[str]] | None = None,
-        semantic_misses_per_min: int = 0,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self.rules = rules
-        self.hot = hot
-        self.meaning = meaning
-        self.auditor = auditor
-        self.judge = auditor.judge
-        self.forwarder = forwarder
-        self._telemetry = telemetry
-        self._tasks = tasks
-        self._clock = clock
-        self.flights: dict[bytes, Flight[Fetch]] = {}
-        self.entries = Entries(store, hot, meaning, self.flights, telemetry)
-        self.errands = Errands(
-            router=router,
-            prefetcher=prefetcher,
-            auditor=auditor,
-            store=store,
-            hot=hot,
-            tasks=tasks,
-            telemetry=telemetry,
-            flights=self.flights,
-            take_off=lambda fetch, shared: self.boarding.take_off(fetch, shared=shared),
-            embedder=lambda: meaning.embedder,
-            clock=clock,
-        )
-        self.finder = Finder(
-            rules=rules,
-            store=store,
-            hot=hot,
-            meaning=meaning,
-            entries=self.entries,
-            auditor=auditor,
-            stale=stale,
-            telemetry=telemetry,
-            semantic_misses_per_min=semantic_misses_per_min,
-        )
-        self.server = Server(books, hot, usage_on_hit, pace)
-        self.settler = Settler(books, hot, auditor, self.errands)
-        self.landing = Landing(
-            rules=rules,
-            books=books,
-            telemetry=telemetry,
-            tasks=tasks,
-            meaning=meaning,
-            entries=self.entries,
-            auditor=auditor,
-            forwarder=forwarder,
-            errands=self.errands,
-            finisher=finisher,
-            flights=self.flights,
-            model_aliases=model_aliases or {},
-            clock=clock,
-        )
-        self.boarding = Boarding(
-            flights=self.flights,
-            entries=self.entries,
-            forwarder=forwarder,
-            landing=self.landing,
-            server=self.server,
-            settler=self.settler,
-            finisher=finisher,
-        )
+    def __post_init__(self) -> None:
+        self.judge = self.auditor.judge
+        self.entries = Entries(self)
+        self.finder = Finder(self, self.entries)
+        self.errands = Errands(self, lambda fetch, shared: self.boarding.take_off(fetch, shared=shared))
+        self.server = Server(self)
+        self.settler = Settler(self, self.errands)
+        self.landing = Landing(self, self.entries, self.errands)
+        self.boarding: Boarding = Boarding(self, self.entries, self.landing, self.server, self.settler)
 
     @property
     def embedder(self) -> ports.Embedder | None:
@@ -226,7 +138,7 @@ class Pipeline:
             if not await self.finder.find_exact(choice.query, client, found) or found.row is None:
                 return None
         except ports.CACHE_FAULTS as fault:
-            self._telemetry.fault(reason_of(fault))
+            self.telemetry.fault(reason_of(fault))
             return None
         if not isinstance(found.verdict, Hit) or found.verdict.tier is not Tier.EXACT:
             return None

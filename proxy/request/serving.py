@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from proxy.core import freshness
-from proxy.core.dialects.dialect import Template, UsageMode
+from proxy.core.dialects.dialect import Template
 from proxy.core.model import Answer, Hit
 from proxy.core.pace import Pace, Schedule, ends_of, progress, schedule, texts_of
 from proxy.core.query import Query
-from proxy.hot import Form, HotRow, HotRows
-from proxy.money.books import Books
+from proxy.hot import Form, HotRow
 from proxy.records import Client
 from proxy.relay import Ending, Paced, Replay
 from proxy.request.heads import hit_head, shared_head
+from proxy.request.parts import Parts
 
 
 class Server:
     """Owns nothing it is given."""
 
-    def __init__(self, books: Books, hot: HotRows, usage_on_hit: UsageMode, pace: Pace) -> None:
-        self._books = books
-        self._hot = hot
-        self._usage_on_hit = usage_on_hit
-        self._pace = pace
+    def __init__(self, parts: Parts) -> None:
+        self._books = parts.books
+        self._hot = parts.hot
+        self._usage_on_hit = parts.usage_on_hit
+        self._pace = parts.pace
 
     def serve(self, query: Query, client: Client, row: HotRow, hit: Hit, steps_ms: dict[str, float] | None) -> Replay:
         """Replay an entry. What two hits of one entry share is made once: template, headers of a second, ledger row."""

@@ -16,13 +16,13 @@ from proxy.core.model import Hit, Tier, Verdict
 from proxy.core.plan import Lane
 from proxy.core.query import Query
 from proxy.core.units import usd
-from proxy.hot import Alias, HotRows
-from proxy.judging.audits import Auditor
-from proxy.money.books import COLLAPSED, Books
+from proxy.hot import Alias
+from proxy.money.books import COLLAPSED
 from proxy.records import Client, Fetch, Lookup
 from proxy.relay import Ending
 from proxy.request.collapse import Flight
 from proxy.request.errands import Errands
+from proxy.request.parts import Parts
 
 
 @dataclass(slots=True)
@@ -49,10 +49,10 @@ class Request:
 class Settler:
     """Owns nothing it is given."""
 
-    def __init__(self, books: Books, hot: HotRows, auditor: Auditor, errands: Errands) -> None:
-        self._books = books
-        self._hot = hot
-        self._auditor = auditor
+    def __init__(self, parts: Parts, errands: Errands) -> None:
+        self._books = parts.books
+        self._hot = parts.hot
+        self._auditor = parts.auditor
         self._errands = errands
 
     @contextmanager

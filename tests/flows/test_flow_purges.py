@@ -280,7 +280,7 @@ async def overtaken(ibid, count=1):
 
 async def expire(ibid):
     """Let every stored entry be past its time."""
-    now_ms = int(ibid.app.pipeline._clock() * 1000)
+    now_ms = int(ibid.app.pipeline.clock() * 1000)
     for row in await ibid.entries():
         await ibid.app.store.entries.touch(row["id"], now_ms - 1000)
     ibid.app.pipeline.hot.clear()
