@@ -212,9 +212,9 @@ async def load_meaning(app: App, stack: contextlib.AsyncExitStack, tell: Tell) -
     finally:
         telling.cancel()
     app.reindex = Reindex(
-        opened.embedder, app.store.entries, app.pipeline.propose, lambda: opened.embedder.queue_length
+        opened.embedder, app.store.entries, app.pipeline.entries.propose, lambda: opened.embedder.queue_length
     )
-    app.pipeline.on_lacking = app.reindex.wake
+    app.pipeline.entries.on_lacking = app.reindex.wake
     meaning.open(opened.parts(guarded=settings.rules.pair_guard))
     tell(f"semantic      {describe(meaning)}, after {time.monotonic() - began_s:.1f} s")
     for line in degraded_lines(app.health):
@@ -236,7 +236,7 @@ async def follow(app: App) -> None:
     while True:
         await asyncio.sleep(FOLLOW_S)
         try:
-            await app.pipeline.follow()
+            await app.pipeline.entries.follow()
             if app.pipeline.meaning.parts is not None:
                 await app.pipeline.auditor.follow()
         except CacheFault as fault:
@@ -277,7 +277,7 @@ async def housekeep(app: App, saving: Saving) -> None:
             now_ms = int(time.time() * 1000)
             stale = app.settings.lanes.stale
             kept_ms = int(max(stale.while_revalidate_s, stale.if_error_s) * 1000)
-            app.pipeline.forget(await app.store.entries.housekeep(now_ms, stale_for_ms=kept_ms))
+            app.pipeline.entries.forget(await app.store.entries.housekeep(now_ms, stale_for_ms=kept_ms))
             await app.store.comparisons.housekeep()
             await app.store.votes.housekeep()
             await app.store.batches.housekeep(now_ms)
@@ -416,7 +416,7 @@ def assemble(
         upstream=edges.upstreams,
         reader=reader,
         routes=routes,
-        ledger=ledger,
+        books=books,
         telemetry=edges.telemetry,
         limits=settings.limits,
         secret=secret,

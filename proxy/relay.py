@@ -37,6 +37,19 @@ class Paced(NamedTuple):
     settle: Callable[[float | None, str], None]
 
 
+class Ending(NamedTuple):
+    """How a request ended for its client."""
+
+    word: str = "ok"  # or "error", or "cancelled"
+    status: int = 200
+    first_byte_s: float | None = None  # time.perf_counter
+
+    @staticmethod
+    def of(cause: BaseException) -> Ending:
+        """Of a request that got no reply."""
+        return Ending("error" if isinstance(cause, Exception) else "cancelled", getattr(cause, "status", 499))
+
+
 class Replay(NamedTuple):
     """A complete reply, status 200. Replays of one entry within one second share their head."""
 
@@ -63,7 +76,7 @@ class Source(Protocol):
 class Relay:
     """A reply that follows a forward. Whoever receives it must `close` it, however the client's side went.
 
-    `settle(relay, outcome_word)` is called once; it records what this client got. That is before the client has the
+    `settle` is called once, with how it ended; it records what this client got. That is before the client has the
     end of an answer that is whole, so that nothing answered is unrecorded, whatever happens next; else at `close`.
     """
 
@@ -80,7 +93,7 @@ class Relay:
         headers: list[tuple[str, str]],
         content_length: int | None,
         stream_filter: StreamFilter | None,
-        settle: Callable[[Relay, str], None],
+        settle: Callable[[Ending], None],
     ) -> None:
         self.dialect = dialect
         self.status = status
@@ -172,4 +185,4 @@ class Relay:
         if not self.closed:
             self.closed = True
             self._seat.leave()
-            self._settle(self, outcome)
+            self._settle(Ending(outcome, self.status, self.first_byte_s))

@@ -89,7 +89,9 @@ def reasons_in_code() -> set[str]:
     for node in nodes_of(ROOT / "proxy/judging/audits.py"):
         if isinstance(node, ast.FunctionDef) and node.name == "hold":
             found |= words(part.value for part in ast.walk(node) if isinstance(part, ast.Return))
-    for node in nodes_of(ROOT / "proxy/request/pipeline.py", ROOT / "proxy/admin/explain.py"):
+    for node in nodes_of(
+        *[ROOT / f"proxy/{name}.py" for name in ("request/lookup", "request/landing", "admin/explain")]
+    ):
         if isinstance(node, ast.AsyncFunctionDef | ast.FunctionDef) and node.name in ("_pass_gate", "_why_unstored"):
             found |= words(part.value for part in ast.walk(node) if isinstance(part, ast.Return))
     for node in nodes_of(ROOT / "proxy/core/words.py"):

@@ -17,7 +17,8 @@ from proxy.core.model import Candidate, Entry, Level, NearMiss
 from proxy.core.query import Query
 from proxy.judging.judge import Judged, Opinion, Place, finite, verdict_of
 from proxy.lanes.foresight import foresee, plan_of
-from proxy.request.pipeline import CANDIDATES, Pipeline
+from proxy.request.lookup import CANDIDATES
+from proxy.request.pipeline import Pipeline
 from proxy.request.reading import Caller
 from proxy.settings.lanes import LaneSettings
 from proxy.store.selection import Filters
@@ -147,12 +148,12 @@ class Explainer:
         """As the gate does; and what is left of its questions goes to those that are not served anyway."""
         while (chosen := opinion.chosen) is not None:
             entry_id = chosen.candidate.entry_id
-            if not (against := await self._pipeline.ask_guard(chosen, opinion, asked, kept[entry_id])):
+            if not (against := await self._pipeline.finder.ask_guard(chosen, opinion, asked, kept[entry_id])):
                 break
             opinion.refused[entry_id] = against
         for judged in opinion.judged:
             if judged.candidate.entry_id in kept and opinion.may_ask:
-                await self._pipeline.ask_guard(judged, opinion, asked, kept[judged.candidate.entry_id])
+                await self._pipeline.finder.ask_guard(judged, opinion, asked, kept[judged.candidate.entry_id])
 
     async def _key_diff(self, query: Query) -> list[dict[str, Any]]:
         """Entries of the same tenant with the same prompt that this request's scope keeps apart, and what differs."""

@@ -134,7 +134,7 @@ class Operator:
             dry_run=dry_run,
         )
         if not dry_run:
-            self._pipeline.purged(ids)
+            self._pipeline.entries.purged(ids)
             self._store.comparisons.forget(ids)
         return ids
 
@@ -154,7 +154,7 @@ class Operator:
         if found:
             changed = await self._store.entries.quarantine(found, on=verdict == "wrong")
             if verdict == "wrong":
-                self._pipeline.purged([found])
+                self._pipeline.entries.purged([found])
             elif changed:
                 await self._reinstate(found)
         return {"entry_id": found or None, "verdict": verdict, "quarantined": bool(found) and verdict == "wrong"}
@@ -163,7 +163,7 @@ class Operator:
         """An entry that is served again goes back into the index; memory fills itself."""
         entry = await self._store.entries.get(entry_id)
         if entry is not None:
-            self._pipeline.propose(entry)
+            self._pipeline.entries.propose(entry)
 
     async def comparisons(self, limit: int, cursor: int | None, *, near_misses: bool) -> Sequence[Mapping[str, Any]]:
         return await self._store.comparisons.recent(limit=limit, before_id=cursor, near_misses=near_misses)

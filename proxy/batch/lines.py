@@ -27,7 +27,7 @@ from proxy.core.query import Query
 from proxy.money.books import Books
 from proxy.money.keys import KeyRing
 from proxy.records import Client, Fetch, Lookup
-from proxy.relay import Relay, Replay
+from proxy.relay import Ending, Relay, Replay
 from proxy.request.embeddings import Embeddings, Told
 from proxy.request.pipeline import Pipeline
 
@@ -134,7 +134,7 @@ class Lines:
 
     async def _compared(self, query: Query, client: Client) -> Replay | Lookup:
         """As `Pipeline.find`; a model that is busy with others is waited for, rather than passed by."""
-        if not self.pipeline.compares(query):
+        if not self.pipeline.finder.compares(query):
             return await self.pipeline.find(query, client)
         for pause_s in BACK_OFF_S:
             await self.model_is_free()
@@ -232,9 +232,9 @@ class Lines:
         if call.usage_basis == "estimated":
             fetch.usage = call.usage
         word = "ok" if status == 200 else "error"
-        cost_nusd = self.books.forwarded(query, client, lookup.verdict, fetch, word, status, None, collapsed=False)
+        cost_nusd = self.books.forwarded(query, client, fetch, Ending(word, status))
         if stored is not None:
-            await self.pipeline.keep(fetch, stored)
+            await self.pipeline.landing.keep(fetch, stored)
         headers = verdict_headers(
             lookup.verdict, upstream=query.upstream, request_id=client.request_id, fwd_status=status,
             cost_nusd=cost_nusd,
@@ -243,8 +243,8 @@ class Lines:
 
     def lost(self, query: Query, client: Client, word: str, status: int) -> None:
         """Book a line that nobody answered."""
-        unsent = Fetch(query, client, Lookup(Bypass("batch")), time.perf_counter(), self.pipeline.began(client))
-        self.books.forwarded(query, client, unsent.lookup.verdict, unsent, word, status, None, collapsed=False)
+        unsent = Fetch(query, client, Lookup(Bypass("batch")), time.perf_counter(), self.pipeline.entries.began(client))
+        self.books.forwarded(query, client, unsent, Ending(word, status))
 
     # -- the same once more -------------------------------------------------------------------------------------------
 

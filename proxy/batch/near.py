@@ -17,7 +17,8 @@ from proxy.core import policy
 from proxy.core.model import Candidate
 from proxy.core.query import Query
 from proxy.judging.judge import LEARN_FROM, Place
-from proxy.request.pipeline import CANDIDATES, Pipeline
+from proxy.request.lookup import CANDIDATES
+from proxy.request.pipeline import Pipeline
 
 LINES = 16_384  # of a batch that later ones are compared with: 25 MB, and 3 ms for the last of them
 ASIDE = 2048  # rows from which on a comparison leaves the event loop
@@ -60,7 +61,7 @@ class Alike:
     def takes(self, query: Query) -> bool:
         """Whether a line may wait for another, or another for it."""
         pipeline, controls = self._pipeline, query.controls
-        if pipeline.embedder is None or pipeline.index is None or not pipeline.compares(query):
+        if pipeline.embedder is None or pipeline.index is None or not pipeline.finder.compares(query):
             return False
         return controls.read and controls.write and not (controls.shadow or controls.only_if_cached)
 
@@ -69,7 +70,7 @@ class Alike:
         embedder = self._pipeline.embedder
         assert embedder is not None
         try:
-            if await self._pipeline.knows(query):
+            if await self._pipeline.entries.knows(query):
                 return None
             return await embedder.embed(query.prompt, query.tenant), embedder.signature(query.prompt)
         except ports.CACHE_FAULTS:
@@ -131,7 +132,7 @@ class Alike:
             if await pipeline.auditor.is_refused(query.fingerprint, kept.fingerprint):
                 against = "refused_before"
             else:
-                against = await pipeline.ask_guard(chosen, opinion, query.prompt, kept.prompt)
+                against = await pipeline.finder.ask_guard(chosen, opinion, query.prompt, kept.prompt)
             if not against:
                 return row
             opinion.refused[chosen.candidate.entry_id] = against

@@ -36,8 +36,9 @@ from proxy.core.memo import Memo, size_of
 from proxy.core.model import Limits
 from proxy.core.plan import Lane
 from proxy.core.query import Query
+from proxy.money.books import Books
 from proxy.money.keys import Grant, KeyRing
-from proxy.ports import Ledger, Upstream
+from proxy.ports import Upstream
 from proxy.records import Client
 from proxy.relay import Relay, Replay
 from proxy.request.embeddings import Embeddings
@@ -76,7 +77,7 @@ class ClientHandler:
         upstream: Upstream,
         reader: Reader,
         routes: Routes,
-        ledger: Ledger,
+        books: Books,
         telemetry: Telemetry,
         limits: Limits,
         secret: bytes,
@@ -96,7 +97,7 @@ class ClientHandler:
         self._reader = reader
         self._upstream = upstream
         self._routes = routes
-        self.passing = PassThrough(upstream, ledger, telemetry, limits, clock)
+        self.passing = PassThrough(upstream, books, limits, clock)
         self._telemetry = telemetry
         self._limits = limits
         self.keys = key_ring

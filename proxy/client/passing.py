@@ -40,8 +40,8 @@ from proxy.core.directives import verdict_headers
 from proxy.core.errors import BadRequest, UpstreamError
 from proxy.core.model import Bypass, Call, Limits, Outcome, Usage
 from proxy.core.multipart import Form, boundary_of
-from proxy.ports import Ledger, Upstream, WebSocket
-from proxy.watch.telemetry import Telemetry
+from proxy.money.books import Books
+from proxy.ports import Upstream, WebSocket
 
 HEAD_BYTES: Final = 4 * 1024  # looked at for the model
 TAIL_BYTES: Final = 64 * 1024  # looked at for the usage
@@ -107,12 +107,9 @@ class Glance:
 class PassThrough:
     """Owns nothing it is given."""
 
-    def __init__(
-        self, upstream: Upstream, ledger: Ledger, telemetry: Telemetry, limits: Limits, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, upstream: Upstream, books: Books, limits: Limits, clock: Callable[[], float]) -> None:
         self._upstream = upstream
-        self._ledger = ledger
-        self._telemetry = telemetry
+        self._books = books
         self._limits = limits
         self._clock = clock
 
@@ -169,9 +166,7 @@ class PassThrough:
         """Once: before the client has the last byte of an answer, so that nothing answered is unrecorded."""
         if not entry.is_booked:
             entry.is_booked = True
-            outcome = entry.outcome()
-            self._ledger.record(outcome)
-            self._telemetry.lookup(outcome)
+            self._books.settle(entry.outcome())
 
     async def _forward(self, request: web.BaseRequest, asked: Passing, entry: _Entry) -> web.StreamResponse:
         body = body_stream(request, self._limits, asked.arrival) if asked.body is None else asked.body

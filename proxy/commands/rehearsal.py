@@ -32,7 +32,7 @@ from proxy.core import policy
 from proxy.core.facts import Facts
 from proxy.core.model import Candidate, Controls, Level, Rules
 from proxy.judging.judge import LEARN_FROM, Judge, Judged, Opinion, Place, comparison, objection
-from proxy.request.pipeline import CANDIDATES
+from proxy.request.lookup import CANDIDATES
 
 FAR_MS: Final = 1 << 52
 BATCH: Final = 32  # texts of one length in a call: more than serving allows itself, for a clock nobody waits on

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -25,16 +25,17 @@ from proxy.core.model import (
     Rules,
     Tier,
     Usage,
-    Verdict,
     again,
 )
 from proxy.core.query import Query
+from proxy.hot import Form
 from proxy.records import Client, Fetch
+from proxy.relay import Ending
 from proxy.upstreams.attempt import Attempt
 from proxy.upstreams.sending import Sending
 from proxy.watch.telemetry import Telemetry
 
-_REPEATED = Miss("repeated")
+REPEATED, COLLAPSED = Miss("repeated"), Miss("collapsed")
 MECHANISMS = {Tier.EXACT: "cache.exact", Tier.SEMANTIC: "cache.semantic", Tier.STALE: "cache.stale"}
 
 
@@ -74,37 +75,47 @@ class Books:
             baseline_ms=draft.total_ms,
         ).recurring
 
+    def settle(
+        self,
+        outcome: Outcome,
+        steps_ms: Mapping[str, float] | None = None,
+        *,
+        recurring: tuple[Any, ...] | None = None,
+        scope: bytes = b"",
+        age_s: int | None = None,
+        saved_nusd: int = 0,
+        costs_nusd: Mapping[str, int] | None = None,
+    ) -> None:
+        """Where everything ends that is asked: the one place that writes ledger row, counters and line of the log.
+
+        `recurring`: of an outcome that is nothing but `again(recurring, ...)`. For the rest see `Telemetry.lookup`.
+        """
+        if recurring is None:
+            self._ledger.record(outcome)
+        else:
+            self._ledger.record_again(recurring, outcome.request_id, outcome.ts_ms, outcome.total_ms)
+        self._telemetry.lookup(
+            outcome, steps_ms, scope=scope, age_s=age_s, saved_nusd=saved_nusd, costs_nusd=costs_nusd
+        )
+
     def hit(
         self,
-        recurring: tuple[Any, ...],
+        form: Form,
         client: Client,
         steps_ms: dict[str, float] | None,
         scope: bytes,
         age_s: int,
-        saved_nusd: int,
+        ending: Ending | None = None,
     ) -> None:
-        total_ms = (time.perf_counter() - client.started_s) * 1e3
-        outcome = again(recurring, client.request_id, client.ts_ms, total_ms, total_ms)
-        self._ledger.record_again(recurring, client.request_id, client.ts_ms, total_ms)
-        self._telemetry.lookup(outcome, steps_ms, scope=scope, age_s=age_s, saved_nusd=saved_nusd)
-
-    def paced(
-        self,
-        recurring: tuple[Any, ...],
-        client: Client,
-        steps_ms: dict[str, float] | None,
-        scope: bytes,
-        age_s: int,
-        saved_nusd: int,
-        first_byte_s: float | None,
-        word: str,
-    ) -> None:
-        """Book a hit that went out over time, when it has."""
-        total_ms = (time.perf_counter() - client.started_s) * 1e3
-        ttft_ms = None if first_byte_s is None else (first_byte_s - client.started_s) * 1e3
-        outcome = again(recurring, client.request_id, client.ts_ms, ttft_ms, total_ms)._replace(outcome=word)
-        self._ledger.record(outcome)
-        self._telemetry.lookup(outcome, steps_ms, scope=scope, age_s=age_s, saved_nusd=saved_nusd)
+        """Book a hit; `ending`: of one that went out over time."""
+        recurring: tuple[Any, ...] | None = form.recurring
+        total_ms = _ms_since(client)
+        if ending is None:
+            outcome = again(form.recurring, client.request_id, client.ts_ms, total_ms, total_ms)
+        else:
+            outcome = again(form.recurring, client.request_id, client.ts_ms, _ttft_ms(ending, client), total_ms)
+            outcome, recurring = outcome._replace(outcome=ending.word), None
+        self.settle(outcome, steps_ms, recurring=recurring, scope=scope, age_s=age_s, saved_nusd=form.baseline_nusd)
 
     def call_of(self, fetch: Fetch, status: int, size_bytes: int, *, is_stream: bool, won: bool) -> Call:
         """The upstream call of a fetch that has ended. Usage that was not told is estimated from what arrived."""
@@ -171,19 +182,10 @@ class Books:
             shaped_by=sending.shaped_by,
         )
 
-    def forwarded(
-        self,
-        query: Query,
-        client: Client,
-        verdict: Verdict,
-        fetch: Fetch,
-        word: str,
-        status: int,
-        ttft_ms: float | None,
-        *,
-        collapsed: bool,
-    ) -> int:
+    def forwarded(self, query: Query, client: Client, fetch: Fetch, ending: Ending, *, collapsed: bool = False) -> int:
         """Book a request that was not answered from entries, or not all of it; what it cost, in nano-dollars."""
+        verdict = COLLAPSED if collapsed else fetch.lookup.verdict
+        word = ending.word
         call = None if collapsed else fetch.call
         calls = (*fetch.lookup.spent, *(() if call is None else (call,)), *(() if collapsed else fetch.extra))
         usage, basis, mechanism = fetch.usage if word == "ok" else None, "measured", None
@@ -206,7 +208,7 @@ class Books:
             request_id=client.request_id,
             ts_ms=client.ts_ms,
             outcome=word,
-            status=status,
+            status=ending.status,
             cache_status=cache_status,
             reason=verdict.reason,
             mechanism=mechanism,
@@ -217,18 +219,15 @@ class Books:
             usage_basis=basis,
             calls=calls,
             retry_of=fetch.client.request_id if collapsed and client.is_retry else None,
-            ttft_ms=ttft_ms,
-            total_ms=(time.perf_counter() - client.started_s) * 1e3,
+            ttft_ms=_ttft_ms(ending, client),
+            total_ms=_ms_since(client),
         )
-        self._ledger.record(outcome)
         costs_nusd: dict[str, int] = {}
         for made in calls:
             costs_nusd[made.upstream] = costs_nusd.get(made.upstream, 0) + self.cost(made)
         cost_nusd = sum(costs_nusd.values())
         saved_nusd = self.price(query, usage, client.ts_ms) - cost_nusd if outcome.is_partial else 0
-        self._telemetry.lookup(
-            outcome, fetch.lookup.steps_ms, scope=query.scope, saved_nusd=saved_nusd, costs_nusd=costs_nusd
-        )
+        self.settle(outcome, fetch.lookup.steps_ms, scope=query.scope, saved_nusd=saved_nusd, costs_nusd=costs_nusd)
         return cost_nusd
 
     def served(
@@ -241,7 +240,7 @@ class Books:
         steps_ms: dict[str, float],
     ) -> None:
         """Book a request answered by several entries together; their calls' longest time is what it saved."""
-        total_ms = (time.perf_counter() - client.started_s) * 1e3
+        total_ms = _ms_since(client)
         outcome = _outcome(
             query,
             request_id=client.request_id,
@@ -257,15 +256,12 @@ class Books:
             ttft_ms=total_ms,
             total_ms=total_ms,
         )
-        self._ledger.record(outcome)
-        saved_nusd = self.price(query, usage, client.ts_ms)
-        self._telemetry.lookup(outcome, steps_ms, scope=query.scope, saved_nusd=saved_nusd)
+        self.settle(outcome, steps_ms, scope=query.scope, saved_nusd=self.price(query, usage, client.ts_ms))
 
     def repeated(
         self, query: Query, client: Client, usage: Usage | None, model_served: str, word: str, status: int
     ) -> None:
         """Book a line of a batch that got the answer of another line of it, which asks the same."""
-        total_ms = (time.perf_counter() - client.started_s) * 1e3
         outcome = _outcome(
             query,
             request_id=client.request_id,
@@ -273,16 +269,15 @@ class Books:
             outcome=word,
             status=status,
             cache_status="MISS",
-            reason=_REPEATED.reason,
+            reason=REPEATED.reason,
             mechanism="batch.dedup",
             model_served=model_served,
             similarity=None,
             entry_id=None,
             usage=usage,
-            total_ms=total_ms,
+            total_ms=_ms_since(client),
         )
-        self._ledger.record(outcome)
-        self._telemetry.lookup(outcome, scope=query.scope, saved_nusd=self.price(query, usage, client.ts_ms))
+        self.settle(outcome, scope=query.scope, saved_nusd=self.price(query, usage, client.ts_ms))
 
     def batch_tier(self, query: Query, usage: Usage | None, ts_ms: int) -> str:
         """The tier a call of a provider's batch is booked at: "default", which is never too little, when nobody knows
@@ -319,8 +314,16 @@ class Books:
             ttft_ms=call.ttft_ms,
             total_ms=call.total_ms,
         )
-        self._ledger.record(outcome)
-        self._telemetry.lookup(outcome, scope=query.scope, cost_nusd=self.cost(call))
+        cost_nusd = self.cost(call)
+        self.settle(outcome, scope=query.scope, costs_nusd={query.upstream: cost_nusd} if cost_nusd else None)
+
+
+def _ms_since(client: Client) -> float:
+    return (time.perf_counter() - client.started_s) * 1e3
+
+
+def _ttft_ms(ending: Ending, client: Client) -> float | None:
+    return None if ending.first_byte_s is None else (ending.first_byte_s - client.started_s) * 1e3
 
 
 _TOLD_TIERS = {"default": "default", "standard": "default", "flex": "flex", "priority": "priority"}

@@ -13,10 +13,10 @@ got without ibid. A refusal of the smaller request is therefore told in terms of
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import orjson
@@ -25,7 +25,7 @@ from proxy import ports
 from proxy.core import freshness, policy
 from proxy.core.dialects.dialect import JSON, UsageMode
 from proxy.core.dialects.openai_embeddings import OpenAIEmbeddings, has_base64
-from proxy.core.directives import partial_header, verdict_headers
+from proxy.core.directives import partial_header
 from proxy.core.errors import BadRequest, CacheFault
 from proxy.core.model import Answer, Bypass, Draft, Eligibility, Entry, Hit, Input, Level, Miss, Tier
 from proxy.core.query import Batch, Query
@@ -33,10 +33,12 @@ from proxy.core.units import usd
 from proxy.hot import HotRow
 from proxy.money.books import Books, added, draft_of
 from proxy.records import Client, Fetch, Lookup
-from proxy.relay import Head, Relay, Replay
+from proxy.relay import Relay, Replay
 from proxy.request.embedding_rows import Answered, answers_in, are_alike, in_turns, spelled, understood, vector_in
 from proxy.request.explanation import explanation
+from proxy.request.heads import forward_headers, hit_head
 from proxy.request.pipeline import Pipeline
+from proxy.request.settle import Request
 from proxy.tasks import Tasks
 from proxy.watch.telemetry import Telemetry
 
@@ -96,7 +98,9 @@ class Embeddings:
         """Serve, complete or forward. Raises BadRequest (only-if-cached) and UpstreamError, never a cache fault."""
         wanted = _distinct(_batch_of(query))
         lookup, found = await self._look_up(query, client, wanted)
-        reply = await self._reply(query, client, lookup, wanted, found)
+        request = Request(query, client, lookup)
+        with self._pipeline.settler.failing(request):
+            reply = await self._reply(request, lookup, wanted, found)
         return reply if not query.controls.explain else reply.saying(explanation(query, lookup))
 
     async def find(self, query: Query, client: Client) -> Replay | Lookup:
@@ -120,24 +124,20 @@ class Embeddings:
             self._keep_if_storable(fetch, Told(), tuple(wanted), answered)
 
     async def _reply(
-        self,
-        query: Query,
-        client: Client,
-        lookup: Lookup,
-        wanted: Mapping[bytes, Input],
-        found: dict[bytes, HotRow] | None,
+        self, request: Request, lookup: Lookup, wanted: Mapping[bytes, Input], found: dict[bytes, HotRow] | None
     ) -> Replay | Relay:
+        query, client = request.query, request.client
         if found is not None and len(found) == len(wanted) and not query.controls.shadow:
             return await self._serve(query, client, lookup, found)
         if query.controls.only_if_cached:
-            unsent = Fetch(query, client, lookup, time.perf_counter(), self._pipeline.began(client))
-            _ = self._books.forwarded(query, client, lookup.verdict, unsent, "error", 504, None, collapsed=False)
+            began = self._pipeline.entries.began(client)
+            request.fetch = Fetch(query, client, lookup, time.perf_counter(), began)
             raise BadRequest(
                 "Not all in the cache, and the request asked for cached answers only.", status=504, code="not_cached"
             )
         if found is None:
-            return await self._forward_whole(query, client, lookup)
-        return await self._complete(query, client, lookup, wanted, {} if query.controls.shadow else found)
+            return await self._forward_whole(request, lookup)
+        return await self._complete(request, lookup, wanted, {} if query.controls.shadow else found)
 
     async def _look_up(
         self, query: Query, client: Client, wanted: Mapping[bytes, Input]
@@ -179,13 +179,13 @@ class Embeddings:
         left = [fingerprint for fingerprint in wanted if fingerprint not in found]
         if not left:
             return found, False
-        purges = self._pipeline.purges if len(left) <= WARM_LIMIT else -1  # never now: what is read is not kept
+        purges = self._pipeline.entries.purges if len(left) <= WARM_LIMIT else -1  # never now: what is read is not kept
         has_expired = False
         async for entry in in_turns(await self._store.find_many(left)):
             if entry.draft.scope != query.scope:
                 continue
             if _is_fresh(entry, query, client):
-                found[entry.draft.fingerprint] = self._pipeline.warm(entry, purges)
+                found[entry.draft.fingerprint] = self._pipeline.entries.warm(entry, purges)
             else:
                 has_expired = True
         return found, has_expired
@@ -204,60 +204,51 @@ class Embeddings:
         for entry in entries:
             self._store.mark_used(entry.id, client.ts_ms)
         assert isinstance(lookup.verdict, Hit)
-        headers = verdict_headers(
-            lookup.verdict,
-            upstream=query.upstream,
-            age_s=freshness.age_s(_oldest(entries).draft.created_ms, client.ts_ms),
-            ttl_s=min([freshness.remaining_s(e.draft.created_ms, e.draft.expires_ms, client.ts_ms) for e in entries]),
-            saved_nusd=self._books.price(query, usage, client.ts_ms),
-            cost_nusd=0,
-        )
-        if len(entries) > 1:
-            headers = [header for header in headers if header[0] != "x-cache-entry"]
-        headers.append(("Content-Type", JSON))
+        saved_nusd = self._books.price(query, usage, client.ts_ms)
+        head = hit_head(query, client, lookup.verdict, entries, saved_nusd)
         self._books.served(query, client, entries, model, usage, lookup.steps_ms)
-        return Replay(Head(headers, query.dialect.id_header), client.request_id, body)
+        return Replay(head, client.request_id, body)
 
     # -- complete ---------------------------------------------------------------------------------------------------
 
     async def _complete(
         self,
-        query: Query,
-        client: Client,
+        request: Request,
         lookup: Lookup,
         wanted: Mapping[bytes, Input],
         found: Mapping[bytes, HotRow],
     ) -> Replay | Relay:
         """Ask the upstream, in one call, for what was not found."""
+        query, client, request.lookup = request.query, request.client, lookup
         missing = {fingerprint: asked for fingerprint, asked in wanted.items() if fingerprint not in found}
         sent = self._sent(query, tuple(missing.values()))
-        began = self._pipeline.began(client)
-        fetch = Fetch(replace(query, forward_body=sent.body), client, lookup, time.perf_counter(), began)
+        began = self._pipeline.entries.began(client)
+        fetch = request.fetch = Fetch(
+            replace(query, forward_body=sent.body), client, lookup, time.perf_counter(), began
+        )
         response, raw = await self._call(fetch, sent)
         said = None if raw is None or response.status != 200 else _parsed(raw)
         fetch.usage = _speech(query).usage_of(said)
         size_bytes = BODY_LIMIT_BYTES if raw is None else len(raw)
         fetch.call = self._books.call_of(fetch, response.status, size_bytes, is_stream=False, won=True)
-        with self._booked(fetch):
-            answered = await understood(said, tuple(missing.values()), query.model, _speech(query))
+        answered = await understood(said, tuple(missing.values()), query.model, _speech(query))
         if raw is None or (answered is None and not _may_pass_on(sent, response.status, said)):
-            reply = await self._forward_whole(query, client, _spent(fetch))
+            reply = await self._forward_whole(request, _spent(fetch))
             if sent.is_recoded and response.status in REFUSALS and isinstance(reply, Relay) and reply.status == 200:
                 self._remember_plain(query)
             return reply
         if answered is None:
-            return self._relay(fetch, response, response.headers, raw)
+            return self._relay(request, fetch, response, response.headers, raw)
         if found and not are_alike([*(row.answer for row in found.values()), *answers_in(answered)]):
             # What is stored is another model's by now: ask for all of it, so that what is stored is alike again.
-            return await self._complete(query, client, _spent(fetch), wanted, {})
+            return await self._complete(request, _spent(fetch), wanted, {})
         fetch.answer = next(answers_in(answered))
         fetch.served = added(*[row.entry.draft.usage for row in found.values()])
         fetch.call = replace(fetch.call, model=answered.model)
         self._keep_if_storable(fetch, response, tuple(missing), answered)
         if sent.is_own:
-            return self._relay(fetch, response, response.headers, raw)
-        with self._booked(fetch):
-            body = await self._merged(query, fetch, tuple(missing), answered, found)
+            return self._relay(request, fetch, response, response.headers, raw)
+        body = await self._merged(query, fetch, tuple(missing), answered, found)
         headers = [header for header in response.headers if header[0].lower() not in _OF_THE_BYTES]
         headers.append(("Content-Type", JSON))
         if found:
@@ -265,7 +256,7 @@ class Embeddings:
             headers.append(("x-cache-saved-usd", usd(self._saved_nusd(fetch))))
             for row in found.values():
                 self._store.mark_used(row.entry.id, client.ts_ms)
-        return self._relay(fetch, response, headers, body)
+        return self._relay(request, fetch, response, headers, body)
 
     def _sent(self, query: Query, asked: Sequence[Input]) -> Sent:
         batch = _batch_of(query)
@@ -281,7 +272,7 @@ class Embeddings:
         return Sent(body, is_part, is_recoded)
 
     async def _call(self, fetch: Fetch, sent: Sent) -> tuple[ports.UpstreamResponse, bytes | None]:
-        """The whole answer; its bytes are None beyond BODY_LIMIT_BYTES. A call that fails is booked here."""
+        """The whole answer; its bytes are None beyond BODY_LIMIT_BYTES."""
         query, client = fetch.query, fetch.client
         headers = client.headers
         if not sent.is_own:  # the key names the client's own body
@@ -298,12 +289,11 @@ class Embeddings:
                 if size_bytes > BODY_LIMIT_BYTES:
                     response.abort()
                     return response, None
-        except BaseException as cause:
+        except BaseException:
             if response is not None:
                 response.abort()
             status = 0 if response is None else response.status
             fetch.call = self._books.call_of(fetch, status, size_bytes, is_stream=False, won=False)
-            self._book_broken(fetch, cause)
             raise
         response.release()
         return response, pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -315,21 +305,6 @@ class Embeddings:
             return 0
         whole = added(fetch.served, fetch.call.usage)
         return self._books.price(query, whole, ts_ms) - self._books.price(query, fetch.call.usage, ts_ms)
-
-    @contextlib.contextmanager
-    def _booked(self, fetch: Fetch) -> Iterator[None]:
-        """A client that leaves after the upstream has answered still leaves a row, and the call its cost."""
-        try:
-            yield
-        except BaseException as cause:
-            self._book_broken(fetch, cause)
-            raise
-
-    def _book_broken(self, fetch: Fetch, cause: BaseException) -> None:
-        outcome = "error" if isinstance(cause, Exception) else "cancelled"
-        status = getattr(cause, "status", 499)
-        verdict = fetch.lookup.verdict
-        self._books.forwarded(fetch.query, fetch.client, verdict, fetch, outcome, status, None, collapsed=False)
 
     async def _merged(
         self,
@@ -351,35 +326,25 @@ class Embeddings:
         return orjson.dumps(_speech(query).whole(data, answered.model, tokens, answered.said))
 
     def _relay(
-        self, fetch: Fetch, response: ports.UpstreamResponse, headers: Iterable[tuple[str, str]], body: bytes
+        self,
+        request: Request,
+        fetch: Fetch,
+        response: ports.UpstreamResponse,
+        headers: Iterable[tuple[str, str]],
+        body: bytes,
     ) -> Relay:
-        """What the client gets of a call that has ended; booked when it has gone out, or not."""
-        query, client, verdict = fetch.query, fetch.client, fetch.lookup.verdict
-        lines = verdict_headers(
-            verdict,
-            request_id=client.request_id,
-            upstream=query.upstream,
-            fwd_status=response.status,
-            shadow=query.controls.shadow,
-            refresh=query.controls.refresh,
-        )
-        lines += headers
-
-        def settle(relay: Relay, outcome: str) -> None:
-            ttft_ms = None if relay.first_byte_s is None else (relay.first_byte_s - client.started_s) * 1e3
-            cost_nusd = self._books.forwarded(
-                query, client, verdict, fetch, outcome, response.status, ttft_ms, collapsed=False
-            )
-            lines.append(("x-cost-usd", usd(cost_nusd)))  # in time for an answer that is written at once
-
-        return Relay(Read(body), query.dialect, response.status, lines, len(body), None, settle)
+        """What the client gets of a call that has ended."""
+        request.headers = [*forward_headers(request, fetch, response.status), *headers]
+        settle = partial(self._pipeline.settler.settle, request)
+        return Relay(Read(body), request.query.dialect, response.status, request.headers, len(body), None, settle)
 
     # -- forward whole ----------------------------------------------------------------------------------------------
 
-    async def _forward_whole(self, query: Query, client: Client, lookup: Lookup) -> Replay | Relay:
+    async def _forward_whole(self, request: Request, lookup: Lookup) -> Relay:
         """The client's own request, and the upstream's answer as it arrives: neither looked up nor stored."""
-        plain = replace(query, eligibility=Eligibility(Level.NONE, lookup.verdict.reason))
-        return await self._pipeline.forward(plain, client, lookup)
+        request.lookup = lookup
+        request.query = replace(request.query, eligibility=Eligibility(Level.NONE, lookup.verdict.reason))
+        return await self._pipeline.boarding.forward(request)
 
     def _remember_plain(self, query: Query) -> None:
         if len(self._plain) >= PLAIN_LIMIT:
@@ -416,7 +381,7 @@ class Embeddings:
                 stored = await asyncio.gather(*puts, return_exceptions=True)
                 replaced = [i for kept in stored if isinstance(kept, ports.Stored) for i in kept.replaced]
                 if replaced:
-                    self._pipeline.forget(replaced)
+                    self._pipeline.entries.forget(replaced)
                 for kept in stored:
                     if isinstance(kept, BaseException):
                         raise kept

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final, Protocol
 
@@ -19,15 +19,12 @@ from proxy.core.model import Answer, Entry, Miss
 from proxy.core.plan import DEFAULT_PLAN
 from proxy.core.purges import Began
 from proxy.core.query import Query
-from proxy.hot import HotRows
-from proxy.judging.audits import Again, Auditor
+from proxy.judging.audits import Again
 from proxy.lanes.forwarding import ACTING
-from proxy.lanes.prefetch import Prefetcher
-from proxy.lanes.route import BAD_ANSWERS, Router
+from proxy.lanes.route import BAD_ANSWERS
 from proxy.records import Client, Fetch, Lookup
 from proxy.request.collapse import Flight, Seat
-from proxy.tasks import Tasks
-from proxy.watch.telemetry import Telemetry
+from proxy.request.parts import Parts
 
 log = logging.getLogger(__name__)
 
@@ -42,32 +39,18 @@ class TakeOff(Protocol):
 class Errands:
     """Owns nothing; the pipeline lends it the parts. Lives on the event loop."""
 
-    def __init__(
-        self,
-        *,
-        router: Router,
-        prefetcher: Prefetcher,
-        auditor: Auditor,
-        store: ports.EntryStore,
-        hot: HotRows,
-        tasks: Tasks,
-        telemetry: Telemetry,
-        flights: MutableMapping[bytes, Flight[Fetch]],
-        take_off: TakeOff,
-        embedder: Callable[[], ports.Embedder | None],
-        clock: Callable[[], float],
-    ) -> None:
-        self.router = router
-        self._prefetcher = prefetcher
-        self._auditor = auditor
-        self._store = store
-        self._hot = hot
-        self._tasks = tasks
-        self._telemetry = telemetry
-        self._flights = flights
+    def __init__(self, parts: Parts, take_off: TakeOff) -> None:
+        self.router = parts.router
+        self._prefetcher = parts.prefetcher
+        self._auditor = parts.auditor
+        self._store = parts.store
+        self._hot = parts.hot
+        self._tasks = parts.tasks
+        self._telemetry = parts.telemetry
+        self._flights = parts.flights
         self._take_off = take_off
-        self._embedder = embedder
-        self._clock = clock
+        self._meaning = parts.meaning
+        self._clock = parts.clock
 
     def status(self) -> Mapping[str, object]:
         """For people: what was decided, guessed and learned."""
@@ -80,7 +63,7 @@ class Errands:
         """A stale entry is being served: fetch its successor, once at a time."""
         if self._is_under_way(query) or self._tasks.closed:
             return
-        lookup, draft, embedder = Lookup(Miss("expired")), entry.draft, self._embedder()
+        lookup, draft, embedder = Lookup(Miss("expired")), entry.draft, self._meaning.embedder
         if embedder is not None and draft.embedder == embedder.identity and draft.embedding is not None:
             lookup.vector = np.frombuffer(draft.embedding, np.float32)
             lookup.signature = None if draft.signature is None else np.frombuffer(draft.signature, np.uint64)
@@ -106,9 +89,7 @@ class Errands:
 
     async def _refetch(self, query: Query, client: Client, lookup: Lookup, purpose: str) -> None:
         """Forward a question for the cache alone; clients who ask it meanwhile may join."""
-        flight = self._take_off(self._fetch(query, client, lookup, purpose), shared=True)
-        self._flights[query.fingerprint] = flight
-        await _read_whole(flight.join())
+        await _read_whole(self._take_off(self._fetch(query, client, lookup, purpose), shared=True).join())
 
     def _is_under_way(self, query: Query) -> bool:
         flight = self._flights.get(query.fingerprint)

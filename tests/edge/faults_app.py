@@ -202,7 +202,7 @@ class Running:
     async def settled(self) -> None:
         """What runs behind the answers (stores, ledger) has come to its end."""
         async with asyncio.timeout(PATIENCE_S):
-            while running := set(self.pipeline._tasks._running):
+            while running := set(self.pipeline.tasks._running):
                 await asyncio.gather(*running, return_exceptions=True)
             await self.app.store.ledger.flush()
 

@@ -277,7 +277,7 @@ async def test_near_copies_beyond_the_keys_allowance_are_looked_up_exactly_only(
     async with semantic(tmp_path, up, ScriptedModel(), toml) as ibid:
         assert ibid.pipeline.index is not None
         await ibid.pipeline.index.ids()  # its kernels are compiled
-        ibid.pipeline._misses = Allowance(5, named=1)  # as if thousands of keys were known already
+        ibid.pipeline.finder.misses = Allowance(5, named=1)  # as if thousands of keys were known already
         replies = [await ibid.ask(question(text)) for text in near]
         assert [reply.headers["x-cache-reason"] for reply in replies[5:]] == ["too_many_misses"] * 3
         assert "too_many_misses" not in {reply.headers["x-cache-reason"] for reply in replies[:5]}

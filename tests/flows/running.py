@@ -204,7 +204,7 @@ class Ibid(Client):
 
     async def settled(self) -> None:
         """Every forward has ended and what may be stored is stored."""
-        await until(lambda: not self.app.pipeline.flights and not len(self.app.pipeline._tasks))
+        await until(lambda: not self.app.pipeline.flights and not len(self.app.pipeline.tasks))
 
     async def fill(self, prompt: str, **fields: Any) -> Reply:
         """Ask something new and wait until its answer is stored."""

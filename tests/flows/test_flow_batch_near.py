@@ -148,7 +148,9 @@ async def test_lines_of_two_scopes_do_not_wait_for_one_another(data_dir, up):
 
 
 async def test_with_the_semantic_lane_off_nothing_waits(data_dir, up, monkeypatch):
-    monkeypatch.setattr("proxy.admin.reindex.Reindex.keep_up", asyncio.Event().wait)  # gives vectors to what has none, later
+    monkeypatch.setattr(
+        "proxy.admin.reindex.Reindex.keep_up", asyncio.Event().wait
+    )  # gives vectors to what has none, later
     theirs = BatchUpstream(up)
     async with running(data_dir, up.url, {**QUICKLY, "cache": {"semantic": False}}) as ibid, sdk(ibid) as client:
         batch = await ended(client, await hand_in(client, lines_of(ALIKE)))

@@ -243,7 +243,7 @@ async def test_a_purge_in_another_process_reaches_what_this_one_is_at(tmp_path, 
         asking = asyncio.create_task(ibid.ask(ASKED, **MARKED))
         await held.arrived.wait()
         assert await purge(other, "tag") == 1
-        await ibid.app.pipeline.follow()  # what the timer does
+        await ibid.app.pipeline.entries.follow()  # what the timer does
         assert not ibid.app.pipeline.flights  # nobody joins it any more
         held.released.set()
         assert (await asking).text == "the old text"
@@ -280,7 +280,7 @@ async def overtaken(ibid, count=1):
 
 async def expire(ibid):
     """Let every stored entry be past its time."""
-    now_ms = int(ibid.app.pipeline._clock() * 1000)
+    now_ms = int(ibid.app.pipeline.clock() * 1000)
     for row in await ibid.entries():
         await ibid.app.store.entries.touch(row["id"], now_ms - 1000)
     ibid.app.pipeline.hot.clear()

@@ -66,7 +66,7 @@ class Handing:
         return len(body) + self.course.provider.overhead(tag, self.course.job.path, number)
 
     async def _hand_in(self, upstream: str, model: str, numbers: list[int], size_bytes: int) -> None:
-        purge, now_ms = self.course.shop.lines.pipeline.began(self.course.client()).purge, self.course.now_ms()
+        purge, now_ms = self.course.shop.lines.pipeline.entries.began(self.course.client()).purge, self.course.now_ms()
         number = len(self.parts.all)
         part = Part(number, upstream, model, lines=len(numbers), created_ms=now_ms, purge=purge)
         pause_s = self.course.shop.poll_s

@@ -1,0 +1,142 @@
+"""The end of an upstream call: what it said is read and booked, those who followed it are settled, and it is stored if
+it may be stored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from proxy import ports
+from proxy.core import policy
+from proxy.core.dialects.dialect import Recording
+from proxy.core.model import Answer, Level
+from proxy.core.pace import has_pace, runs_of, texts_of
+from proxy.core.plan import Lane
+from proxy.core.query import Query
+from proxy.lanes.forwarding import STALE_IF_ERROR
+from proxy.lanes.route import MECHANISM as ROUTED
+from proxy.money.books import draft_of
+from proxy.records import Fetch
+from proxy.request.collapse import Flight
+from proxy.request.entries import Entries
+from proxy.request.errands import Errands, reason_of
+from proxy.request.parts import Parts
+
+
+class Landing:
+    """Owns nothing it is given."""
+
+    def __init__(self, parts: Parts, entries: Entries, errands: Errands) -> None:
+        self._parts = parts
+        self._books = parts.books
+        self._telemetry = parts.telemetry
+        self._entries = entries
+        self._errands = errands
+
+    def landed(self, flight: Flight[Fetch]) -> None:
+        """The upstream call ended, one way or the other."""
+        fetch, response = flight.context, flight.response
+        status = 0 if response is None else response.status
+        is_stream = response is not None and response.content_type == fetch.asked.dialect.stream_type
+        self._read(flight, status, is_stream=is_stream)
+        self._count_calls(flight, status, is_stream=is_stream)
+        if self._parts.finisher is not None:
+            self._parts.finisher.landed(flight)
+        if fetch.purpose != "answer":
+            self._books.unasked(fetch)
+        for settle in fetch.deferred:
+            settle()
+        fetch.deferred.clear()
+        if fetch.answer is not None:
+            _ = self._parts.tasks.spawn(self._keep(flight, fetch.answer), "store")
+        else:
+            self._telemetry.unstored(fetch.unstored or "no_answer")
+            self._forget_flight(flight)
+            if fetch.routed_to:
+                self._errands.unstored(fetch)
+
+    def _read(self, flight: Flight[Fetch], status: int, *, is_stream: bool) -> None:
+        """Usage, and the answer if it may be stored, into the fetch."""
+        fetch, recording = flight.context, None
+        query = fetch.asked
+        body = b"" if flight.trimmed else flight.body
+        if status == 200 and query.eligibility.level is Level.NONE:
+            fetch.usage = fetch.usage or query.dialect.find_usage(body)
+        elif status == 200:
+            recording = query.dialect.record(body, is_stream=is_stream, n=query.n, keeps_id=query.keeps_id)
+            fetch.usage = fetch.usage or recording.usage
+        fetch.unstored = self._why_unstored(flight, recording)
+        answer = None if recording is None or fetch.unstored else recording.answer
+        if answer is None:
+            return
+        if answer.usage is None and query.output_limit is not None:
+            answer = replace(answer, limit=query.output_limit)
+        if is_stream and has_pace(flight.arrived_s):
+            texts = texts_of(answer.message.get("content"), answer.pieces)
+            answer = replace(answer, runs=runs_of(flight.pieces, flight.arrived_s, texts))
+        fetch.answer = answer
+
+    def _count_calls(self, flight: Flight[Fetch], status: int, *, is_stream: bool) -> None:
+        """The calls that were made, now that their end is known."""
+        fetch = flight.context
+        if fetch.attempt is None and not fetch.stand_in and fetch.attempts:  # it ended while several were under way
+            fetch.attempt = fetch.attempts[0]
+        if fetch.stand_in != STALE_IF_ERROR:
+            won = flight.is_delivered
+            fetch.call = self._books.call_of(fetch, status, flight.size_bytes, is_stream=is_stream, won=won)
+            self._parts.forwarder.learn(fetch)
+        if len(fetch.attempts) > 1 or fetch.attempt is None:
+            fetch.extra = self._books.lost_calls(fetch, fetch.usage)
+
+    def _why_unstored(self, flight: Flight[Fetch], recording: Recording | None) -> str:
+        response = flight.response
+        whole = flight.complete and flight.error is None and not flight.trimmed
+        fetch = flight.context
+        if response is None or not whole:
+            return "truncated"
+        sending = fetch.sending if fetch.attempt is None else fetch.attempt.sending
+        if fetch.stand_in or (sending.is_other and ROUTED not in sending.shaped_by):
+            return "other_model"  # whose answer is not the one that is asked for under this scope
+        return (
+            policy.storable(
+                None if recording is None else recording.answer or recording.refusal_reason,
+                fetch.query,
+                self._parts.rules,
+                status=response.status,
+                size_bytes=flight.size_bytes,
+                header=response.header,
+                aliases=self._parts.model_aliases,
+            )
+            or ""
+        )
+
+    async def _keep(self, flight: Flight[Fetch], answer: Answer) -> None:
+        """The flight stays joinable until its entry is committed."""
+        try:
+            await self.keep(flight.context, answer)
+        finally:
+            self._forget_flight(flight)
+
+    def _forget_flight(self, flight: Flight[Fetch]) -> None:
+        fingerprint = flight.context.asked.fingerprint
+        if self._parts.flights.get(fingerprint) is flight:
+            del self._parts.flights[fingerprint]
+
+    async def keep(self, fetch: Fetch, answer: Answer) -> None:
+        """Store an answer, and learn from it."""
+        embedder = self._parts.meaning.embedder
+        identity = "" if embedder is None else embedder.identity
+        draft = draft_of(fetch, answer, identity, self._parts.rules, int(self._parts.clock() * 1000))
+        try:
+            entry = await self._entries.put(draft, answer, fetch.began)
+            if entry is None:
+                return
+            opinion = None if fetch.routed_to else fetch.lookup.opinion  # of answers of the model asked for
+            self._parts.auditor.stored(opinion, fetch.again, fetch.query, fetch.client.headers, entry, answer)
+            if fetch.purpose == "answer" and may_route(fetch.asked):
+                self._errands.stored(fetch, entry, answer)
+        except ports.CACHE_FAULTS as fault:
+            self._telemetry.fault(reason_of(fault))
+
+
+def may_route(query: Query) -> bool:
+    return Lane.ROUTE in query.plan.lanes and query.eligibility.level is not Level.NONE and query.batch is None

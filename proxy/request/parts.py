@@ -1,0 +1,50 @@
+"""What the stages of a request work with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+
+from proxy import ports
+from proxy.core.dialects.dialect import UsageMode
+from proxy.core.model import Rules
+from proxy.core.pace import Pace
+from proxy.hot import HotRows
+from proxy.judging.audits import Auditor
+from proxy.lanes.forwarding import Forwarder
+from proxy.lanes.prefetch import Prefetcher
+from proxy.lanes.route import Router
+from proxy.meaning import Meaning
+from proxy.money.books import Books
+from proxy.records import Fetch
+from proxy.request.collapse import Flight
+from proxy.request.leaving import Finisher
+from proxy.settings.lanes import StaleLane
+from proxy.tasks import Tasks
+from proxy.watch.telemetry import Telemetry
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class Parts:
+    """Owns nothing it is given; `app.py` opens and closes the edges."""
+
+    rules: Rules
+    store: ports.EntryStore
+    books: Books
+    telemetry: Telemetry
+    tasks: Tasks
+    hot: HotRows
+    meaning: Meaning
+    auditor: Auditor
+    forwarder: Forwarder
+    router: Router
+    prefetcher: Prefetcher
+    stale: StaleLane
+    usage_on_hit: UsageMode = "original"
+    pace: Pace = "instant"
+    finisher: Finisher | None = None
+    model_aliases: Mapping[str, Collection[str]] = field(default_factory=dict)
+    semantic_misses_per_min: int = 0
+    clock: Callable[[], float] = time.time
+    flights: dict[bytes, Flight[Fetch]] = field(init=False, default_factory=dict)  # that others may join

@@ -1,0 +1,97 @@
+"""The one way out of a request: whatever happened to it, here it is booked and what it held is let go of.
+
+`Books.settle` writes the row, the counters and the line of the log; here stand when that is done, and what a hit
+teaches. A request that follows a call is settled when the call's own end is known: others may still read what this
+client started, and what it cost is told last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+from proxy.core.model import Hit, Tier, Verdict
+from proxy.core.plan import Lane
+from proxy.core.query import Query
+from proxy.core.units import usd
+from proxy.hot import Alias
+from proxy.money.books import COLLAPSED
+from proxy.records import Client, Fetch, Lookup
+from proxy.relay import Ending
+from proxy.request.collapse import Flight
+from proxy.request.errands import Errands
+from proxy.request.parts import Parts
+
+
+@dataclass(slots=True)
+class Request:
+    """A question on its way; each stage completes it and hands it on."""
+
+    query: Query
+    client: Client
+    lookup: Lookup | None = None  # once it was looked up, or needs not be
+    fetch: Fetch | None = None  # the call that answers it, its own or another's
+    is_collapsed: bool = False  # another's
+    has_joined: bool = False  # another's, were it in vain
+    flight: Flight[Fetch] | None = None  # whose bytes it is given as they arrive
+    headers: list[tuple[str, str]] = field(default_factory=list)  # of its reply, until that is written
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.is_collapsed:
+            return COLLAPSED
+        assert self.lookup is not None
+        return self.lookup.verdict
+
+
+class Settler:
+    """Owns nothing it is given."""
+
+    def __init__(self, parts: Parts, errands: Errands) -> None:
+        self._books = parts.books
+        self._hot = parts.hot
+        self._auditor = parts.auditor
+        self._errands = errands
+
+    @contextmanager
+    def failing(self, request: Request) -> Iterator[None]:
+        """Settle a request that ends without a reply: refused, cancelled, or with its upstream's error."""
+        try:
+            yield
+        except BaseException as cause:
+            self.settle(request, Ending.of(cause))
+            raise
+
+    def settle(self, request: Request, ending: Ending) -> None:
+        """Of a request that was not answered from entries, or not all of it. Who left while it was looked up was told
+        nothing and cost nothing: that leaves no row."""
+        flight = request.flight
+        if request.fetch is None:
+            return
+        if flight is None or flight.ended:
+            self._book(request, request.fetch, ending)
+        else:
+            flight.context.deferred.append(partial(self._book, request, request.fetch, ending))
+
+    def _book(self, request: Request, fetch: Fetch, ending: Ending) -> None:
+        cost_nusd = self._books.forwarded(request.query, request.client, fetch, ending, collapsed=request.is_collapsed)
+        request.headers.append(("x-cost-usd", usd(cost_nusd)))  # in time for an answer that is not a stream
+
+    def learn(self, query: Query, client: Client, lookup: Lookup, *, refetches: bool = True) -> None:
+        """A hit that was looked up is about to be served: remember the wording, and perhaps ask again upstream.
+        `refetches`: what is stale too."""
+        hit, opinion = lookup.verdict, lookup.opinion
+        assert isinstance(hit, Hit)
+        if hit.tier is Tier.SEMANTIC:
+            assert opinion is not None
+            assert opinion.chosen is not None
+            alias = Alias(hit.entry.id, hit.similarity, hit.probability, self._auditor.judge.epoch)
+            self._hot.add_alias(query.fingerprint, alias)
+            again = self._auditor.served(opinion, opinion.chosen, client.request_id)
+            if again is not None and not query.controls.only_if_cached:
+                self._errands.audit(query, client, lookup, again)
+        elif hit.tier is Tier.STALE and refetches:
+            if Lane.REVALIDATE in query.plan.lanes and not query.controls.only_if_cached:
+                self._errands.revalidate(query, client, hit.entry)
