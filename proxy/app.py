@@ -1,8 +1,9 @@
 """Composition root: builds every edge, opens them in order, closes them in reverse. Imported by the command line only.
 
 Order: ports (`proxy.doorstep`) → data directory and secret → database → listeners → model, kernels, index, evidence
-(`proxy.loading`). Until those are there, lookups that need them are a bypass `loading`; ledger, keys, limits, exact
-hits and forwards need none of them. Importing this module must stay quick: FAISS, Numba and ONNX Runtime stay out.
+(`proxy.upkeep.loading`). Until those are there, lookups that need them are a bypass `loading`; ledger, keys, limits,
+exact hits and forwards need none of them. Importing this module must stay quick: FAISS, Numba and ONNX Runtime stay
+out.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ from proxy.watch.memory import Memory, group_limit_bytes
 from proxy.watch.telemetry import Telemetry
 
 if TYPE_CHECKING:
-    from proxy.loading import Opened
+    from proxy.upkeep.loading import Opened
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +195,7 @@ async def load_meaning(app: App, stack: contextlib.AsyncExitStack, tell: Tell) -
     telling = asyncio.ensure_future(progress())
     try:
         step(Step("libraries", 1, 4))
-        room = await aside(lambda: importlib.import_module("proxy.loading"))
+        room = await aside(lambda: importlib.import_module("proxy.upkeep.loading"))
         app.opened = opened = await room.open_semantic(settings, app.store, stack, step)
         meaning.identity = opened.embedder.identity
         await learn(app)
