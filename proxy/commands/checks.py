@@ -16,6 +16,7 @@ from typing import NamedTuple
 from index.errors import ModelFault
 from proxy.core.errors import ConfigError
 from proxy.core.patterns import is_one_of
+from proxy.meaning import SNAPSHOT_NAME
 from proxy.money.prices import Prices, configured
 from proxy.settings.config import Address, Settings
 
@@ -23,7 +24,6 @@ OUR_PACKAGES = ("proxy", "index")
 OUR_DISTRIBUTION = "ibid-proxy"
 EARLIEST_S = 1_760_000_000  # October 2025, before this program was written
 LATEST_S = 4_102_444_800  # the year 2100
-SNAPSHOT = "index.snapshot"
 
 
 class Finding(NamedTuple):
@@ -224,7 +224,7 @@ def _model(settings: Settings) -> Iterator[Finding]:
 
 
 def _snapshot(settings: Settings) -> Iterator[Finding]:
-    path = settings.data_dir / SNAPSHOT
+    path = settings.data_dir / SNAPSHOT_NAME
     if not path.exists():
         yield Finding("index", "ok", "no snapshot: the start builds the index from SQL")
     elif not path.is_file() or not os.access(path, os.R_OK):

@@ -196,9 +196,9 @@ def _serve(settings: config.Settings, _chosen: argparse.Namespace) -> int:
     from proxy.doorstep import open_doorstep
 
     door = open_doorstep(settings)
-    from proxy import app  # seconds: behind the open ports
+    from proxy.commands import serve  # seconds: behind the open ports
 
-    app.serve(settings, door)
+    serve.serve(settings, door)
     return FINE
 
 

@@ -11,10 +11,9 @@ from index.model import BUNDLED_NAMES
 from index.vectors import VectorOwner
 from proxy.commands.printing import Bar
 from proxy.core.errors import ConfigError
+from proxy.meaning import SNAPSHOT_NAME
 from proxy.settings.config import Settings
 from proxy.store.store import open_store
-
-SNAPSHOT = "index.snapshot"
 
 
 async def rebuild(settings: Settings) -> int:
@@ -46,7 +45,7 @@ async def rebuild(settings: Settings) -> int:
                 bar.advance(len(block.ids))
             bar.close()
             await index.settled()
-            await index.snapshot(settings.data_dir / SNAPSHOT)
+            await index.snapshot(settings.data_dir / SNAPSHOT_NAME)
             return index.size
         except (IndexRoomError, OSError) as fault:
             raise ConfigError(f"the index cannot be rebuilt: {fault}") from fault
