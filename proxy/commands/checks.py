@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import importlib.metadata
 import os
 import socket
 import sqlite3
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from index.errors import ModelFault
+from proxy.commands import printing
+from proxy.commands.codes import ACT, FINE
 from proxy.core.errors import ConfigError
 from proxy.core.patterns import is_one_of
 from proxy.meaning import SNAPSHOT_NAME
@@ -265,3 +269,16 @@ def _bind(address: Address) -> None:
     with socket.socket(family, kind, protocol) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(where)
+
+
+def run(settings: Settings, chosen: argparse.Namespace) -> int:
+    found = inspect(settings)
+    if chosen.json:
+        sys.stdout.write(printing.as_json([finding._asdict() for finding in found]))
+    else:
+        for finding in found:
+            print(f"{finding.state:<5} {finding.part:<15} {printing.printable(finding.note)}")
+    failed = [finding for finding in found if finding.state == "fail"]
+    if failed:
+        print(f"ibid: {printing.printable(failed[0].part)}: {printing.printable(failed[0].note)}", file=sys.stderr)
+    return ACT if failed else FINE
