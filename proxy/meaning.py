@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 from proxy import ports
 
 LOADING: Final = "loading"
+SNAPSHOT_NAME: Final = "index.snapshot"  # of the index, in the data directory
 
 Verify = Callable[[str, Sequence[str], str], Awaitable[Sequence[float]]]
 """(text asked, stored texts, tenant) → the pair guard's logits. Raises as `ports.Embedder.verify`."""

@@ -50,9 +50,9 @@ def test_the_door_silences_before_it_imports(tmp_path: Path) -> None:
     assert wanted["ORT_DISABLE_TELEMETRY"] == "1"
 
 
-@pytest.mark.parametrize("module", ["proxy.app", "proxy.commands.main", "proxy.doorstep"])
+@pytest.mark.parametrize("module", ["proxy.commands.serve", "proxy.commands.main", "proxy.doorstep"])
 def test_what_a_start_imports_before_it_listens_is_light(module: str) -> None:
-    heavy = (*HEAVY, "sqlalchemy", "aiohttp", "numpy") if module != "proxy.app" else HEAVY
+    heavy = (*HEAVY, "sqlalchemy", "aiohttp", "numpy") if module != "proxy.commands.serve" else HEAVY
     code = f"import sys, {module}\nprint([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.stdout.strip() == "[]", done.stderr

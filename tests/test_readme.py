@@ -157,7 +157,7 @@ def test_every_metric_is_in_the_readme_and_no_other() -> None:
     names = {
         family.name + ("_total" if family.type == "counter" else "") for family in Telemetry().collect()
     }  # without a log: its one counter is named below
-    gauges = set(re.findall(r'gauge\("(ibid_[a-z_]+)"', (ROOT / "proxy/app.py").read_text()))
+    gauges = set(re.findall(r'gauge\("(ibid_[a-z_]+)"', (ROOT / "proxy/upkeep/gauges.py").read_text()))
     assert gauges
     told = {name for name in quoted(table("| says | metric | labels |")) if name.startswith("ibid_")}
     assert told == names | gauges | {"ibid_log_lines_dropped_total"}

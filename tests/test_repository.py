@@ -135,6 +135,93 @@ def test_a_circle_behind_a_lazy_import_is_found(tmp_path: Path, monkeypatch: pyt
     check_no_circle(arrows("house"))
 
 
+def floors() -> dict[str, int]:
+    """Rooms of `proxy` by the floor that the import contract puts them on; the ground is 0."""
+    (contract,) = (one for one in PROJECT["tool"]["importlinter"]["contracts"] if one["type"] == "layers")
+    layers = [[room.strip() for room in layer.split("|")] for layer in contract["layers"]]
+    return {f"proxy.{room}": height for height, layer in enumerate(reversed(layers)) for room in layer}
+
+
+def upward(arrows: Mapping[str, set[str]], floors: Mapping[str, int]) -> Iterator[str]:
+    """Imports of a room by another one that stands no higher."""
+
+    def room(module: str) -> str:
+        return ".".join(module.split(".")[:2])
+
+    for module, found in arrows.items():
+        for other in found:
+            if room(module) != room(other) and floors[room(module)] <= floors[room(other)]:
+                yield f"{module} -> {other}"
+
+
+def test_no_module_imports_upward_even_lazily_or_for_its_types() -> None:
+    assert sorted(upward(arrows("proxy"), floors())) == []
+
+
+UPWARD = {
+    "at its top": "import house.above\n",
+    "inside a function": "def f():\n    from house import above\n",
+    "inside a method that waits": "class C:\n    async def f(self):\n        from house.above import x\n",
+}
+
+
+@pytest.mark.parametrize("text", UPWARD.values(), ids=UPWARD)
+def test_an_import_that_points_up_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """By the search above, and by the `layers` contract that `make lint` checks."""
+    monkeypatch.setattr("tests.test_repository.ROOT", tmp_path)
+    house = tmp_path / "house"
+    house.mkdir()
+    (house / "__init__.py").touch()
+    (house / "above.py").write_text("x = 1\n")
+    (house / "below.py").write_text(text)
+    heights = {"house.above": 1, "house.below": 0}
+    assert list(upward(arrows("house"), heights)) == ["house.below -> house.above"]
+    config = tmp_path / "contracts.toml"
+    config.write_text(
+        '[tool.importlinter]\nroot_package = "house"\n[[tool.importlinter.contracts]]\nname = "floors"\n'
+        'type = "layers"\nlayers = ["house.above", "house.below"]\n'
+    )
+    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(sys.argv[1], no_cache=True))"
+    command = [sys.executable, "-c", code, str(config)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert (done.returncode, "house.below is not allowed to import house.above" in done.stdout) == (1, True), done
+    (house / "below.py").write_text("")
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=PATIENCE_S).returncode == 0
+
+
+LONGEST = 60  # lines of a function
+STILL_LONGER = {"proxy/request/reading.py: _query"}  # may only shrink
+
+
+def longer(tree: ast.Module) -> Iterator[str]:
+    """Functions of more than LONGEST lines, but kernels: what Numba compiles cannot be cut up without a price."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        decorators = {ast.unparse(one.func if isinstance(one, ast.Call) else one) for one in node.decorator_list}
+        assert node.end_lineno is not None
+        if node.end_lineno - node.lineno >= LONGEST and not decorators & {"_kernel", "numba.njit", "njit"}:
+            yield node.name
+
+
+def test_no_function_is_longer_than_a_page() -> None:
+    found = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for folder in ("proxy", "index")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for name in longer(ast.parse(path.read_text()))
+    }
+    assert found == STILL_LONGER
+
+
+def test_the_search_for_long_functions_finds_them() -> None:
+    body = "    pass\n" * (LONGEST - 1)
+    assert list(longer(ast.parse(f"def f():\n{body}"))) == []
+    assert list(longer(ast.parse(f"class C:\n  async def f():\n{body}    pass\n"))) == ["f"]
+    assert list(longer(ast.parse(f"def f():\n  @other(1)\n  def g():\n{body}    pass\n"))) == ["f", "g"]
+    assert list(longer(ast.parse(f"@_kernel\ndef f():\n{body}    pass\n"))) == []
+
+
 def test_environment_is_read_in_one_place() -> None:
     """The command line hands `os.environ` to `config.load`; nobody else looks."""
     readers = set()

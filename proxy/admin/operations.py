@@ -120,19 +120,8 @@ class Operator:
             "answer": {"message": dict(answer.message), "finish_reason": answer.finish_reason, "model": answer.model},
         }
 
-    async def purge(self, selector: admin.Selector, *, dry_run: bool) -> Sequence[int]:
-        ids = await self._store.entries.purge(
-            Selector(
-                ids=selector.ids,
-                tags=selector.tags,
-                namespace=selector.namespace,
-                model=selector.model,
-                older_than_ms=selector.created_before_ms,
-                writer=selector.writer,
-                everything=selector.everything,
-            ),
-            dry_run=dry_run,
-        )
+    async def purge(self, selector: Selector, *, dry_run: bool) -> Sequence[int]:
+        ids = await self._store.entries.purge(selector, dry_run=dry_run)
         if not dry_run:
             self._pipeline.entries.purged(ids)
             self._store.comparisons.forget(ids)
@@ -182,16 +171,20 @@ class Operator:
 
     async def simulate(self, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
         """In a process of its own: it computes for seconds, which this one's loop must not."""
-        command = [
-            sys.executable,
-            "-m",
-            "index.lifeline",
-            "proxy",
-            "simulate",
-            "--json",
-            "--data-dir",
-            str(self._settings.data_dir),
-        ]
+        environment = dict(os.environ)
+        if self._settings.store.database_url:
+            environment["IBID_DATABASE_URL"] = self._settings.store.database_url  # may hold a password: no argument
+        code, out, errors = await _run_beside(self._simulation(wanted), environment)
+        if code != 0:
+            lines = errors.decode(errors="replace").strip().splitlines()
+            raise BadRequest(lines[-1][:500] if lines else "the simulation failed", code="simulation_failed")
+        found: Mapping[str, Any] = orjson.loads(out)
+        return found
+
+    def _simulation(self, wanted: Mapping[str, Any]) -> list[str]:
+        """Its command line."""
+        command = [sys.executable, "-m", "index.lifeline", "proxy", "simulate", "--json"]
+        command += ["--data-dir", str(self._settings.data_dir)]
         if self._settings.source is not None:
             command += ["--config", str(self._settings.source)]
         if wanted["max_error"] is not None:
@@ -201,31 +194,7 @@ class Operator:
         for name in ("namespace", "limit"):
             if wanted[name] is not None:
                 command += [f"--{name}", str(wanted[name])]
-        environment = dict(os.environ)
-        if self._settings.store.database_url:
-            environment["IBID_DATABASE_URL"] = self._settings.store.database_url  # may hold a password: no argument
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.PIPE,  # open while this process lives
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=environment,
-        )
-        try:
-            async with asyncio.timeout(SIMULATE_S):
-                assert process.stdout is not None
-                assert process.stderr is not None
-                out, errors = await asyncio.gather(process.stdout.read(), process.stderr.read())
-                await process.wait()
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        if process.returncode != 0:
-            lines = errors.decode(errors="replace").strip().splitlines()
-            raise BadRequest(lines[-1][:500] if lines else "the simulation failed", code="simulation_failed")
-        found: Mapping[str, Any] = orjson.loads(out)
-        return found
+        return command
 
     def keys(self) -> Sequence[Mapping[str, Any]]:
         return self._keys.listed()
@@ -273,6 +242,28 @@ class Operator:
 
 
 _UNSHOWN = frozenset({"scope", "fingerprint", "usage", "answer", "embedding", "signature"})
+
+
+async def _run_beside(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int | None, bytes, bytes]:
+    """Exit code and both outputs of a process that does not outlive this one, nor SIMULATE_S."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.PIPE,  # open while this process lives
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=environment,
+    )
+    try:
+        async with asyncio.timeout(SIMULATE_S):
+            assert process.stdout is not None
+            assert process.stderr is not None
+            out, errors = await asyncio.gather(process.stdout.read(), process.stderr.read())
+            await process.wait()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return process.returncode, out, errors
 
 
 def _day(ms: int | None, default: str) -> str:

@@ -23,6 +23,7 @@ from proxy.admin.routes import BY_NAME, ROUTES, describe
 from proxy.admin.schema import BODY_LIMIT_BYTES, Values, invalid, read_body, read_bytes, read_query, read_values
 from proxy.client.incoming import error_response, new_request_id
 from proxy.core.errors import BadRequest, CacheFault, IbidError
+from proxy.core.purges import Selector
 from proxy.watch.telemetry import CONTENT_TYPE, Telemetry
 
 log = logging.getLogger(__name__)
@@ -60,18 +61,6 @@ class EntryFilter(NamedTuple):
     q: str | None
     limit: int
     cursor: int | None
-
-
-class Selector(NamedTuple):
-    """Which entries to purge: those that match every field given. `everything` with nothing else: all of them."""
-
-    ids: tuple[int, ...] = ()
-    tags: tuple[str, ...] = ()  # carries at least one of them
-    namespace: str | None = None
-    model: str | None = None
-    created_before_ms: int | None = None
-    writer: str | None = None  # id of the request that caused the entry
-    everything: bool = False
 
 
 class Table(NamedTuple):
@@ -258,7 +247,7 @@ class Admin:
             tags=values["tags"] or (),
             namespace=values["namespace"],
             model=values["model"],
-            created_before_ms=values["older_than"],
+            older_than_ms=values["older_than"],
             writer=values["writer"],
         )
         if selector == Selector():

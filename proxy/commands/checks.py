@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import importlib.metadata
 import os
 import socket
 import sqlite3
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from index.errors import ModelFault
+from proxy.commands import printing
+from proxy.commands.codes import ACT, FINE
 from proxy.core.errors import ConfigError
 from proxy.core.patterns import is_one_of
+from proxy.meaning import SNAPSHOT_NAME
 from proxy.money.prices import Prices, configured
 from proxy.settings.config import Address, Settings
 
@@ -23,7 +28,6 @@ OUR_PACKAGES = ("proxy", "index")
 OUR_DISTRIBUTION = "ibid-proxy"
 EARLIEST_S = 1_760_000_000  # October 2025, before this program was written
 LATEST_S = 4_102_444_800  # the year 2100
-SNAPSHOT = "index.snapshot"
 
 
 class Finding(NamedTuple):
@@ -224,7 +228,7 @@ def _model(settings: Settings) -> Iterator[Finding]:
 
 
 def _snapshot(settings: Settings) -> Iterator[Finding]:
-    path = settings.data_dir / SNAPSHOT
+    path = settings.data_dir / SNAPSHOT_NAME
     if not path.exists():
         yield Finding("index", "ok", "no snapshot: the start builds the index from SQL")
     elif not path.is_file() or not os.access(path, os.R_OK):
@@ -265,3 +269,16 @@ def _bind(address: Address) -> None:
     with socket.socket(family, kind, protocol) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(where)
+
+
+def run(settings: Settings, chosen: argparse.Namespace) -> int:
+    found = inspect(settings)
+    if chosen.json:
+        sys.stdout.write(printing.as_json([finding._asdict() for finding in found]))
+    else:
+        for finding in found:
+            print(f"{finding.state:<5} {finding.part:<15} {printing.printable(finding.note)}")
+    failed = [finding for finding in found if finding.state == "fail"]
+    if failed:
+        print(f"ibid: {printing.printable(failed[0].part)}: {printing.printable(failed[0].note)}", file=sys.stderr)
+    return ACT if failed else FINE

@@ -5,7 +5,11 @@ Semantic hits are counted apart from exact ones, and every share comes with its 
 
 from __future__ import annotations
 
+import argparse
+import asyncio
+import os
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -19,14 +23,16 @@ from index.errors import ModelFault
 from index.learner import Learner
 from index.levels import LEVELS
 from index.vectors import VectorOwner
-from proxy.commands.labelled import SCOPE, Asked, Pair, Readings
+from proxy.commands import plot, printing
+from proxy.commands.codes import FINE
+from proxy.commands.labelled import SCOPE, Asked, Pair, Readings, read_readings
 from proxy.commands.labelled import read as read_labelled
-from proxy.commands.printing import as_table
 from proxy.commands.rehearsal import Rehearsal, Texts, compile_matching, is_eligible, nearest
 from proxy.core import policy
 from proxy.core.errors import ConfigError
 from proxy.core.model import Candidate, Rules
 from proxy.judging.judge import Judge, Place, objection
+from proxy.settings.config import Settings
 
 BUDGETS: Final = (0.005, 0.01, 0.02, 0.05)
 PEERS: Final = (
@@ -307,12 +313,12 @@ def report(found: Mapping[str, Any]) -> str:
             ]
         )
     columns = ("budget", "hits/asked", "wrong/hits", "error", "95 %", "wrong as read", "audited", "best fixed cosine")
-    lines.append(as_table(columns, rows))
+    lines.append(printing.as_table(columns, rows))
     fixed_rows = [
         [peer["rule"], f"{peer['hit_rate']:.3f}", f"{peer['wrong']}/{peer['hits']}",
          f"{peer['wrong'] / peer['hits']:.2%}" if peer["hits"] else "-"] for peer in found["peers"]
     ]  # fmt: skip
-    lines.append(as_table(("fixed rule", "hits/asked", "wrong/hits", "error"), fixed_rows))
+    lines.append(printing.as_table(("fixed rule", "hits/asked", "wrong/hits", "error"), fixed_rows))
     last = found["budgets"][-1]
     lines.append(
         f"exact repeats {last['exact']:,}; lookup p50 {last['lookup_us_p50']} us, p99 {last['lookup_us_p99']} us; "
@@ -341,8 +347,36 @@ def _report_pairs(found: Mapping[str, Any]) -> str:
         for kind in cold["by_kind"]
     ]
     columns = ("kind", "served cold", "served where half of paraphrases are", "the same by cosine alone")
-    return head + "\n" + as_table(columns, rows)
+    return head + "\n" + printing.as_table(columns, rows)
 
 
 def _of(share: Sequence[int]) -> str:
     return f"{share[0]}/{share[1]} ({share[0] / share[1]:.1%})" if share[1] else "0"
+
+
+def run(settings: Settings, chosen: argparse.Namespace) -> int:
+    wanted = settings.embedding
+    if not settings.data_dir.parent.is_dir():
+        raise ConfigError(f"data directory {settings.data_dir}: the folder {settings.data_dir.parent} does not exist")
+    budgets = chosen.max_error or BUDGETS
+    if not all(0.0 < budget < 1.0 for budget in budgets):
+        raise ConfigError("--max-error takes shares between 0 and 1")
+    readings = read_readings(Path(chosen.readings)) if chosen.readings else None
+    texts = asyncio.run(open_texts(settings.data_dir, wanted.model, wanted.backend, os.cpu_count() or 1))
+    results = []
+    for file in chosen.files:
+        found = evaluate(
+            Path(file), texts, settings.rules, budgets=budgets, labels=chosen.labels, shuffles=chosen.shuffles,
+            readings=readings,
+        )  # fmt: skip
+        results.append(found)
+        if not chosen.json:
+            print(report(found), flush=True)
+    if chosen.json:
+        sys.stdout.write(printing.as_json(results))
+    if chosen.plot:
+        try:
+            Path(chosen.plot).write_text(plot.svg(results), "utf-8")
+        except OSError as error:
+            raise ConfigError(f"{chosen.plot}: {error.strerror}") from error
+    return FINE

@@ -13,7 +13,8 @@ import orjson
 from proxy.admin.auth import TOKEN_FILE
 from proxy.admin.routes import BY_NAME
 from proxy.admin.schema import read_values
-from proxy.commands import printing
+from proxy.commands import printing, running
+from proxy.commands.codes import FINE
 from proxy.core.errors import BadRequest
 from proxy.core.keys import Kind, moment
 from proxy.money.keys import KeyRing
@@ -30,8 +31,15 @@ LISTS = (*(f"limit_{kind.value}" for kind in Kind), "models")
 LISTED = ("id", "project", "name", "state", "limits", "models", "created", "expires")
 
 
-def run(settings: Settings, chosen: argparse.Namespace, ask: Asked) -> None:
+def run(settings: Settings, chosen: argparse.Namespace) -> int:
     """One of the commands. Raises ConfigError, BadRequest, CacheFault."""
+
+    def ask(method: str, path: str, body: bytes | None) -> dict[str, Any] | None:
+        try:
+            return running.ask(settings, method, path, body)
+        except running.Unanswered:
+            return None
+
     match chosen.action:
         case "create":
             found = _create(settings, chosen, ask)
@@ -49,6 +57,7 @@ def run(settings: Settings, chosen: argparse.Namespace, ask: Asked) -> None:
         sys.stdout.write(printing.as_table(LISTED, [_row(key) for key in found["keys"]]))
     else:
         sys.stdout.write(described(found))
+    return FINE
 
 
 def _create(settings: Settings, chosen: argparse.Namespace, ask: Asked) -> dict[str, Any]:

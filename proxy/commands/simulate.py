@@ -7,15 +7,20 @@ nothing. Money is the list price of the answers that would not have been fetched
 
 from __future__ import annotations
 
+import argparse
+import asyncio
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from proxy.commands import printing
+from proxy.commands.codes import FINE
 from proxy.commands.evaluate import interval, open_texts
 from proxy.commands.labelled import Asked
 from proxy.commands.rehearsal import Rehearsal
 from proxy.core import policy
-from proxy.core.errors import BadRequest
+from proxy.core.errors import BadRequest, ConfigError
 from proxy.judging.judge import PAIR_GUARD
 from proxy.settings.config import Settings
 from proxy.store.reading import open_reading
@@ -117,3 +122,28 @@ def table(found: dict[str, Any]) -> tuple[tuple[str, ...], list[list[Any]]]:
         for row in found["budgets"]
     ]
     return columns, rows
+
+
+def run(settings: Settings, chosen: argparse.Namespace) -> int:
+    budgets = chosen.max_error or [settings.rules.max_error_rate]
+    if not all(0.0 < budget < 1.0 for budget in budgets):
+        raise ConfigError("--max-error takes shares between 0 and 1")
+    found = asyncio.run(
+        simulate(
+            settings,
+            max_errors=budgets,
+            model=chosen.model,
+            without=chosen.without,
+            namespace=chosen.namespace,
+            limit=chosen.limit,
+        )
+    )
+    if chosen.json:
+        sys.stdout.write(printing.as_json(found))
+        return FINE
+    print(
+        f"{found['questions']:,} stored questions with {found['model']}; of {found['requests']:,} requests so far "
+        f"{found['exact_hits']:,} were exact and {found['semantic_hits']:,} semantic hits"
+    )
+    sys.stdout.write(printing.as_table(*table(found)))
+    return FINE

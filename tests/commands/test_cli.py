@@ -355,7 +355,7 @@ def test_a_bar_shows_at_a_terminal_only() -> None:
 def test_serve_hands_checked_settings_to_the_program(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app = pytest.importorskip("proxy.app")
+    program = pytest.importorskip("proxy.commands.serve")
     seen: list[Any] = []
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # they are those of this process
 
@@ -365,7 +365,7 @@ def test_serve_hands_checked_settings_to_the_program(
         assert sockets.clients[0].getsockname()[1] > 0
         sockets.close()
 
-    monkeypatch.setattr(app, "serve", serve)
+    monkeypatch.setattr(program, "serve", serve)
     free = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
     assert run(capsys, "serve", *free, "--upstream", "http://127.0.0.1:9")[0] == 0
     assert seen[0].server.listen == ("127.0.0.1", 0)
@@ -374,7 +374,7 @@ def test_serve_hands_checked_settings_to_the_program(
         door.take().close()
         raise ConfigError("no room\x1b[2J")
 
-    monkeypatch.setattr(app, "serve", refuse)
+    monkeypatch.setattr(program, "serve", refuse)
     code, _, err = run(capsys, "serve", *free)
     assert (code, err) == (2, "ibid: no room\\x1b[2J\n")
 

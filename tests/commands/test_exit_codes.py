@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from proxy.app import banner, open_app
+from proxy.app import open_app
 from proxy.commands import main as cli
 from proxy.commands.main import ACT, TRY_AGAIN
+from proxy.commands.serve import banner
 from proxy.settings import config
 from proxy.store.engine import open_database
 from tests.pg import pg_server, pg_url

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from proxy import app as composition
-from proxy.app import App
+from proxy import parts
+from proxy.app import App, open_app
 from proxy.client.handlers import ClientHandler
 from proxy.request.pipeline import Pipeline
 from proxy.settings.config import Flags, load
@@ -270,15 +270,15 @@ async def serving(
     if not settings.data_dir.exists():
         await put_database(settings.data_dir)
     handlers: list[ClientHandler] = []
-    made = composition.ClientHandler
+    made = parts.ClientHandler
 
-    def remember(**parts: Any) -> ClientHandler:
-        handlers.append(made(**parts))
+    def remember(**lent: Any) -> ClientHandler:
+        handlers.append(made(**lent))
         return handlers[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(composition, "ClientHandler", remember)
-        async with composition.open_app(settings, log_writer=log_writer) as app:
+        patch.setattr(parts, "ClientHandler", remember)
+        async with open_app(settings, log_writer=log_writer) as app:
             await app.settled()
             yield Running(app, up, handlers)
 

@@ -471,7 +471,7 @@ async def test_invalidate_is_a_dry_run_unless_told_and_never_without_a_selector(
     await answer(await client.post("/cache/invalidate", headers=AUTH, json=body))
     assert operations.asked == [
         ("purge", Selector(tags=("a",), model="m"), True),
-        ("purge", Selector(created_before_ms=1_793_491_200_000, writer="r-9"), False),
+        ("purge", Selector(older_than_ms=1_793_491_200_000, writer="r-9"), False),
     ]
 
 

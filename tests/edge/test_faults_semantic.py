@@ -18,9 +18,9 @@ import pytest
 
 from index.batcher import EmbedderOwner
 from index.errors import ModelFault, TextTooLong
-from proxy import loading
 from proxy.core.allowance import Allowance
 from proxy.core.errors import ConfigError
+from proxy.upkeep import loading
 from tests.edge.faults_app import UNHURRIED, Running, ibid, question, serving, until, up
 from tests.upstream import ScriptedUpstream
 from tests.waiting import PATIENCE_S

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from proxy import app as composition
+from proxy import parts
+from proxy.app import open_app
 from proxy.client.handlers import ClientHandler
 from proxy.commands import main as cli
 from proxy.core.errors import ConfigError
@@ -287,7 +288,7 @@ async def test_a_port_that_is_taken_is_refused_in_one_line(tmp_path: Path, ibid:
     settings = settings_of(other, up.url)
     server = type(settings.server)(listen=settings.server.listen._replace(port=ibid.port), admin=settings.server.admin)
     with pytest.raises(ConfigError, match="cannot listen"):
-        async with composition.open_app(replace(settings, server=server)):
+        async with open_app(replace(settings, server=server)):
             pass
 
 
@@ -309,8 +310,8 @@ async def timed(
     tmp_path: Path, up: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[tuple[Running, Clock]]:
     clock = Clock()
-    monkeypatch.setattr(composition, "ClientHandler", partial(ClientHandler, clock=clock))
-    monkeypatch.setattr(composition, "Pipeline", partial(composition.Pipeline, clock=clock))
+    monkeypatch.setattr(parts, "ClientHandler", partial(ClientHandler, clock=clock))
+    monkeypatch.setattr(parts, "Pipeline", partial(parts.Pipeline, clock=clock))
     async with serving(tmp_path, up, EXACT_ONLY + "ttl_s = 100\nmax_ttl_s = 1000\n") as running:
         yield running, clock
 

@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 _context = get_context("forkserver")
-_context.set_forkserver_preload(["proxy.app", "proxy.commands.main", "proxy.loading"])
+_context.set_forkserver_preload(["proxy.commands.serve", "proxy.commands.main", "proxy.upkeep.loading"])
 
 
 class Forked:

@@ -248,7 +248,7 @@ async def test_a_warm_restart_hits_by_text_and_by_meaning_whatever_became_of_the
         first = await ibid.fill(ASKED)
     snapshot = data_dir / "index.snapshot"
     assert snapshot.stat().st_size > 0
-    caplog.set_level(logging.INFO, "proxy.loading")
+    caplog.set_level(logging.INFO, "proxy.upkeep.loading")
     caplog.clear()
     match damage:
         case "flipped":

@@ -15,8 +15,8 @@ import pytest
 
 from index import batcher
 from index.batcher import open_embedder
-from proxy import loading
-from proxy.app import banner
+from proxy.commands.serve import banner
+from proxy.upkeep import loading
 from tests.flows.running import Process, running, serving, until
 from tests.upstream import ScriptedUpstream
 

@@ -38,7 +38,7 @@ def test_a_part_stands_from_when_it_was_first_seen_until_it_is_sound(caplog: pyt
 
 
 def test_every_reason_that_is_watched_says_what_to_do() -> None:
-    source = (ROOT / "proxy" / "app.py").read_text()
+    source = (ROOT / "proxy" / "upkeep" / "troubles.py").read_text()
     words = set(re.findall(r'Trouble\("(\w+)"', source)) | set(re.findall(r'else "(\w+)"\)', source))
     assert len(words) >= 6
     assert words <= REMEDIES.keys()

@@ -21,14 +21,13 @@ from index.features import compile_features
 from index.kernels import compile_kernels, compiles
 from index.model import BUNDLED
 from index.vectors import VectorOwner
-from proxy.meaning import Parts, Step
+from proxy.meaning import SNAPSHOT_NAME, Parts, Step
 from proxy.settings.sections import Settings
 from proxy.store.store import Store
 from proxy.tasks import aside
 
 log = logging.getLogger(__name__)
 
-SNAPSHOT_NAME = "index.snapshot"
 STEPS = 4
 
 Tell = Callable[[Step], None]
