@@ -164,6 +164,25 @@ async def refused(server: Server, port: int, head: bytes) -> BaseException | Non
     return server.refused[-1]
 
 
+def unbounded(connection: Connection) -> Iterator[str]:
+    """What the listener leaves to aiohttp, and a release before 3.14.4 does not do."""
+    if getattr(connection, "_keepalive_handle", None) is None:
+        yield "a connection that asks nothing is never closed"
+    if not getattr(connection, "_max_msg_queue_size", 0):
+        yield "a client may send requests ahead without end"
+
+
+async def test_a_silent_and_a_hasty_client_are_bounded() -> None:
+    server = Server()
+    listening = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+    _reader, writer = await asyncio.open_connection(*listening.sockets[0].getsockname())
+    await until(lambda: server.open and server.open[0].transport is not None)
+    assert list(unbounded(server.open[0])) == [], f"aiohttp {aiohttp.__version__}"
+    writer.close()
+    listening.close()
+    await server.shutdown(0)
+
+
 async def test_aiohttp_has_everything_where_it_is_read() -> None:
     server = Server()
     loop = asyncio.get_running_loop()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.client import handlers
+from proxy.client import delivery
 from tests.edge.faults_app import Running, ibid, question, request, serving, up
 from tests.edge.faults_wire import DONE, FORMS, JSON_HEAD, ONE, ROLE, SSE_HEAD, STOP, TWO, chunk, whole
 from tests.edge.rawclient import RawClient
@@ -176,7 +176,7 @@ async def test_a_stream_that_stalls_is_kept_alive_and_then_ended(
 
 
 async def test_a_silent_stream_gets_comments_between_events(ibid: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handlers, "HEARTBEAT_S", 0.0)
+    monkeypatch.setattr(delivery, "HEARTBEAT_S", 0.0)
     gate = asyncio.Event()
     ibid.up.script(Stream([ROLE, ONE[:20], ONE[20:], STOP, DONE], gates={2: gate}))
     client = await RawClient.connect(ibid.port)
