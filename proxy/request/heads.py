@@ -30,7 +30,8 @@ def hit_head(query: Query, client: Client, hit: Hit, entries: Sequence[Entry], s
     )
     if len(entries) > 1:
         headers = [header for header in headers if header[0] != "x-cache-entry"]
-    return Head([*headers, _content_type(query)], query.dialect.id_header)
+    headers.append(_content_type(query))
+    return Head(headers, query.dialect.id_header)
 
 
 def shared_head(query: Query) -> Head:
