@@ -244,10 +244,6 @@ class Reader:
                 query=target.query,
             )
             digest = b"" if facts.inputs else fingerprint.fingerprint_of(scope, facts.prompt)
-        batch = None
-        if facts.encoding_format:
-            prints = tuple([fingerprint.fingerprint_of(scope, asked) for asked in facts.inputs]) if scope else ()
-            batch = Batch(facts.inputs, prints, facts.encoding_format, is_open=not facts.unknown)
         tier = facts.settings.get("service_tier")
         endpoint = target.path_qs.partition("?")[0]
         asked = (dialect, endpoint, facts.stream, facts.wants_usage, upstream, facts.model, controls.tags)
@@ -270,7 +266,7 @@ class Reader:
             wants_json=facts.response_format in ("json_object", "json_schema"),
             output_limit=facts.output_limit,
             has_stops=facts.has_stops,
-            batch=batch,
+            batch=_batch_of(facts, scope),
             keeps_id=facts.keeps_id,
             plan=plan,
             tier=_TIERS.get(tier, tier) if isinstance(tier, str) else "default",
@@ -324,3 +320,11 @@ def _renamed(target: Target, raw: bytes, body: Mapping[str, Any], model: str) ->
     path = target.path.replace(f"/{target.model}", f"/{model}", 1)
     path_qs = target.path_qs.replace(f"/{target.model}", f"/{model}", 1)
     return target._replace(path=path, path_qs=path_qs, model=model), raw, dict(body)
+
+
+def _batch_of(facts: Facts, scope: bytes) -> Batch | None:
+    """The inputs of an embedding request, each a question of its own; without a scope none is looked up."""
+    if not facts.encoding_format:
+        return None
+    prints = tuple([fingerprint.fingerprint_of(scope, asked) for asked in facts.inputs]) if scope else ()
+    return Batch(facts.inputs, prints, facts.encoding_format, is_open=not facts.unknown)
