@@ -432,7 +432,7 @@ async def test_a_text_on_which_the_model_fails_does_not_keep_others_waiting(
         assert index is not None
         await until(lambda: index.size == 1)
         await found_by_meaning(ibid, ASKED, REWORDED)
-        reindex = ibid.app.reindex
+        reindex = ibid.app.semantic.reindex
         assert reindex is not None
         await until(lambda: not reindex.running)
         told = await progress(ibid)
