@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import http.client
 import itertools
 import json
 import os
@@ -43,8 +44,11 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def process(arguments: list[str], cpu: int, ready_port: int, env: dict[str, str] | None = None) -> Iterator[int]:
-    """A child pinned to one core, ready when its port accepts; ended by its id."""
+def process(
+    arguments: list[str], cpu: int, ready_port: int, env: dict[str, str] | None = None, *, is_ibid: bool = False
+) -> Iterator[int]:
+    """A child pinned to one core, ready when its port accepts, or where it is ibid when its admin port says that all is
+    loaded; ended by its id."""
     child = subprocess.Popen(
         arguments,
         env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
@@ -53,9 +57,9 @@ def process(arguments: list[str], cpu: int, ready_port: int, env: dict[str, str]
         stderr=None,
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", ready_port), 1):
+            if is_ready(ready_port, is_ibid):
                 break
             if child.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"{arguments} did not start")
@@ -64,6 +68,17 @@ def process(arguments: list[str], cpu: int, ready_port: int, env: dict[str, str]
     finally:
         child.send_signal(signal.SIGTERM)
         child.wait(60)
+
+
+def is_ready(port: int, is_ibid: bool) -> bool:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        if not is_ibid:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return True
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=1)) as link:
+            link.request("GET", "/readyz")
+            return link.getresponse().status == 200
+    return False
 
 
 @dataclass
@@ -333,7 +348,7 @@ async def main() -> None:
         (data_dir / "bench.toml").write_text(cache)  # an audit is a call that is no client's
         serve += ["--config", str(data_dir / "bench.toml")]
         serve += ["--listen", f"127.0.0.1:{ports.ibid}", "--admin", f"127.0.0.1:{ports.admin}"]
-        stack.enter_context(process(serve, SERVER_CPU, ports.ibid, {"IBID_ADMIN_TOKEN": "b" * 40}))
+        stack.enter_context(process(serve, SERVER_CPU, ports.admin, {"IBID_ADMIN_TOKEN": "b" * 40}, is_ibid=True))
         bench = Bench(ports, options.seconds, options.rounds)
         print("| what | goal | median | spread | | absolute |\n| --- | --- | --- | --- | --- | --- |")
         wanted = options.only.split(",")

@@ -251,7 +251,7 @@ async def main() -> None:
         bare = [sys.executable, "-m", "tests.bench.floors", "const", "--port", str(const)]
         stack.enter_context(process(bare, SERVER_CPU, const))
         pids = [stack.enter_context(process(floor, SERVER_CPU, relay))]
-        pids.append(stack.enter_context(process(serve, SERVER_CPU, ibid)))
+        pids.append(stack.enter_context(process(serve, SERVER_CPU, admin, is_ibid=True)))
         print("| what | goal | median | spread | | absolute |\n| --- | --- | --- | --- | --- | --- |")
         print((await fan_out((relay, ibid), pids, options.rounds, options.followers)).row(), flush=True)
         await stream(ibid, asking("steady", 0))
