@@ -251,7 +251,7 @@ socket.socket.connect = refuse
 os.mkdir = os.makedirs = os.rename = os.unlink = refuse
 for name in {names!r}:
     __import__(name)
-assert {{**environment, **os.environ}} == environment, "environment changed"
+assert dict(os.environ, **{silence!r}) == environment, "environment changed"
 assert os.getcwd() == folder
 ours = [t.name for t in threading.enumerate() if t is not threading.main_thread()]
 assert not ours, ours
