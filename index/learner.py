@@ -7,8 +7,9 @@ at any bound can be counted. Four weight vectors are trained, each without a qua
 counted under the one that has not seen it (cross-fitting); what serves is their mean. A decision that would not be
 served whatever its log-odds (the pair guard refuses it) trains the weights and counts as no evidence.
 
-A label is a probability, not a mark: comparing two answers errs, and `wrong` says how likely they differ. A decision
-that was served is labelled only when it is audited, with probability q, and then stands for 1 / q of its kind.
+A label is certain (somebody who knows, or answers equal to the letter), or noisy: a comparison of answers, which errs,
+and whose `wrong` says how likely they differ. The weights learn from both; they are counted apart. A decision that was
+served is labelled only when it is audited, with probability q, and then stands for 1 / q of its kind.
 
 Log-odds rise with similarity: the weights of similarity, closeness, margin, votes and share are never used below 0.
 """
@@ -29,6 +30,7 @@ FOLDS: Final = 4
 RING: Final = 4000
 """Labelled decisions kept; the oldest go first."""
 GROUPS: Final = 20_000
+WRONG_FROM: Final = 0.5
 
 PRIOR: Final[dict[str, float]] = {
     "one": -12.5,
@@ -77,13 +79,17 @@ class Considered(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Labelled decisions at or above each of LEVELS, and the wrong ones among them (summed probabilities): as they are,
-    and weighted by how many decisions each label stands for."""
+    """Labelled decisions at or above each of LEVELS, certain and noisy ones, and the wrong or alarming among them: as
+    they are, and weighted by how many decisions each label stands for."""
 
     n: list[float]
     wrong: list[float]
+    noisy: list[float]
+    alarms: list[float]
     weighted: list[float]
     weighted_wrong: list[float]
+    weighted_noisy: list[float]
+    weighted_alarms: list[float]
 
 
 class Learner:
@@ -100,6 +106,7 @@ class Learner:
         self._used = self._served()
         self._rows = np.zeros((256, WIDTH_FEATURES), np.float32)
         self._wrong = np.zeros(256)
+        self._certain = np.zeros(256)
         self._counts_for = np.zeros(256)
         self._folds = np.zeros(256, np.int8)
         self._seen = 0.0
@@ -153,13 +160,19 @@ class Learner:
         self._group(group_id)[0] += 1.0
 
     def learn(
-        self, row: NDArray[np.float64], words: NDArray[np.int64], group_id: int, wrong: float, weight: float = 1.0
+        self,
+        row: NDArray[np.float64],
+        words: NDArray[np.int64],
+        group_id: int,
+        wrong: float,
+        weight: float = 1.0,
+        certain: bool = True,
     ) -> None:
-        """A label of one decision: how likely the group's answer was the wrong one (0...1), and for how many decisions
-        like it the label stands; with 0 it is no evidence."""
+        """A label of one decision: how likely the group's answer was the wrong one (0...1; from WRONG_FROM on it counts
+        as wrong), and for how many decisions like it the label stands; with 0 it is no evidence."""
         fold = self.labelled % FOLDS
         if weight > 0.0:
-            self._keep(row, wrong, weight, fold)
+            self._keep(row, float(wrong > WRONG_FROM), weight, fold, certain)
         group = self._group(group_id)
         group[1] += 1.0 - wrong
         group[2] += wrong
@@ -173,18 +186,19 @@ class Learner:
         """Labelled decisions at or above each of LEVELS."""
         n = min(self.labelled, RING)
         if not n:
-            nothing = [0.0] * len(LEVELS)
-            return Counts(nothing, nothing, nothing, nothing)
+            return Counts(*([0.0] * len(LEVELS) for _ in Counts._fields))
         odds = np.einsum("ij,ij->i", self._rows[:n], _rising(self._weights)[self._folds[:n]])
         order = np.argsort(-odds)
-        wrong, weights = self._wrong[:n][order], self._counts_for[:n][order]
+        wrong, certain, weights = self._wrong[:n][order], self._certain[:n][order], self._counts_for[:n][order]
         places = np.searchsorted(-odds[order], -np.array(LEVELS), side="right")
 
         def summed(values: NDArray[np.float64]) -> list[float]:
             total: list[float] = np.concatenate([[0.0], np.cumsum(values)])[places].tolist()
             return total
 
-        return Counts(summed(np.ones(n)), summed(wrong), summed(weights), summed(weights * wrong))
+        noisy = 1.0 - certain
+        plain = (certain, certain * wrong, noisy, noisy * wrong)
+        return Counts(*map(summed, plain), *(summed(weights * values) for values in plain))
 
     def _served(self) -> NDArray[np.float64]:
         weights: NDArray[np.float64] = _rising(self._weights.mean(axis=0, keepdims=True))[0]
@@ -198,15 +212,17 @@ class Learner:
             group = self._groups[group_id] = [0.0, 0.0, 0.0]
         return group
 
-    def _keep(self, row: NDArray[np.float64], wrong: float, weight: float, fold: int) -> None:
+    def _keep(self, row: NDArray[np.float64], wrong: float, weight: float, fold: int, certain: bool) -> None:
         size = len(self._wrong)
         if self.labelled == size < RING:
             more = min(RING, 2 * size)
             self._rows = np.resize(self._rows, (more, WIDTH_FEATURES))
             self._wrong, self._counts_for = np.resize(self._wrong, more), np.resize(self._counts_for, more)
+            self._certain = np.resize(self._certain, more)
             self._folds = np.resize(self._folds, more)
         at = self.labelled % RING
         self._rows[at], self._wrong[at], self._counts_for[at], self._folds[at] = row, wrong, weight, fold
+        self._certain[at] = certain
         self.labelled += 1
 
 

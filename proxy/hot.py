@@ -21,12 +21,13 @@ FORM_OVERHEAD_BYTES = 1024  # of a form beside its template: headers, ledger row
 class Form:
     """One way in which an entry is served: streamed or whole, found exactly or by similarity. Made at its first use."""
 
-    __slots__ = ("baseline_nusd", "head", "recurring", "second", "template")
+    __slots__ = ("baseline_nusd", "head", "recurring", "second", "template", "worth")
 
-    def __init__(self, template: Template, recurring: tuple[Any, ...], baseline_nusd: int) -> None:
+    def __init__(self, template: Template, recurring: tuple[Any, ...], baseline_nusd: int, worth: int = 0) -> None:
         self.template = template
         self.recurring = recurring  # of its Outcome
         self.baseline_nusd = baseline_nusd
+        self.worth = worth  # what a hit earns for learning, see `proxy.core.purse`
         self.head: Head | None = None
         self.second = -1  # the second of which `head` tells age and ttl
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import orjson
 
-from index.answers import SENSITIVITY
 from index.heap import trim_heap
 from index.levels import LEVELS
 from proxy.admin.auth import LOOPBACK_NAMES
@@ -17,15 +16,17 @@ from proxy.batch.http.api import BatchApi
 from proxy.batch.lines import Lines
 from proxy.client.handlers import ClientHandler
 from proxy.core.answer import decode_answer
+from proxy.core.contrast import Noise
 from proxy.core.dialects.routes import Routes
 from proxy.core.errors import CacheFault, ConfigError
 from proxy.core.model import Answer
+from proxy.core.purse import Purse
 from proxy.core.rates import writes_cost_extra
 from proxy.core.risk import LevelName, Tally
 from proxy.core.units import DAY_S
 from proxy.hot import HotRows
-from proxy.judging.arbiter import Arbiter
-from proxy.judging.audits import Auditor
+from proxy.judging.arbiter import OF_A_MODEL, Arbiter
+from proxy.judging.audits import BUILT_IN, Auditor
 from proxy.judging.judge import Judge
 from proxy.lanes.forwarding import Forwarder
 from proxy.lanes.predict import Predictor
@@ -102,9 +103,12 @@ def make_ground(settings: Settings, edges: Edges, work: Work, secret: bytes) -> 
         routes=routes,
         reader=Reader(routes, edges.upstreams, settings.rules, settings.limits, steering, extra_headers(settings)),
         ring=ring,
-        books=Books(ledger, edges.prices, edges.telemetry),
+        books=Books(ledger, edges.prices, edges.telemetry, Purse(settings.rules.learning_share)),
         model_aliases=aliases_of(settings.forward.model_aliases),
     )
+
+
+BUILT_IN_NOISE = Noise(465.0, 212.0, 696.0, 578.0)
 
 
 def make_auditor(ground: Ground) -> Auditor:
@@ -115,7 +119,14 @@ def make_auditor(ground: Ground) -> Auditor:
         edges.store.comparisons.note(meaning.identity, level, change)
 
     return Auditor(
-        judge=Judge(settings.rules, new_learner, LEVELS, SENSITIVITY, note),
+        judge=Judge(
+            settings.rules,
+            new_learner,
+            LEVELS,
+            comparer=model or BUILT_IN,
+            noise=OF_A_MODEL if model else BUILT_IN_NOISE,
+            note=note,
+        ),
         entries=edges.store.entries,
         comparisons=edges.store.comparisons,
         meaning=meaning,
@@ -123,6 +134,7 @@ def make_auditor(ground: Ground) -> Auditor:
         hot=ground.hot,
         tasks=ground.work.requests,
         telemetry=edges.telemetry,
+        purse=ground.books.purse,
     )
 
 

@@ -120,7 +120,13 @@ class Learner(Protocol):
     def store(self, group_id: int) -> None: ...
 
     def learn(
-        self, row: NDArray[np.float64], words: NDArray[np.int64], group_id: int, wrong: float, weight: float = 1.0
+        self,
+        row: NDArray[np.float64],
+        words: NDArray[np.int64],
+        group_id: int,
+        wrong: float,
+        weight: float = 1.0,
+        certain: bool = True,
     ) -> None: ...
 
     def levels(self) -> Counted:
@@ -129,6 +135,9 @@ class Learner(Protocol):
 
 
 NewLearner = Callable[[], Learner]
+Prior = Callable[[float, float], float]
+"""(similarity, logit of the pair guard) → share of such pairs whose answer is wrong, as measured. See
+`index.guard.prior`."""
 
 
 class AnswerComparer(Protocol):

@@ -159,7 +159,14 @@ class Operator:
 
     def policy(self) -> Mapping[str, Any]:
         rules, judge = self._pipeline.rules, self._pipeline.judge
-        return {"rules": asdict(rules), "sensitivity": judge.sensitivity, "evidence": judge.status()}
+        purse = self._pipeline.auditor.purse
+        learning = {"share": purse.share, "earned": purse.earned, "spent": purse.spent, "calls": purse.calls}
+        return {
+            "rules": asdict(rules),
+            "comparer": judge.comparer,
+            "learning": learning | {"has_room": purse.has_room},
+            "evidence": judge.status(),
+        }
 
     def reindex(self) -> Mapping[str, Any]:
         reindex = self._reindex()

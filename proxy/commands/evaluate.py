@@ -257,7 +257,7 @@ def _judge_pair(texts: Texts, pair: Pair, rules: Rules) -> tuple[float, float, b
     eligible = pair.is_first_turn and is_eligible(pair.b, True, rules) and is_eligible(pair.a, True, rules)
     if texts.can_verify:
         opinion.logits[0] = texts.logit(pair.b, pair.a)
-    passes = not objection(opinion, opinion.judged[0], rules, can_verify=texts.can_verify)
+    passes = not objection(opinion, opinion.judged[0], judge, can_verify=texts.can_verify)
     served = eligible and passes and opinion.chosen is not None
     return similarity, opinion.judged[0].log_odds, served, eligible and passes and not vetoes & FORBIDDING
 

@@ -195,7 +195,7 @@ class Rehearsal:
         self._readings = readings or Readings()
         self._truth = truth
         self._allowed = ~ignored
-        self._judge = Judge(rules, Learner, LEVELS, sensitivity=1.0 - self._overlooked if labels == "answers" else 1.0)
+        self._judge = Judge(rules, Learner, LEVELS)
         self._index = VectorOwner(texts.identity, texts.dimension, promote_above=1 << 30)
         self._kept: list[Asked] = []
         self._exact: set[tuple[bytes, str]] = set()
@@ -240,11 +240,11 @@ class Rehearsal:
         return Outcome(chosen is not None, chosen is not None and audited)
 
     def _objection(self, opinion: Opinion, judged: Judged, asked: str) -> str:
-        against = objection(opinion, judged, self._rules, can_verify=self._texts.can_verify)
+        against = objection(opinion, judged, self._judge, can_verify=self._texts.can_verify)
         if against is None:
             entry_id = judged.candidate.entry_id
             opinion.logits[entry_id] = self._texts.logit(asked, self._kept[entry_id].text)
-            against = objection(opinion, judged, self._rules, can_verify=True)
+            against = objection(opinion, judged, self._judge, can_verify=True)
         return against or ""
 
     def _serve(self, opinion: Opinion, chosen: Judged, asked: Asked) -> tuple[bool, float]:

@@ -136,6 +136,7 @@ class Candidate(NamedTuple):
     similarity: float
     vetoes: int
     signature: Any  # token classes of the stored prompt, an array that core does not look into
+    normal: bool = False  # both texts have one normal form
 
 
 class Comparison(NamedTuple):
@@ -158,8 +159,10 @@ class Comparison(NamedTuple):
     log_odds: float
     standing: str  # how it was, or would have been, served; "" when it would not
     served: bool
-    near_same: bool
+    region: str  # of texts whose hits need no proof: "normal", "alike"; "" for none
+    comparer: str  # what compared the answers; "" for somebody who knows
     p_same: float  # that one answer serves both questions
+    p_null: float | None  # that the kept question, asked again, was answered as before; None: it was not asked
     weight: float  # decisions like it that this one stands for; 0 when the pair guard would not have let it be served
     features: bytes
     words: bytes
@@ -344,6 +347,9 @@ class Rules:
     )
     audit_share: float = option(
         0.05, "share of proven hits asked again upstream, off the client's path", between=(0.0, 1.0)
+    )
+    learning_share: float = option(
+        0.1, "share of what semantic hits saved that may be spent on learning from them", between=(0.0, 1.0)
     )
     pair_guard: bool = option(
         True, "ask the pair guard about every semantic hit; false serves more, and more of it wrong"

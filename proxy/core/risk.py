@@ -1,50 +1,61 @@
 """How far the judge may go: evidence in, bounds out. The promise is on wrong / hits, what a user sees.
 
-A would-be hit stands in one of three ways, tried in this order:
+A would-be hit stands in one of four ways, tried in this order:
 
 - *proven*: its log-odds reach a level at which, among the labelled decisions at or above it, an upper confidence bound
-  of the share of wrong ones is within the budget. A small share of these hits is audited.
-- *provisional*: the mean is within the budget, the bound not yet. All of the first are audited, fewer and fewer as
-  labels come in, so that what is wrong among them is counted rather than hoped for.
-- *start*: too little is known here, but the texts are almost the same and no guard objects. Served while the share of
-  wrong ones among such pairs, seen from a cautious start, is within the budget; audited like provisional ones.
+  of the share of wrong ones is within the budget.
+- *provisional*: the mean of labels that do not err is within the budget, the bound not yet.
+- *normal*: the texts are the same but for case, spacing, closing punctuation and pleasantries.
+- *start*: too little is known here, but the texts are so alike, and the guards so content, that a prior measured on
+  other traffic puts the share of wrong ones within the budget.
 
-Neither of the last two is served once the account is overdrawn: wrong answers counted, and those to be expected among
-hits not audited, against the budget's share of all hits. A wrong mark narrows at once, and nothing widens on it.
+A sample of all is audited, much at first, less as evidence grows. None of the last three is served while the account
+is overdrawn: wrong answers counted, and those to be expected, against the budget's share of all hits; nor where pairs
+of comparisons show that more is wrong than the budget allows (`proxy.core.contrast`). A mark by somebody who knows
+narrows at once, and nothing widens on it; one alarm of a comparison closes nothing.
+
+Labels are of two kinds. Feedback, and answers that are equal to the letter, are *certain*. Everything else is *noisy*:
+a comparison that alarms too often or too seldom. A noisy label counts for w = (y - f) / (s - f), with y = 1 for an
+alarm, f the share of false alarms and s that of differing answers that alarm: on average 1 for a wrong decision and 0
+for a right one. For f a lower bound from repeats of one question is taken, which errs to the strict side.
 
 The bound holds at every time at once (a confidence sequence), because it is looked at after every label: it is the
 inversion of a mixture of betting martingales (Waudby-Smith and Ramdas 2024, "Estimating means of bounded random
 variables by betting"; Howard, Ramdas, McAuliffe and Sekhon 2021, "Time-uniform, nonparametric, nonasymptotic confidence
-sequences"). With x = 1 for a wrong decision and q the rate tested, each bettor multiplies its stake by 1 + s (q - x),
-s = (1 - r) / (1 - q), for its own ratio r < 1; under any rate of q or more no bettor gains on average, so the mixture
-reaches 1 / alpha with probability alpha at most, whatever the moment it is looked at. Labels come from comparing
-answers, which errs: what it calls wrong and is right makes the bound too high, which is safe; of what is wrong it finds
-only a share, its sensitivity, and the rate tested is the budget times that share.
+sequences"). With x the label and q the rate tested, each bettor multiplies its stake by 1 + s (q - x), where s =
+(1 - r) / (top - q), for its own ratio r < 1 and the largest value `top` that a label takes; under any rate of q or more
+no bettor gains on average, so the mixture reaches 1 / alpha with probability alpha at most, whenever it is looked at.
 
 What this does not cover, said plainly: the bound is taken at 41 levels without a correction for choosing among them,
-and past decisions are counted under weights of today that have not seen them (cross-fitting), not of their own time.
-Decisions below the serving level are all labelled, those above only at the share that is audited: the unweighted count
-that the bound uses leans to the worse end, which is the safe one as long as error falls with log-odds.
+past decisions are counted under weights of today that have not seen them (cross-fitting), not of their own time, and
+the share s of a comparer is taken as it is estimated. Decisions below the serving level are labelled more often than
+those above: the unweighted count that the bound uses leans to the worse end, which is the safe one as long as error
+falls with log-odds.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
+
+from proxy.core import contrast
+from proxy.core.contrast import Noise, Pairs
 
 RATIOS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7)
 STAKES = (0.30, 0.15, 0.15, 0.10, 0.10, 0.08, 0.07, 0.05)
 """Bettors on a true rate of ratio x tested rate, and the share of the stake each starts with."""
 
 _LOG_STAKES = [math.log(stake) for stake in STAKES]
-_LOG_RATIOS = [-math.inf, *(math.log(ratio) for ratio in RATIOS[1:])]
 MIN_LABELS = 100  # before a mean counts as evidence
 PROVISIONAL_SHARE = 0.9  # of the budget, that a mean must keep: the loosest of 41 levels is the luckiest, too
-AUDIT_ALL = 60  # would-be hits that are all audited; after n labels the share is AUDIT_ALL / n
+AUDIT_ALL = 60  # would-be hits with certain labels that are all audited; after n of them the share is AUDIT_ALL / n
 PROVEN_AUDITS = 300  # audited hits before a proven one is audited at the configured share only
+AUDIT_PAIRS: Final = {"normal": 4.0, "alike": 12.0}
+"""Pairs of a region after which one hit in four is audited, and after nine times as many one in a hundred."""
+ALERT: Final = 0.5  # share of the way to closing, in logs, from which every hit is audited
 CREDIT_WRONG = 4.0
 REPAID_WRONG = 6.0
 """Wrong answers a scope may be in arrears: with none, a wrong mark among the first ten hits would close it for good.
@@ -53,38 +64,77 @@ for good it would show: 2 wrong ones over are a third of the budget of 600 hits 
 November 2026: 1.25 % wrong with a lasting credit of 2, 0.9 % with this one, and a third more hits).
 """
 SHRINK_LABELS = 20.0  # decisions at the budget's own rate that the account's estimate starts from
-START_LABELS, START_WRONG = 25.0, 0.2
-"""The start region begins as if 25 such pairs had shown 0.2 wrong ones, 0.8 %: read by eye, 3 of about 900 pairs of
-four streams were (November 2026). So a budget of 1 % serves from the first request, one of 0.5 % after 15 right ones.
-"""
+PRIOR_LABELS: Final = 25.0
+PRIOR_WRONG: Final = {"normal": 0.02, "alike": 0.2}
+"""What a region of a scope begins with, in certain labels: as if 25 such pairs had shown so many wrong ones. Read by
+eye, 3 of about 900 pairs of four streams from similarity .95 on that no guard refused were wrong (November 2026), .8 %
+with some caution; of texts with one normal form none of 4,213 was (`make real-life`)."""
 
 
-def log_evidence(n: float, wrong: float, rate: float) -> float:
-    """Log of the martingale against "the rate is `rate` or more", after n decisions of which `wrong` were wrong."""
+class Labels(NamedTuple):
+    """Labelled decisions, by kind of label."""
+
+    n: float = 0.0  # certain ones
+    wrong: float = 0.0
+    noisy: float = 0.0
+    alarms: float = 0.0  # among the noisy
+
+
+class Doubt(NamedTuple):
+    """How noisy labels are read: rates of alarms where the decision was right, and where it was wrong."""
+
+    right: float = 0.0
+    wrong: float = 1.0
+
+    @property
+    def values(self) -> tuple[float, float]:
+        """What a silent comparison and an alarm count for."""
+        contrast = self.wrong - self.right
+        return -self.right / contrast, (1.0 - self.right) / contrast
+
+
+CERTAIN: Final = Doubt()
+
+
+def doubt_of(noise: Noise, seen: Noise, alpha: float) -> Doubt:
+    """The strict reading of noisy labels: false alarms as rare as what was `seen` allows, misses as estimated."""
+    rare = 1.0 - upper_bound(seen.repeats, seen.repeats - seen.false_alarms, alpha)
+    return Doubt(rare, max(rare + contrast.LEAST_CONTRAST, 1.0 - noise.miss_rate))
+
+
+def log_evidence(labels: Labels, rate: float, doubt: Doubt = CERTAIN) -> float:
+    """Log of the martingale against "the rate is `rate` or more"."""
     if not 0.0 < rate < 1.0:
         return 0.0 if rate <= 0.0 else math.inf
-    rest = n - wrong
+    silent, alarm = doubt.values
+    counted = [(labels.wrong, 1.0), (labels.n - labels.wrong, 0.0)]
+    counted += [(labels.alarms, alarm), (labels.noisy - labels.alarms, silent)]
     logs = [
-        stake + (wrong * log_ratio if wrong else 0.0) + rest * math.log((1.0 - rate * ratio) / (1.0 - rate))
-        for stake, ratio, log_ratio in zip(_LOG_STAKES, RATIOS, _LOG_RATIOS, strict=True)
+        log_stake + sum(n * _log(1.0 + (1.0 - ratio) / (alarm - rate) * (rate - x)) for n, x in counted if n)
+        for log_stake, ratio in zip(_LOG_STAKES, RATIOS, strict=True)
     ]
     top = max(logs)
-    return top + math.log(sum(math.exp(log - top) for log in logs))
+    return -math.inf if math.isinf(top) else top + math.log(sum(math.exp(log - top) for log in logs))
 
 
-def certifies(n: float, wrong: float, max_error: float, alpha: float) -> bool:
+def _log(growth: float) -> float:
+    return math.log(growth) if growth > 0.0 else -math.inf
+
+
+def certifies(labels: Labels, max_error: float, alpha: float, doubt: Doubt = CERTAIN) -> bool:
     """Whether the upper bound is within `max_error`, at confidence 1 - alpha."""
-    return n > 0 and log_evidence(n, wrong, max_error) >= -math.log(alpha)
+    return labels.n + labels.noisy > 0 and log_evidence(labels, max_error, doubt) >= -math.log(alpha)
 
 
 def upper_bound(n: float, wrong: float, alpha: float) -> float:
-    """The smallest rate that the evidence excludes, 0...1: valid at all times together with probability 1 - alpha."""
+    """The smallest rate that n certain labels exclude, 0...1: valid at all times together with probability
+    1 - alpha."""
     if n <= 0:
         return 1.0
     low, high = min(wrong / n, 1.0), 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        if certifies(n, wrong, middle, alpha):
+        if certifies(Labels(n, wrong), middle, alpha):
             high = middle
         else:
             low = middle
@@ -94,6 +144,7 @@ def upper_bound(n: float, wrong: float, alpha: float) -> float:
 class Standing(StrEnum):
     PROVEN = "proven"
     PROVISIONAL = "provisional"
+    NORMAL = "normal"
     START = "start"
 
 
@@ -105,9 +156,17 @@ class Counted(Protocol):
     @property
     def wrong(self) -> Sequence[float]: ...
     @property
+    def noisy(self) -> Sequence[float]: ...
+    @property
+    def alarms(self) -> Sequence[float]: ...
+    @property
     def weighted(self) -> Sequence[float]: ...
     @property
     def weighted_wrong(self) -> Sequence[float]: ...
+    @property
+    def weighted_noisy(self) -> Sequence[float]: ...
+    @property
+    def weighted_alarms(self) -> Sequence[float]: ...
 
 
 class Thresholds(NamedTuple):
@@ -121,19 +180,33 @@ class Thresholds(NamedTuple):
         return Thresholds(max(self.proven, other.proven), max(self.provisional, other.provisional))
 
 
-def thresholds_of(levels: Sequence[float], counts: Counted, max_error: float, alpha: float) -> Thresholds:
+def thresholds_of(
+    levels: Sequence[float], counts: Counted, max_error: float, alpha: float, doubt: Doubt = CERTAIN
+) -> Thresholds:
     """The loosest level that is proven, and the loosest whose mean is well within the budget. Levels ascend."""
     provisional = math.inf
     tolerable = PROVISIONAL_SHARE * max_error
-    rows = zip(levels, counts.n, counts.wrong, counts.weighted, counts.weighted_wrong, strict=True)
-    for level, n, wrong, weighted, weighted_wrong in rows:
+    plain = map(Labels, counts.n, counts.wrong, counts.noisy, counts.alarms)
+    weighted = map(Labels, counts.weighted, counts.weighted_wrong, counts.weighted_noisy, counts.weighted_alarms)
+    for level, labels, standing_for in zip(levels, plain, weighted, strict=True):
+        n = labels.n + labels.noisy
         if n == 0:
             break
-        if n >= MIN_LABELS and math.isinf(provisional) and (weighted_wrong + 1.0) / (weighted + 2.0) <= tolerable:
+        if n >= MIN_LABELS and math.isinf(provisional) and _cautious_mean(standing_for, doubt, n) <= tolerable:
             provisional = level
-        if certifies(n, wrong, max_error, alpha):
+        if certifies(labels, max_error, alpha, doubt):
             return Thresholds(level, min(provisional, level))
     return Thresholds(math.inf, provisional)
+
+
+def _cautious_mean(labels: Labels, doubt: Doubt, n: float) -> float:
+    """The share of wrong ones, as if one more had been wrong and one right; with a standard error of what is noisy."""
+    silent, alarm = doubt.values
+    total = labels.n + labels.noisy
+    wrong = labels.wrong + labels.alarms * alarm + (labels.noisy - labels.alarms) * silent
+    share = labels.noisy / total
+    error = math.sqrt(share * doubt.right * (1.0 - doubt.right) / n) * (alarm - silent)
+    return (wrong + 1.0) / (total + 2.0) + error
 
 
 class LevelName(NamedTuple):
@@ -161,6 +234,14 @@ class Tally(NamedTuple):
     would_be_wrong: float = 0.0
     start: float = 0.0
     start_wrong: float = 0.0
+    more: float = 0.0
+    less: float = 0.0
+    even: float = 0.0
+    normal: float = 0.0
+    normal_wrong: float = 0.0
+    normal_more: float = 0.0
+    normal_less: float = 0.0
+    normal_even: float = 0.0
 
     def plus(self, change: Tally) -> Tally:
         return Tally(*(one + other for one, other in zip(self, change, strict=True)))
@@ -169,86 +250,152 @@ class Tally(NamedTuple):
         return Tally(*(one - other for one, other in zip(self, before, strict=True)))
 
 
+NORMAL: Final = "normal"
+ALIKE: Final = "alike"
+"""Regions whose evidence is kept apart: hits on texts of one normal form, and all others."""
+
+
+NO_PAIRS: Final = Pairs()
+
+
+@dataclass(slots=True)
+class Region:
+    """What is known of one kind of hit in a scope, or a level above it."""
+
+    n: float = 0.0  # certain labels of pairs that need no proof, each for as many as it stands for
+    wrong: float = 0.0
+    pairs: Pairs = NO_PAIRS
+
+    def rate(self, prior: float) -> float:
+        """Share of wrong ones, by certain labels, from a prior's."""
+        return (self.wrong + PRIOR_LABELS * prior) / (self.n + PRIOR_LABELS)
+
+    def alarm(self, max_error: float, noise: Noise) -> float:
+        """Log of the evidence that more than `max_error` is wrong."""
+        return contrast.log_wealth(self.pairs, max_error * noise.contrast)
+
+    def is_closed(self, max_error: float, noise: Noise, alpha: float) -> bool:
+        """Whether pairs show that more than `max_error` is wrong."""
+        return contrast.exceeds(self.pairs, max_error * noise.contrast, alpha)
+
+
 @dataclass(slots=True)
 class Account:
-    """What was served in one scope (or a level above it), and how much of it was wrong as far as known.
+    """What was served in one scope (or a level above it), and how much of it was wrong as far as known for certain.
 
     A would-be hit is one that met a bound, whether the account then let it pass or not: those that did not pass are
     forwarded and labelled for free, and so show when the account may open again.
     """
 
     hits: float = 0.0
-    audited: float = 0.0  # hits whose label came
+    audited: float = 0.0  # hits whose certain label came
     counted_wrong: float = 0.0  # among them
-    would_be: float = 0.0  # labelled would-be hits
+    would_be: float = 0.0  # would-be hits with a certain label
     would_be_wrong: float = 0.0
-    start: float = 0.0  # labelled pairs of the start region, each for as many as it stands for
-    start_wrong: float = 0.0
+    alike: Region = field(default_factory=Region)
+    normal: Region = field(default_factory=Region)
+
+    @classmethod
+    def of(cls, tally: Tally) -> Account:
+        return cls(
+            *tally[1:6],
+            alike=Region(tally.start, tally.start_wrong, Pairs(tally.more, tally.less, tally.even)),
+            normal=Region(
+                tally.normal, tally.normal_wrong, Pairs(tally.normal_more, tally.normal_less, tally.normal_even)
+            ),
+        )
+
+    def tally(self, labelled: float) -> Tally:
+        alike, normal = self.alike, self.normal
+        return Tally(
+            labelled, self.hits, self.audited, self.counted_wrong, self.would_be, self.would_be_wrong,
+            alike.n, alike.wrong, *alike.pairs, normal.n, normal.wrong, *normal.pairs,
+        )  # fmt: skip
+
+    def region(self, name: str) -> Region:
+        return self.normal if name == NORMAL else self.alike
 
     def expected_wrong(self, max_error: float) -> float:
         """Wrong answers counted among audited hits, and to be expected among the others."""
         rate = (self.would_be_wrong + SHRINK_LABELS * max_error) / (self.would_be + SHRINK_LABELS)
         return self.counted_wrong + max(0.0, self.hits - self.audited) * rate
 
-    def has_room(self, max_error: float) -> bool:
-        """Whether one more hit without proof may be risked."""
+    def has_room(self, max_error: float, caution: float = 1.0) -> bool:
+        """Whether one more hit without proof may be risked; `caution` divides the credit."""
         budget = max_error * self.hits
-        return self.expected_wrong(max_error) <= budget + CREDIT_WRONG * math.exp(-budget / REPAID_WRONG)
+        credit = CREDIT_WRONG / caution * math.exp(-budget / REPAID_WRONG)
+        return self.expected_wrong(max_error) <= budget + credit
 
-    @property
-    def start_rate(self) -> float:
-        """Share of wrong ones in the start region, from a cautious start."""
-        return (self.start_wrong + START_WRONG) / (self.start + START_LABELS)
-
-    def label(self, wrong: float, weight: float, *, served: bool, would_be: bool, near_same: bool) -> None:
-        """A label came, for a hit (`served`) or for a decision that was forwarded."""
+    def label(self, wrong: float, weight: float, *, served: bool, would_be: bool, region: str) -> None:
+        """A certain label came, for a hit (`served`) or for a decision that was forwarded; `region` is that of a pair
+        which needs no proof, else ""."""
         if served:
             self.audited += 1.0
             self.counted_wrong += wrong
         if would_be:
             self.would_be += 1.0
             self.would_be_wrong += wrong
-        if near_same:
-            self.start += weight
-            self.start_wrong += weight * wrong
+        if region:
+            found = self.region(region)
+            found.n += weight
+            found.wrong += weight * wrong
 
-    def correct(
-        self, before: float, wrong: float, weight: float, *, served: bool, would_be: bool, near_same: bool
-    ) -> None:
-        """A label given before turned out otherwise."""
+    def pair(self, change: Pairs, region: str) -> None:
+        """A pair of noisy comparisons came, for a would-be hit."""
+        found = self.region(region)
+        found.pairs = Pairs(*(one + more for one, more in zip(found.pairs, change, strict=True)))
+
+    def correct(self, before: float, wrong: float, weight: float, *, served: bool, would_be: bool, region: str) -> None:
+        """A certain label given before turned out otherwise."""
         change = wrong - before
         if served:
             self.counted_wrong = max(0.0, self.counted_wrong + change)
         if would_be:
             self.would_be_wrong = max(0.0, self.would_be_wrong + change)
-        if near_same:
-            self.start_wrong = max(0.0, self.start_wrong + weight * change)
+        if region:
+            found = self.region(region)
+            found.wrong = max(0.0, found.wrong + weight * change)
+
+
+def prior_of(region: str, others: Region, max_error: float) -> float:
+    """Share of wrong ones that a region of a new scope begins with: what was measured before, and what other scopes of
+    this installation showed for certain. That is a prior and no verdict: no others close a scope that has shown nothing
+    yet, so it stays within the budget where the measured one is."""
+    measured = PRIOR_WRONG[region] / PRIOR_LABELS
+    here = others.rate(measured)
+    return here if here <= measured else max(measured, min(here, max_error))
 
 
 def standing_of(
-    log_odds: float, *, near_same: bool, vetoed: bool, thresholds: Thresholds, starts: bool
+    log_odds: float, *, region: str, vetoed: bool, thresholds: Thresholds, open_regions: frozenset[str]
 ) -> Standing | None:
     """How a candidate would be served, or None: room in the account is not looked at.
 
-    `vetoed`: a guard that no evidence overrules objects. `near_same`: the texts are almost the same and no guard at all
-    objects. `starts`: such pairs may be served without proof here.
+    `vetoed`: a guard that no evidence overrules objects. `region`: of texts that may be served without proof, else "".
     """
     if vetoed:
         return None
     if log_odds >= thresholds.proven:
         return Standing.PROVEN
+    if region == NORMAL and region in open_regions:
+        return Standing.NORMAL
     if log_odds >= thresholds.provisional:
         return Standing.PROVISIONAL
-    return Standing.START if near_same and starts else None
+    return Standing.START if region and region in open_regions else None
 
 
-def audit_share(standing: Standing, account: Account, least: float) -> float:
-    """The share of such hits to ask again upstream, at least `least`: all of them until the evidence is thick.
+def audit_share(standing: Standing, account: Account, region: str, alarm: float, alpha: float, least: float) -> float:
+    """The share of such hits to ask again upstream, at least `least`: all of them until the evidence is thick, and
+    again where it comes near to closing (`alarm`, see `Region.alarm`).
 
     With `least` 0 none is, ever: labels then come from misses and from feedback alone.
     """
     if least <= 0.0:
         return 0.0
+    n = account.region(region).pairs.n
+    if n and alarm >= -ALERT * math.log(alpha):
+        return 1.0
     if standing is Standing.PROVEN:
-        return least if account.audited >= PROVEN_AUDITS else 1.0
-    return min(1.0, max(least, AUDIT_ALL / max(1.0, account.would_be)))
+        return least if account.audited + n >= PROVEN_AUDITS else 1.0
+    first = AUDIT_PAIRS[region]
+    return min(1.0, max(least, min(AUDIT_ALL / max(1.0, account.would_be), (first / (first + n)) ** 2)))

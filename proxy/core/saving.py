@@ -57,6 +57,7 @@ EXTRA_CALLS = {
     "edge": "edge.local",
     "revalidate": "cache.revalidate",
     "audit": "cache.audit",
+    "repeat": "cache.audit",
     "judge": "cache.audit",
     "embedding": "cache.embed",
 }

@@ -16,6 +16,7 @@ from typing import Any, Final, Literal
 import orjson
 
 from proxy import ports
+from proxy.core.contrast import Noise
 from proxy.core.dialects.openai_record import find_usage
 from proxy.core.errors import UpstreamError
 from proxy.core.model import Call
@@ -29,6 +30,8 @@ REPLY_TOKENS: Final = 256  # room for a model that thinks before its one word
 REPLY_BYTES: Final = 1 << 20
 SAME, DIFFERENT = 0.97, 0.03
 """What its word is worth. It errs like any reader: a mark is never certain."""
+OF_A_MODEL: Final = Noise(repeats=20.0, false_alarms=1.0, differing=20.0, alarms=19.0)
+"""What is supposed of a model that nobody has measured yet; what it does here soon weighs more."""
 
 INSTRUCTIONS: Final = (
     "Two questions were asked, and each was answered. Decide whether answer A could be given to question B instead of"

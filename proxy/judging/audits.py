@@ -2,9 +2,11 @@
 
 - A miss that had a candidate: the new answer is compared with the one that would have been served. Free, because the
   answer was fetched anyway.
-- An audit: a hit that was served is asked again upstream, and the answers are compared. It costs a call, which is
-  booked as a negative saving. Audits wait for one another. When too many wait, a hit without proof that is due for one
-  is not served but forwarded: the same call, and a budget kept by audits that never come would not be kept.
+- An audit: a hit that was served is asked again upstream, and so is the kept question; both answers are compared with
+  the kept one (`proxy.core.contrast` says why both). That costs two calls, booked as negative savings, and in all never
+  more than the share of what semantic hits saved that the operator allows. Audits wait for one another; when too many
+  wait, or that share is spent, hits go on under the evidence there is.
+- A question that is answered anew anyway (no-cache, expiry) tells how often two answers to one question look different.
 - Feedback: somebody who knows.
 
 Answers are compared by `index.answers`, and where the operator names one by a language model (`proxy.judging.arbiter`).
@@ -30,18 +32,22 @@ import orjson
 from proxy import ports
 from proxy.core.answer import decode_answer
 from proxy.core.model import Answer, Comparison, Entry
+from proxy.core.policy import ALWAYS
+from proxy.core.purse import Purse
 from proxy.core.query import Query
-from proxy.core.risk import Standing
 from proxy.hot import HotRow, HotRows
 from proxy.judging.evidence import Evidence
 from proxy.judging.judge import (
+    EQUAL,
     LEARN_FROM,
     SAME_FROM,
     WRONG_BELOW,
     Judge,
     Judged,
     Opinion,
+    Place,
     comparison,
+    objection,
     place_of,
     signature_from,
 )
@@ -56,7 +62,7 @@ AUDITS_WAITING = 16
 COMPARISONS_AT_ONCE = 32  # after misses; an audit, which was paid for, is always compared
 OTHER_GROUPS = 2  # further groups a new answer is compared with, to join one
 REMEMBERED = 16_384  # semantic hits that feedback can still name
-EQUAL = 0.999  # equal but for case, space and punctuation: no model is asked
+BUILT_IN = "built-in"  # the comparer of `index.answers`
 RELEARNED_AT_ONCE = 32  # a millisecond or two
 LATE = 10_000  # corrections kept until what is written down was learned
 LOADED = 10_000  # comparisons a start learns from
@@ -72,6 +78,8 @@ class Again(NamedTuple):
     judged: Judged
     request_id: str  # of the hit
     weight: float  # hits like it that this one stands for
+    p_null: float | None = None  # that the kept question, asked again, was answered as before
+    comparer: str = BUILT_IN  # what said so
 
 
 class _Hit(NamedTuple):
@@ -97,6 +105,7 @@ class Auditor:
         hot: HotRows,
         tasks: Tasks,
         telemetry: Telemetry,
+        purse: Purse,
         clock: Callable[[], float] = time.time,
         chance: Callable[[], float] = random.random,
     ) -> None:
@@ -109,6 +118,7 @@ class Auditor:
         self._hot = hot
         self._tasks = tasks
         self._telemetry = telemetry
+        self.purse = purse
         self._clock = clock
         self._chance = chance
         self._slots = asyncio.Semaphore(AUDITS_AT_ONCE)
@@ -126,16 +136,11 @@ class Auditor:
         """A hit on a wording judged before: feedback may name it."""
         self._note(request_id, _Hit(asked, entry_id, None, None))
 
-    def hold(self, opinion: Opinion, judged: Judged) -> str:
-        """Draw whether serving this calls for an audit. Why it must not be served now, or "".
-
-        It must not when an audit is due and has no room, and nothing is proven.
-        """
+    def draw(self, opinion: Opinion, judged: Judged) -> None:
+        """Draw whether serving this calls for an audit; for how many hits it then stands."""
         share = self.judge.audit_share(opinion, judged)
         due = self._meaning.comparer is not None and self._chance() < share
         opinion.stands_for = 1.0 / share if due else None
-        has_room = self._audits < AUDITS_AT_ONCE + AUDITS_WAITING
-        return "audits_behind" if due and not has_room and judged.standing is not Standing.PROVEN else ""
 
     def served(self, opinion: Opinion, judged: Judged, request_id: str) -> Again | None:
         """Count a semantic hit; what to ask again upstream, or None when this one is not audited."""
@@ -143,7 +148,7 @@ class Auditor:
         self.judge.serve(opinion.place)
         if opinion.stands_for is None or self._tasks.closed:
             return None
-        if self._audits >= AUDITS_AT_ONCE + AUDITS_WAITING:
+        if self._audits >= AUDITS_AT_ONCE + AUDITS_WAITING or not self.purse.has_room:
             self._telemetry.audit("skipped")
             return None
         return Again(opinion, judged, request_id, opinion.stands_for)
@@ -191,6 +196,42 @@ class Auditor:
         self._comparing += again is None
         _ = self._tasks.spawn(self._compare(opinion, again, query, headers, entry, answer), "compare")
 
+    async def kept_prompt(self, again: Again) -> str | None:
+        """The question that the served answer was given to; None when the entry is gone."""
+        try:
+            kept = await self._kept(again.judged.candidate.entry_id)
+        except ports.CACHE_FAULTS:
+            return None
+        return None if kept is None else kept.entry.draft.prompt
+
+    async def repeated(self, again: Again, query: Query, headers: Headers, answer: Answer) -> Again:
+        """The kept question was asked again (`query`) and answered: what that says of comparing answers here."""
+        try:
+            kept = await self._kept(again.judged.candidate.entry_id)
+            if kept is None or self._meaning.comparer is None:
+                return again
+            p_null, comparer = await self._verdict(answer, kept, query, headers, again.request_id, is_paid=True)
+        except ports.CACHE_FAULTS:
+            return again
+        return again._replace(p_null=p_null, comparer=comparer)
+
+    def refetched(self, before: HotRow, query: Query, answer: Answer) -> None:
+        """A question was answered anew that had an answer: a repeat that costs nothing."""
+        if self.judge.comparer == BUILT_IN and self._may_compare():
+            _ = self._tasks.spawn(self._see_repeat(before, query, answer), "compare")
+
+    async def _see_repeat(self, before: HotRow, query: Query, answer: Answer) -> None:
+        place = Place(query.scope, query.controls.namespace, query.tenant, query.fingerprint)
+        self._comparing += 1
+        try:
+            self.judge.saw_repeat(place, await self._likeness(answer, before, query.tenant))
+        finally:
+            self._comparing -= 1
+
+    def _may_compare(self) -> bool:
+        is_full = self._comparing >= COMPARISONS_AT_ONCE
+        return self._meaning.comparer is not None and not self._tasks.closed and not is_full
+
     async def _compare(
         self,
         opinion: Opinion,
@@ -207,12 +248,17 @@ class Auditor:
             if judged is not None and judged.candidate.similarity >= LEARN_FROM:
                 kept = await self._kept(judged.candidate.entry_id)
                 if kept is not None:
-                    p_same = await self._verdict(answer, kept, query, headers, entry.draft.request_id)
+                    request_id = entry.draft.request_id
+                    paid = again is not None
+                    p_same, comparer = await self._verdict(answer, kept, query, headers, request_id, is_paid=paid)
                     if again is None:
                         weight = await self._weight(opinion, judged, query, kept)
-                        found = self._learn(opinion, judged, p_same, weight, entry.draft.request_id, served=False)
+                        found = self._learn(opinion, judged, p_same, weight, request_id, comparer, served=False)
                     else:
-                        found = self._learn(opinion, judged, p_same, again.weight, again.request_id, served=True)
+                        p_null = again.p_null if again.comparer == comparer else None
+                        found = self._learn(
+                            opinion, judged, p_same, again.weight, again.request_id, comparer, p_null, served=True
+                        )
                         await self._close_audit(opinion, judged, again, p_same)
                     group = judged.group_id if p_same >= SAME_FROM else entry.id
             if group == entry.id:
@@ -247,11 +293,14 @@ class Auditor:
         assert comparer is not None
         return await comparer.compare(_text(answer), _text(kept.answer), tenant)
 
-    async def _verdict(self, answer: Answer, kept: HotRow, query: Query, headers: Headers, request_id: str) -> float:
-        """Probability that two answers say the same, of the language model where there is one and it is needed."""
+    async def _verdict(
+        self, answer: Answer, kept: HotRow, query: Query, headers: Headers, request_id: str, *, is_paid: bool
+    ) -> tuple[float, str]:
+        """Probability that two answers say the same, and who says so: the language model where there is one, and this
+        comparison `is_paid` for."""
         p_same = await self._likeness(answer, kept, query.tenant)
-        if self._arbiter is None or p_same >= EQUAL:
-            return p_same
+        if self._arbiter is None or not is_paid or p_same >= EQUAL:
+            return p_same, BUILT_IN if p_same < EQUAL else self.judge.comparer
         asked = await self._arbiter.compare(
             query,
             headers,
@@ -260,20 +309,30 @@ class Auditor:
             kept_prompt=kept.entry.draft.prompt,
             kept_answer=_text(kept.answer),
         )
-        return p_same if asked is None else asked
+        return (p_same, BUILT_IN) if asked is None else (asked, self.judge.comparer)
 
     async def _weight(self, opinion: Opinion, judged: Judged, query: Query, kept: HotRow) -> float:
         """For how many decisions a forwarded one stands: 0 when the pair guard would have refused it."""
         verify = self._meaning.verify
-        if verify is not None and judged.candidate.entry_id not in opinion.logits:
+        against = objection(opinion, judged, self.judge, can_verify=verify is not None)
+        if against is None and verify is not None:
             with contextlib.suppress(*ports.CACHE_FAULTS):  # not asked: like any other, which is strict
                 (logit,) = await verify(query.prompt, [kept.entry.draft.prompt], query.tenant)
-                if logit <= 0.0:
-                    return 0.0
-        return opinion.stands_for or 1.0
+                opinion.logits[judged.candidate.entry_id] = logit
+                against = objection(opinion, judged, self.judge, can_verify=True)
+        return 0.0 if against else 1.0
 
     def _learn(
-        self, opinion: Opinion, judged: Judged, p_same: float, weight: float, request_id: str, *, served: bool
+        self,
+        opinion: Opinion,
+        judged: Judged,
+        p_same: float,
+        weight: float,
+        request_id: str,
+        comparer: str,
+        p_null: float | None = None,
+        *,
+        served: bool,
     ) -> Comparison:
         found = comparison(
             opinion,
@@ -281,16 +340,20 @@ class Auditor:
             p_same=p_same,
             weight=weight,
             served=served,
+            comparer=comparer,
+            p_null=p_null,
             source="audit" if served else "forward",
             request_id=request_id,
             embedder=self._meaning.identity,
             ts_ms=int(self._clock() * 1000),
         )
         self.judge.apply(found)
+        if not served and comparer == self.judge.comparer and judged.candidate.vetoes & ALWAYS:
+            self.judge.saw_differing(opinion.place, p_same)
         return found
 
     async def _close_audit(self, opinion: Opinion, judged: Judged, again: Again, p_same: float) -> None:
-        same = p_same >= WRONG_BELOW
+        same = p_same >= WRONG_BELOW or (again.p_null is not None and again.p_null < WRONG_BELOW)
         self._telemetry.audit("same" if same else "different")
         if not same:
             await self._never_again(opinion.place.fingerprint, judged.candidate.entry_id, again.request_id, "audit")

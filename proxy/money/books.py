@@ -27,6 +27,7 @@ from proxy.core.model import (
     Usage,
     again,
 )
+from proxy.core.purse import LEARNING, Purse, worth
 from proxy.core.query import Query
 from proxy.hot import Form
 from proxy.records import Client, Fetch
@@ -42,8 +43,11 @@ MECHANISMS = {Tier.EXACT: "cache.exact", Tier.SEMANTIC: "cache.semantic", Tier.S
 class Books:
     """Writes requests into ledger, counters and log. Owns none of them."""
 
-    def __init__(self, ledger: ports.Ledger, prices: ports.PriceBook, telemetry: Telemetry) -> None:
+    def __init__(
+        self, ledger: ports.Ledger, prices: ports.PriceBook, telemetry: Telemetry, purse: Purse | None = None
+    ) -> None:
         self._ledger = ledger
+        self.purse = purse or Purse(0.0)
         self._prices = prices
         self._telemetry = telemetry
         self._serial = itertools.count(1)
@@ -108,6 +112,7 @@ class Books:
         ending: Ending | None = None,
     ) -> None:
         """Book a hit; `ending`: of one that went out over time."""
+        self.purse.earned += form.worth
         recurring: tuple[Any, ...] | None = form.recurring
         total_ms = _ms_since(client)
         if ending is None:
@@ -315,6 +320,8 @@ class Books:
             total_ms=call.total_ms,
         )
         cost_nusd = self.cost(call)
+        if reason in LEARNING:
+            self.purse.spend(worth(cost_nusd, call.usage))
         self.settle(outcome, scope=query.scope, costs_nusd={query.upstream: cost_nusd} if cost_nusd else None)
 
 

@@ -11,10 +11,12 @@ from dataclasses import replace
 from typing import Final, Protocol
 
 import numpy as np
+import orjson
 
 from proxy import ports
 from proxy.core import freshness
 from proxy.core.errors import CacheFault, UpstreamError
+from proxy.core.fingerprint import fingerprint_of
 from proxy.core.model import Answer, Entry, Miss
 from proxy.core.plan import DEFAULT_PLAN
 from proxy.core.purges import Began
@@ -28,6 +30,8 @@ from proxy.request.parts import Parts
 
 log = logging.getLogger(__name__)
 
+REPEAT: Final = "repeat"
+"""Purpose of a call whose answer is compared and not kept."""
 PLAIN: Final = DEFAULT_PLAN.lanes
 """Of a call that no lane shapes."""
 
@@ -106,9 +110,22 @@ class Errands:
             if self._tasks.closed:
                 return
             plain = replace(query, plan=replace(query.plan, lanes=query.plan.lanes - ACTING))
+            again = await self._repeat(plain, client, again)
             fetch = self._fetch(plain, client, lookup, "audit")
             fetch.again = again
             await _read_whole(self._take_off(fetch, shared=False).join())
+
+    async def _repeat(self, query: Query, client: Client, again: Again) -> Again:
+        """Ask the kept question again, too: how often do two answers to one question look different here?"""
+        prompt = await self._auditor.kept_prompt(again)
+        asked = None if prompt is None else asking(query, prompt)
+        if asked is None:
+            return again
+        fetch = self._fetch(asked, client, Lookup(Miss("repeat")), REPEAT)
+        await _read_whole(self._take_off(fetch, shared=False).join())
+        if fetch.answer is None:
+            return again
+        return await self._auditor.repeated(again, asked, client.headers, fetch.answer)
 
     # -- for the router -----------------------------------------------------------------------------------------------
 
@@ -161,6 +178,34 @@ class Errands:
         )
         began = Began(self._store.purges.newest, own.ts_ms)
         return Fetch(query, own, lookup, started_s, began, purpose=purpose)
+
+
+def asking(query: Query, prompt: str) -> Query | None:
+    """The same request with another text in place of the one that is compared; None where that is not the one place in
+    the body that spells it."""
+    if query.prompt == prompt:
+        return query
+    try:
+        body, count = _replaced(orjson.loads(query.forward_body), query.prompt, prompt)
+    except orjson.JSONDecodeError:
+        return None
+    if count != 1:
+        return None
+    raw = orjson.dumps(body)
+    return replace(query, prompt=prompt, body=raw, forward_body=raw, fingerprint=fingerprint_of(query.scope, prompt))
+
+
+def _replaced(value: object, text: str, other: str) -> tuple[object, int]:
+    """A parsed body with `other` for every string `text`, and how many there were."""
+    if isinstance(value, str):
+        return (other, 1) if value == text else (value, 0)
+    if isinstance(value, list):
+        found = [_replaced(part, text, other) for part in value]
+        return [part for part, _ in found], sum(count for _, count in found)
+    if isinstance(value, dict):
+        named = {name: _replaced(part, text, other) for name, part in value.items()}
+        return {name: part for name, (part, _) in named.items()}, sum(count for _, count in named.values())
+    return value, 0
 
 
 async def _read_whole(seat: Seat[Fetch]) -> None:

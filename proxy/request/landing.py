@@ -18,7 +18,7 @@ from proxy.money.books import draft_of
 from proxy.records import Fetch
 from proxy.request.collapse import Flight
 from proxy.request.entries import Entries
-from proxy.request.errands import Errands, reason_of
+from proxy.request.errands import REPEAT, Errands, reason_of
 from proxy.request.parts import Parts
 
 
@@ -46,7 +46,9 @@ class Landing:
         for settle in fetch.deferred:
             settle()
         fetch.deferred.clear()
-        if fetch.answer is not None:
+        if fetch.purpose == REPEAT:
+            self._forget_flight(flight)
+        elif fetch.answer is not None:
             _ = self._parts.tasks.spawn(self._keep(flight, fetch.answer), "store")
         else:
             self._telemetry.unstored(fetch.unstored or "no_answer")
@@ -126,10 +128,13 @@ class Landing:
         embedder = self._parts.meaning.embedder
         identity = "" if embedder is None else embedder.identity
         draft = draft_of(fetch, answer, identity, self._parts.rules, int(self._parts.clock() * 1000))
+        before = self._parts.hot.find(draft.fingerprint)
         try:
             entry = await self._entries.put(draft, answer, fetch.began)
             if entry is None:
                 return
+            if before is not None and fetch.again is None and not fetch.routed_to:
+                self._parts.auditor.refetched(before, fetch.query, answer)
             opinion = None if fetch.routed_to else fetch.lookup.opinion  # of answers of the model asked for
             self._parts.auditor.stored(opinion, fetch.again, fetch.query, fetch.client.headers, entry, answer)
             if fetch.purpose == "answer" and may_route(fetch.asked):

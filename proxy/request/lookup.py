@@ -146,9 +146,8 @@ class Finder:
         self._judge.see(place, signature)
         while (chosen := opinion.chosen) is not None:
             row = await self._pass_gate(chosen, opinion, query, client, lookup)
-            if isinstance(row, HotRow) and (held := self._auditor.hold(opinion, chosen)):
-                opinion.held = held
-            elif isinstance(row, HotRow):
+            if isinstance(row, HotRow):
+                self._auditor.draw(opinion, chosen)
                 lookup.row = row
                 lookup.verdict = Hit(row.entry, Tier.SEMANTIC, chosen.candidate.similarity, chosen.probability)
                 break
@@ -211,11 +210,11 @@ class Finder:
     async def ask_guard(self, judged: Judged, opinion: Opinion, asked: str, kept: str) -> str:
         """What the pair guard has against serving `kept`'s answer for `asked`, or ""."""
         assert self._meaning.embedder is not None
-        against = objection(opinion, judged, self._rules, can_verify=self._meaning.embedder.can_verify)
+        against = objection(opinion, judged, self._judge, can_verify=self._meaning.embedder.can_verify)
         if against is None:
             (logit,) = await self._meaning.embedder.verify(asked, [kept], opinion.place.tenant)
             opinion.logits[judged.candidate.entry_id] = logit
-            against = objection(opinion, judged, self._rules, can_verify=True)
+            against = objection(opinion, judged, self._judge, can_verify=True)
         return against or ""
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from proxy.core import freshness
 from proxy.core.dialects.dialect import Template
-from proxy.core.model import Answer, Hit
+from proxy.core.model import Answer, Hit, Tier
 from proxy.core.pace import Pace, Schedule, ends_of, progress, schedule, texts_of
+from proxy.core.purse import worth
 from proxy.core.query import Query
 from proxy.hot import Form, HotRow
 from proxy.records import Client
@@ -57,7 +58,8 @@ class Server:
     def _form(self, query: Query, client: Client, row: HotRow, hit: Hit) -> Form:
         recurring = self._books.recurring(query, row.answer.model, hit)
         baseline_nusd = self._books.price(query, row.entry.draft.usage, client.ts_ms)
-        return Form(self._template(query, row.answer), recurring, baseline_nusd)
+        earns = worth(baseline_nusd, row.entry.draft.usage) if hit.tier is Tier.SEMANTIC else 0
+        return Form(self._template(query, row.answer), recurring, baseline_nusd, earns)
 
     def _template(self, query: Query, answer: Answer) -> Template:
         return query.dialect.render(

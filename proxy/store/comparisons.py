@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from sqlalchemy import ColumnElement, bindparam, delete, func, insert, select, tuple_, update
+from sqlalchemy import ColumnElement, and_, bindparam, delete, func, insert, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -37,7 +37,7 @@ PIECE = 1_000
 PAIRS = 100_000  # refused pairs read at once
 CLEAN_KEPT_MS = 30 * 86_400_000  # a tally that narrows nothing and does not change any more
 CLEAN_LABELS = 100  # from which one narrows: its level is judged by its own evidence alone
-_FLAGS = ("served", "near_same")
+_FLAGS = ("served",)
 
 
 class Comparisons:
@@ -197,7 +197,8 @@ class Comparisons:
         """Overwrite what a comparison found."""
 
         async def act(connection: AsyncConnection) -> None:
-            await connection.execute(update(audit).where(audit.c.id == row_id).values(p_same=p_same, source=source))
+            change = update(audit).where(audit.c.id == row_id)
+            await connection.execute(change.values(p_same=p_same, source=source, comparer="", p_null=None))
 
         await self._writer.run(act)
 
@@ -208,7 +209,7 @@ class Comparisons:
         kind = audit.c.served == (0 if near_misses else 1)
         shown = (
             "id", "ts", "source", "request_id", "tenant", "namespace", "entry_id", "group_id", "similarity", "log_odds",
-            "standing", "p_same", "weight",
+            "standing", "region", "comparer", "p_same", "p_null", "weight",
         )  # fmt: skip
         statement = (
             select(*(audit.c[name] for name in shown), func.substr(entry.c.prompt, 1, 200).label("prompt"))
@@ -305,7 +306,8 @@ class Comparisons:
     async def _forget_clean(self) -> None:
         """Drop tallies that leave the judge as free as none would: no wrong label, too few to stand alone, and old."""
         c = evidence.c
-        no_wrong = (c.counted_wrong == 0) & (c.would_be_wrong == 0) & (c.start_wrong == 0)
+        wrong = (c.counted_wrong, c.would_be_wrong, c.start_wrong, c.normal_wrong, c.more, c.normal_more)
+        no_wrong = and_(*(column == 0 for column in wrong))
         is_old = c.changed_ms < int(self._clock() * 1000) - CLEAN_KEPT_MS
         clean = no_wrong & is_old & (c.labelled < CLEAN_LABELS)
 

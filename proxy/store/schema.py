@@ -218,12 +218,14 @@ audit = Table(
     Column("log_odds", Double, nullable=False),
     Column("standing", Text, nullable=False),
     Column("served", SmallInteger, nullable=False),
-    Column("near_same", SmallInteger, nullable=False),
     Column("p_same", Double, nullable=False),
     Column("weight", Double, nullable=False),
     Column("features", LargeBinary, nullable=False),
     Column("words", LargeBinary, nullable=False),
     Column("signature", LargeBinary, nullable=False),
+    Column("region", Text, nullable=False, server_default=""),
+    Column("comparer", Text, nullable=False, server_default="built-in"),
+    Column("p_null", Double),  # of the kept question, asked again; NULL: it was not
     Column("writer", Text, nullable=False),  # the process: replicas learn from each other's rows, not from their own
     Index(None, "embedder", "id"),
     Index(None, "request_id"),
@@ -233,6 +235,8 @@ audit = Table(
     CheckConstraint("source IN ('forward', 'audit', 'feedback')", name="source"),
     sqlite_autoincrement=True,
 )
+
+PAIRED = ("more", "less", "even", "normal", "normal_wrong", "normal_more", "normal_less", "normal_even")
 
 evidence = Table(
     "evidence",
@@ -252,6 +256,7 @@ evidence = Table(
     Column("would_be_wrong", Double, nullable=False),
     Column("start", Double, nullable=False),
     Column("start_wrong", Double, nullable=False),
+    *(Column(name, Double, nullable=False, server_default="0") for name in PAIRED),
     Index(None, "changed_ms"),
     CheckConstraint("kind IN ('scope', 'namespace', 'tenant', 'installation')", name="kind"),
 )
