@@ -15,6 +15,7 @@ from index.kernels import veto_bits
 from index.learner import Learner
 from index.levels import LEVELS
 from proxy.core import policy
+from proxy.core.contrast import Noise
 from proxy.core.model import Candidate, Comparison, Miss, NearMiss, Rules
 from proxy.core.risk import Standing
 from proxy.judging.judge import GUARD_ASKS, PAIR_GUARD, THICK, Judge, Opinion, Place, comparison, objection, verdict_of
@@ -217,28 +218,23 @@ def test_entries_with_one_answer_are_one_candidate() -> None:
     assert opinion.judged[0].candidate.entry_id == 2
 
 
-def test_what_comparing_overlooks_is_taken_off_the_budget() -> None:
-    strict = Judge(Rules(), Learner, LEVELS, sensitivity=0.5)
-    assert consider(judge_of(), candidate(1, 0.97)).chosen is not None
-    assert consider(strict, candidate(1, 0.97)).chosen is None
-
-
-# The pair guard: it refuses, and never speaks for anything.
+# The pair guard: it refuses, and speaks for a pair in one place alone.
 
 
 def test_the_pair_guard_refuses_what_is_not_above_zero_and_the_next_candidate_is_tried() -> None:
-    opinion = consider(judge_of(), candidate(1, 0.99), candidate(2, 0.97))
+    judge = judge_of()
+    opinion = consider(judge, candidate(1, 0.99), candidate(2, 0.97))
     first = opinion.chosen
     assert first is not None
-    assert objection(opinion, first, Rules(), can_verify=True) is None  # ask
+    assert objection(opinion, first, judge, can_verify=True) is None  # ask
     opinion.logits[1] = 0.0
-    assert objection(opinion, first, Rules(), can_verify=True) == PAIR_GUARD
+    assert objection(opinion, first, judge, can_verify=True) == PAIR_GUARD
     opinion.refused[1] = PAIR_GUARD
     second = opinion.chosen
     assert second is not None
     assert second.candidate.entry_id == 2
     opinion.logits[2] = math.inf  # no opinion
-    assert objection(opinion, second, Rules(), can_verify=True) == ""
+    assert objection(opinion, second, judge, can_verify=True) == ""
 
 
 def test_a_refusal_of_the_pair_guard_is_what_is_told_and_no_evidence() -> None:
@@ -252,21 +248,23 @@ def test_a_refusal_of_the_pair_guard_is_what_is_told_and_no_evidence() -> None:
 
 
 def test_what_the_pair_guard_was_not_asked_about_any_more_is_refused() -> None:
-    opinion = consider(judge_of(), *(candidate(i, 0.99 - i / 1000) for i in range(GUARD_ASKS + 1)))
+    judge = judge_of()
+    opinion = consider(judge, *(candidate(i, 0.99 - i / 1000) for i in range(GUARD_ASKS + 1)))
     for judged in opinion.judged[:GUARD_ASKS]:
-        assert objection(opinion, judged, Rules(), can_verify=True) is None
+        assert objection(opinion, judged, judge, can_verify=True) is None
         opinion.logits[judged.candidate.entry_id] = -1.0
-    assert objection(opinion, opinion.judged[GUARD_ASKS], Rules(), can_verify=True) == PAIR_GUARD
+    assert objection(opinion, opinion.judged[GUARD_ASKS], judge, can_verify=True) == PAIR_GUARD
 
 
 def test_without_a_guard_likeness_alone_serves_nothing_and_the_operator_may_waive_it() -> None:
-    opinion = consider(judge_of(), candidate(1, 0.99))
+    judge = judge_of()
+    opinion = consider(judge, candidate(1, 0.99))
     (judged,) = opinion.judged
     assert judged.standing is Standing.START
-    assert objection(opinion, judged, Rules(), can_verify=False) == "no_guard"
-    assert objection(opinion, judged, Rules(pair_guard=False), can_verify=False) == ""
+    assert objection(opinion, judged, judge, can_verify=False) == "no_guard"
+    assert objection(opinion, judged, judge_of(pair_guard=False), can_verify=False) == ""
     judged.standing = Standing.PROVEN
-    assert objection(opinion, judged, Rules(), can_verify=False) == ""
+    assert objection(opinion, judged, judge, can_verify=False) == ""
 
 
 @given(logit=st.floats(allow_nan=False), similarity=st.floats(0.0, 1.0))
@@ -275,3 +273,102 @@ def test_no_logit_makes_anything_served_that_the_judge_would_not_serve(logit: fl
     before = opinion.chosen
     opinion.logits[1] = logit
     assert opinion.chosen is before
+
+
+def guarded(prior: float) -> Judge:
+    """A judge whose pairs are wrong at `prior` where the guard is sure, and else twice as often."""
+    return Judge(Rules(), Learner, LEVELS, prior=lambda _, logit: prior if logit > 4.0 else 2.0 * prior)
+
+
+def test_the_pair_guards_word_is_enough_where_the_measured_prior_is_within_the_budget() -> None:
+    judge = guarded(0.006)
+    opinion = consider(judge, candidate(1, 0.8))
+    chosen = opinion.chosen
+    assert chosen is not None
+    assert objection(opinion, chosen, judge, can_verify=True) is None  # ask
+    opinion.logits[1] = 5.0
+    assert objection(opinion, chosen, judge, can_verify=True) == ""
+    opinion.logits[1] = 3.0
+    assert objection(opinion, chosen, judge, can_verify=True) == "below_bound"
+    assert objection(opinion, chosen, judge_of(pair_guard=False), can_verify=True) == "below_bound"
+    assert consider(guarded(0.02), candidate(1, 0.8)).chosen is None  # no word of the guard would be enough
+
+
+def test_what_a_guard_knows_no_prior_overrules() -> None:
+    other = tokens.signature("How do I not reset the router of my office")
+    assert consider(guarded(0.0001), candidate(1, 0.97, other)).chosen is None
+
+
+# Labels that err.
+
+
+def noisy(judge: Judge, p_same: float, p_null: float | None = None, *, place: Place = HOME) -> None:
+    opinion = consider(judge, candidate(1, 0.97), place=place)
+    assert opinion.decision is not None
+    judge.serve(place)
+    found = comparison(
+        opinion, opinion.decision, p_same=p_same, weight=1.0, served=True, comparer="c", p_null=p_null,
+        source="audit", request_id="r", embedder="e", ts_ms=0,
+    )  # fmt: skip
+    judge.apply(found)
+
+
+def noisy_judge() -> Judge:
+    return Judge(Rules(), Learner, LEVELS, comparer="c", noise=Noise(100, 13, 100, 90))
+
+
+def test_one_alarm_closes_nothing_and_a_mark_by_somebody_who_knows_does() -> None:
+    judge = noisy_judge()
+    epoch = judge.epoch
+    noisy(judge, 0.1, 0.9)
+    assert consider(judge, candidate(1, 0.97)).chosen is not None
+    assert judge.epoch == epoch
+    label(judge, consider(judge, candidate(1, 0.97)), same=False, served=True)
+    assert consider(judge, candidate(1, 0.97)).chosen is None
+
+
+def test_a_scope_in_which_every_hit_is_wrong_is_closed_within_thirty_audits_and_others_stay_open() -> None:
+    """As the comparer errs: it overlooks one in ten, and calls 30 % of repeats different."""
+    other = Place(b"o" * 32, "", "t", b"q" * 32)
+    for seed in range(40):
+        judge, rng = noisy_judge(), random.Random(seed)
+        audits = 0
+        while consider(judge, candidate(1, 0.97)).chosen is not None:
+            noisy(judge, 0.1 if rng.random() < 0.9 else 0.9, 0.1 if rng.random() < 0.3 else 0.9)
+            audits += 1
+            assert audits <= 30
+        assert consider(judge, candidate(1, 0.97), place=other).chosen is not None
+        assert "more than 1 % is wrong" in judge.outlook(HOME, 0.01)
+
+
+def test_alarms_as_often_as_repeats_alarm_close_nothing() -> None:
+    judge, rng = noisy_judge(), random.Random(3)
+    for _ in range(400):
+        noisy(judge, 0.1 if rng.random() < 0.45 else 0.9, 0.1 if rng.random() < 0.45 else 0.9)
+    assert consider(judge, candidate(1, 0.97)).chosen is not None
+    level = next(row for row in judge.status() if row["level"] == "scope")
+    assert level["comparer"]["false_alarm_rate"] == pytest.approx(0.45, abs=0.06)
+    low, high = level["regions"]["alike"]["interval"]
+    assert low == 0.0 < high
+
+
+def test_a_judge_that_says_anything_changes_nothing() -> None:
+    judge, rng = Judge(Rules(), Learner, LEVELS, comparer="c", noise=Noise(20, 1, 20, 19)), random.Random(4)
+    for _ in range(300):
+        noisy(judge, float(rng.random() < 0.5), float(rng.random() < 0.5))
+    assert consider(judge, candidate(1, 0.97)).chosen is not None
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), max_size=25), st.sampled_from([0.01, 0.05]))
+def test_a_wrong_mark_by_feedback_never_widens(steps: list[tuple[bool, bool, bool]], max_error: float) -> None:
+    judge = noisy_judge()
+    for alarm, null, marked in steps:
+        before = consider(judge, candidate(1, 0.97), max_error=max_error)
+        if marked:
+            label(judge, before, same=False, served=True)
+            after = consider(judge, candidate(1, 0.97), max_error=max_error)
+            assert after.chosen is None or before.chosen is not None
+            assert after.has_room <= before.has_room
+            assert after.thresholds.proven >= before.thresholds.proven
+        else:
+            noisy(judge, 0.1 if alarm else 0.9, 0.1 if null else 0.9)
