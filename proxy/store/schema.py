@@ -22,7 +22,7 @@ from sqlalchemy import (
     text,
 )
 
-HEAD = "0008"
+HEAD = "0009"
 """The revision this code reads and writes; a test compares it with the newest migration."""
 
 metadata = MetaData(

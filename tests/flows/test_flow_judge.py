@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from proxy.commands.evaluate import interval
+from proxy.core.purse import CREDIT_CALLS
 from proxy.judging.arbiter import DIFFERENT
 from tests.flows.questions import Question, stream
 from tests.flows.running import Ibid, Reply, running, until
@@ -69,15 +70,18 @@ async def test_the_budget_holds_while_hits_grow_feedback_tightens_at_once_and_a_
 
             calls = await ibid.sql("SELECT purpose, COUNT(*) AS calls FROM upstream_call GROUP BY purpose")
             assert sum(row["calls"] for row in calls) == up.meter.calls
-            (audits,) = [row["calls"] for row in calls if row["purpose"] == "audit"]
-            assert 60 <= audits < hits / 2
+            made = {row["purpose"]: row["calls"] for row in calls}
+            audits = made["audit"]
+            assert 20 <= audits < hits / 2
+            assert made["repeat"] == audits
+            assert made["repeat"] + audits <= 0.1 * hits + 2 * CREDIT_CALLS
             (compared,) = await ibid.sql(
                 "SELECT (SELECT COUNT(*) FROM audit WHERE served = 1) AS n, "
                 "(SELECT COUNT(*) FROM upstream_call WHERE purpose = 'audit') AS audits"
             )  # of one moment
             assert compared["audits"] - 20 <= compared["n"] <= compared["audits"]  # an entry may be gone meanwhile
             (booked,) = await ibid.sql("SELECT * FROM savings_by_strategy WHERE mechanism = 'cache.audit'")
-            assert (booked["steps"], booked["earned_usd"]) == (audits, 0)
+            assert (booked["steps"], booked["earned_usd"]) == (2 * audits, 0)
             assert booked["spent_usd"] > 0
             assert await ibid.sql("SELECT * FROM request WHERE lane = 'audit' AND baseline_nusd <> 0") == []
             total = (await ibid.admin("POST", "/savings/query", {"name": "total"}))["rows"][0]
@@ -109,7 +113,7 @@ async def test_the_budget_holds_while_hits_grow_feedback_tightens_at_once_and_a_
             assert interval(len(wrong(found)), len(semantic(found)))[0] <= BUDGET
 
 
-async def test_an_audit_is_off_the_clients_path_and_its_answer_is_stored(data_dir, up):
+async def test_an_audit_and_its_repeat_are_off_the_clients_path_and_the_audits_answer_is_stored(data_dir, up):
     gate = asyncio.Event()
 
     async def reply(seen: Seen) -> Chat:
@@ -119,23 +123,28 @@ async def test_an_audit_is_off_the_clients_path_and_its_answer_is_stored(data_di
 
     up.default = reply
     async with running(data_dir, up.url, {"cache": {"audit_share": 0.05}}) as ibid:
-        await ibid.fill(ASKED)
+        kept = await ibid.fill(ASKED)
         hit = await ibid.ask(REWORDED)
         assert (hit.tier, hit.text) == ("semantic", "Wrap it in tape.")
         await until(lambda: len(up.requests) == 2)
         assert (await ibid.ask(REWORDED)).tier == "semantic"  # while the audit waits for the upstream
         gate.set()
         await ibid.settled()
+        assert [seen.json["messages"][-1]["content"] for seen in up.requests] == [ASKED, ASKED, REWORDED]
         assert (await ibid.ask(REWORDED)).tier == "exact"
+        again = await ibid.ask(ASKED)
+        assert (again.tier, again.entry) == ("exact", kept.entry)  # the repeat's answer is compared and not kept
         row = (await ibid.admin("GET", "/cache/audit"))["comparisons"][0]
         assert (row["request_id"], row["source"], row["prompt"]) == (hit.headers["x-request-id"], "audit", ASKED)
-        assert row["p_same"] > 0.9
-        assert (await evidence(ibid))["audited"] == 1
+        assert (row["region"], row["comparer"]) == ("alike", "built-in")
+        assert min(row["p_same"], row["p_null"]) > 0.9
+        level = await evidence(ibid)
+        assert (level["audited"], level["regions"]["alike"]["pairs"]) == (1, 1)
         metrics = await ibid.admin("GET", "/metrics")
         assert 'ibid_audits_total{found="same"} 1.0' in metrics
 
 
-async def test_a_hit_whose_audit_has_no_room_is_forwarded_instead_and_labelled(data_dir, up, monkeypatch):
+async def test_a_hit_whose_audit_has_no_room_is_served_and_not_audited(data_dir, up, monkeypatch):
     monkeypatch.setattr("proxy.judging.audits.AUDITS_AT_ONCE", 1)
     monkeypatch.setattr("proxy.judging.audits.AUDITS_WAITING", 0)
     gate = asyncio.Event()
@@ -150,33 +159,57 @@ async def test_a_hit_whose_audit_has_no_room_is_forwarded_instead_and_labelled(d
         await ibid.fill(ASKED)
         assert (await ibid.ask(REWORDED)).tier == "semantic"
         await until(lambda: len(up.requests) == 2)
-        forwarded = await ibid.ask("How could I repair a leaking garden hose?")
-        assert (forwarded.cache, forwarded.reason) == ("MISS", "audits_behind")
-        assert (await ibid.ask(REWORDED)).tier == "semantic"  # a wording whose audit is under way
+        assert (await ibid.ask("How could I repair a leaking garden hose?")).tier == "semantic"
         gate.set()
         await ibid.settled()
-        (label,) = (await ibid.admin("GET", "/cache/near-misses"))["comparisons"]
-        assert (label["request_id"], label["standing"]) == (forwarded.headers["x-request-id"], "start")
-        assert label["p_same"] > 0.9
-        assert (await evidence(ibid))["audited"] == 1
-        assert (await ibid.ask("How can I repair my leaking garden hose?")).tier == "semantic"
+        assert len(await ibid.sql("SELECT id FROM audit WHERE served = 1")) == 1
+        assert 'ibid_audits_total{found="skipped"} 1.0' in await ibid.admin("GET", "/metrics")
 
 
-async def test_an_audit_that_differs_closes_the_pair_and_the_region_at_once(data_dir, up):
-    up.default = lambda seen: Chat(text=f"Call {['Ann', 'Bob'][up.meter.calls % 2]}, number {up.meter.calls * 7}.")
-    async with running(data_dir, up.url, {"cache": {"audit_share": 0.05}}) as ibid:
+@pytest.mark.parametrize("share", [0.0, 0.1])
+async def test_learning_costs_no_more_than_its_share_of_what_hits_saved(data_dir, up, share):
+    up.default = lambda seen: Chat(text="Wrap it in tape.")
+    async with running(data_dir, up.url, {"cache": {"audit_share": 1.0, "learning_share": share}}) as ibid:
         await ibid.fill(ASKED)
-        assert (await ibid.ask(REWORDED)).tier == "semantic"
-        await ibid.settled()
-        third = await ibid.ask("How could I repair a leaking garden hose?")
-        assert (third.cache, third.reason) == ("MISS", "budget_spent")
-        (pair,) = await ibid.sql("SELECT source, entry_id FROM refused_pair")
-        assert pair["source"] == "audit"
+        for number in range(60):
+            assert (await ibid.ask(f"How can I repair a leaking garden hose{'?' * number}")).cache == "HIT"
+            await ibid.settled()
+        learning = (await ibid.admin("GET", "/cache/policy"))["learning"]
+        assert learning["earned"] > 0
+        assert learning["share"] == share
+        (paid,) = await ibid.sql("SELECT COUNT(*) AS n FROM upstream_call WHERE purpose IN ('audit', 'repeat')")
+        assert paid["n"] == learning["calls"] == up.meter.calls - 1
+        assert (paid["n"] > 0) == (share > 0)
+        assert learning["spent"] <= share * learning["earned"] + (CREDIT_CALLS + 2) * learning["spent"] / max(
+            1, learning["calls"]
+        )
+
+
+async def test_a_scope_whose_hits_are_wrong_is_closed_by_pairs_and_others_are_not(data_dir, up):
+    """The upstream answers every wording differently, and each always alike: what is served is always wrong."""
+    up.default = lambda seen: Chat(text=f"Call number {abs(hash(seen.json['messages'][-1]['content'])) % 10**9}.")
+    settings = {"cache": {"audit_share": 1.0, "learning_share": 1.0}}
+    async with running(data_dir, up.url, settings) as ibid:
+        await ibid.fill(ASKED)
+        verbs = ("can", "could", "may", "might", "would", "should", "shall", "must", "do")
+        asked = [
+            f"How {verb} {who} repair a leaking garden hose?" for verb in verbs for who in ("I", "we", "one", "you")
+        ]
+        served = []
+        for text in asked:
+            served.append((await ibid.ask(text)).tier == "semantic")
+            await ibid.settled()
+        assert 0 < sum(served) <= 30
+        assert not any(served[-5:])
+        level = await evidence(ibid)
+        assert level["regions"]["alike"]["closed"]
         explained = await ibid.admin("POST", "/cache/explain", {"model": "gpt-4o-mini", "messages": [
-            {"role": "user", "content": "Please, how can I repair a leaking garden hose?"}]})  # fmt: skip
-        assert explained["evidence"]["start_rate"] > 0.01
-        assert {candidate["reason"] for candidate in explained["candidates"]} <= {"budget_spent", "addition"}
+            {"role": "user", "content": "How can she repair a leaking garden hose?"}]})  # fmt: skip
+        assert "more than 1 % is wrong" in explained["evidence"]["outlook"]
         assert set(explained["candidates"][0]["features"]) >= {"similarity", "margin", "numbers"}
+        other = {"x-cache-namespace": "other"}
+        await ibid.fill(ASKED, headers=other)
+        assert (await ibid.ask(REWORDED, headers=other)).tier == "semantic"
 
 
 INTO, OUT_OF = "How do I get into the attic of a house?", "How do I get out of the attic of a house?"
@@ -284,7 +317,7 @@ async def test_a_language_model_has_the_last_word_on_two_answers_and_its_calls_a
         hit = await ibid.ask(REWORDED, headers={"Idempotency-Key": "k1"})
         assert (hit.tier, hit.text) == ("semantic", UNLIKE[ASKED])
         await ibid.settled()
-        first, _, judged = up.requests
+        first, _, _, judged = up.requests
         assert judged.header("Authorization") == first.header("Authorization")
         assert judged.header("Idempotency-Key") is None
         case = judged.json["messages"][-1]["content"]
@@ -293,14 +326,14 @@ async def test_a_language_model_has_the_last_word_on_two_answers_and_its_calls_a
         assert row["p_same"] == p_same
         calls = await ibid.sql("SELECT model, purpose, won, cost_nusd > 0 AS paid FROM upstream_call WHERE won = 0")
         assert sorted((c["model"], c["purpose"], c["paid"]) for c in calls) == [
-            ("gpt-4o", "judge", 1), ("gpt-4o-mini", "audit", 1),
+            ("gpt-4o", "judge", 1), ("gpt-4o-mini", "audit", 1), ("gpt-4o-mini", "repeat", 1),
         ]  # fmt: skip
         (booked,) = await ibid.sql("SELECT * FROM savings_by_strategy WHERE mechanism = 'cache.audit'")
-        assert (booked["steps"], booked["earned_usd"]) == (2, 0)
+        assert (booked["steps"], booked["earned_usd"]) == (3, 0)
         (pairs,) = await ibid.sql("SELECT COUNT(*) AS n FROM refused_pair")
         assert pairs["n"] == (p_same < 0.5)
         await ibid.ask(REWORDED)
-        assert up.meter.calls == 3
+        assert up.meter.calls == 4
 
 
 @pytest.mark.parametrize(("word", "fails"), [("Maybe", False), ("same", True)])
@@ -321,7 +354,7 @@ async def test_answers_that_are_equal_need_no_language_model(data_dir):
         await ibid.fill(ASKED)
         await ibid.ask(REWORDED)
         await ibid.settled()
-        assert [seen.json["model"] for seen in up.requests] == ["gpt-4o-mini", "gpt-4o-mini"]
+        assert [seen.json["model"] for seen in up.requests] == ["gpt-4o-mini"] * 3
 
 
 async def test_another_backend_embeds_again_in_the_background_and_vectors_never_meet(data_dir, up):

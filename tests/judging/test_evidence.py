@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from index.learner import LEVELS, Learner
 from proxy.core.model import Comparison, Rules
+from proxy.core.purse import Purse
 from proxy.core.risk import Standing
 from proxy.hot import HotRows
 from proxy.judging import judge as room
@@ -41,7 +42,7 @@ def auditor_of(store: Store, embedder: str, limits: dict[str, int]) -> Auditor:
     return Auditor(
         judge=Judge(Rules(), Learner, LEVELS, note=note, limits=limits),
         entries=store.entries, comparisons=store.comparisons, meaning=meaning, arbiter=None,
-        hot=HotRows(1 << 20), tasks=Tasks(), telemetry=Telemetry(None, level=logging.ERROR),
+        hot=HotRows(1 << 20), tasks=Tasks(), telemetry=Telemetry(None, level=logging.ERROR), purse=Purse(0.1),
     )  # fmt: skip
 
 

@@ -151,7 +151,7 @@ async def test_requests_of_the_second_revision_belong_to_no_key(url, tmp_path):
     await database.close()
 
 
-async def test_comparisons_of_the_sixth_revision_are_the_evidence_they_were(url, tmp_path):
+async def test_comparisons_of_the_sixth_revision_are_evidence_where_they_are_certain(url, tmp_path):
     database = open_database(url, tmp_path / "data")
     async with database.writer.connect() as connection:
         async with transaction(connection):
@@ -164,7 +164,8 @@ async def test_comparisons_of_the_sixth_revision_are_the_evidence_they_were(url,
         }  # fmt: skip
         rows = [
             told,
-            told | {"p_same": 0.9, "ts": 7},
+            told | {"p_same": 0.9995, "ts": 7},
+            told | {"p_same": 0.0, "source": "feedback"},
             told | {"standing": "", "served": 0, "near_same": 0, "weight": 1.0},
             told | {"weight": 0.0},
             told | {"embedder": "e2", "namespace": ""},
@@ -177,8 +178,18 @@ async def test_comparisons_of_the_sixth_revision_are_the_evidence_they_were(url,
     await migrate_store(url, tmp_path / "data")
     store = await open_store(url, tmp_path / "data", price=list_price)
     place = Place(digest("s"), "n", "t", b"")
-    tally = Tally(labelled=3, hits=4, audited=2, counted_wrong=1, would_be=2, would_be_wrong=1, start=4, start_wrong=2)
+    tally = Tally(labelled=4, hits=6, audited=2, counted_wrong=1, would_be=2, would_be_wrong=1, start=4, start_wrong=2)
     assert [*(await store.comparisons.tallies("e1", place.levels)).values()] == [tally] * 4
     (namespace,) = (await store.comparisons.tallies("e2", [place.levels[1]])).values()
     assert namespace == Tally()
+    seen = [one.comparison for one in await store.comparisons.newest("e1", 9)]
+    assert [(one.region, one.comparer, one.p_null) for one in seen[:4]] == [
+        ("alike", "built-in", None), ("alike", "built-in", None), ("alike", "", None), ("", "built-in", None),
+    ]  # fmt: skip
     await store.close()
+    database = open_database(url, tmp_path / "data")
+    async with database.writer.connect() as connection, transaction(connection):
+        await connection.run_sync(lambda sync: migrate.downgrade(sync, "0008"))
+        found = await connection.execute(text("SELECT near_same FROM audit ORDER BY id"))
+        assert [row[0] for row in found] == [1, 1, 1, 0, 1, 1]
+    await database.close()

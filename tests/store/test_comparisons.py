@@ -22,7 +22,8 @@ def comparison(name: str = "q", **changes: object) -> Comparison:
     fields: dict[str, object] = {
         "ts_ms": NOON_MS, "source": "audit", "request_id": name, "tenant": "t" * 64, "namespace": "", "embedder": "e1",
         "scope": digest("scope"), "fingerprint": digest(name), "entry_id": 1, "group_id": 1, "similarity": 0.97,
-        "log_odds": 3.5, "standing": "start", "served": True, "near_same": True, "p_same": 0.9, "weight": 2.0,
+        "log_odds": 3.5, "standing": "start", "served": True, "region": "alike", "comparer": "c", "p_same": 0.9,
+        "p_null": 0.8, "weight": 2.0,
         "features": b"\x00\x01", "words": b"\x02", "signature": b"\x03",
     }  # fmt: skip
     return Comparison(**{**fields, **changes})  # type: ignore[arg-type]
