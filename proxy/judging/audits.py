@@ -35,6 +35,7 @@ from proxy.core.model import Answer, Comparison, Entry
 from proxy.core.policy import ALWAYS
 from proxy.core.purse import Purse
 from proxy.core.query import Query
+from proxy.core.spare import Spare
 from proxy.hot import HotRow, HotRows
 from proxy.judging.evidence import Evidence
 from proxy.judging.judge import (
@@ -60,7 +61,11 @@ log = logging.getLogger(__name__)
 AUDITS_AT_ONCE = 4
 AUDITS_WAITING = 16
 COMPARISONS_AT_ONCE = 32  # after misses; an audit, which was paid for, is always compared
-OTHER_GROUPS = 2  # further groups a new answer is compared with, to join one
+OTHER_GROUPS = 1  # further groups a new answer is compared with, to join one
+COMPARING = 0.1  # share of a core that comparisons after misses may take; others are left out, whatever they would say
+COMPARISON_S = 0.01  # what one takes, on a slow core
+BURST_S = 2.0
+THICK_LABELS = 1_000.0  # of a scope; beyond them a miss is compared with the chance of THICK_LABELS / labels
 REMEMBERED = 16_384  # semantic hits that feedback can still name
 BUILT_IN = "built-in"  # the comparer of `index.answers`
 RELEARNED_AT_ONCE = 32  # a millisecond or two
@@ -124,6 +129,7 @@ class Auditor:
         self._slots = asyncio.Semaphore(AUDITS_AT_ONCE)
         self._audits = 0  # waiting or under way
         self._comparing = 0
+        self._spare = Spare(COMPARING, BURST_S)
         self._hits: OrderedDict[str, _Hit] = OrderedDict()
         self._last_row = 0
         self._has_learned = False
@@ -182,15 +188,10 @@ class Auditor:
         """An answer was fetched (with `headers`) and stored: compare it with what was, or would have been, served."""
         if opinion is None:
             return
-        if again is None and not opinion.judged:
-            self.judge.enter(opinion.place, entry.id, entry.id)
-            return
-        if (
-            self._meaning.comparer is None
-            or self._tasks.closed
-            or (again is None and self._comparing >= COMPARISONS_AT_ONCE)
-        ):
-            self._telemetry.audit("skipped")
+        is_wanted = again is not None or (bool(opinion.judged) and self._wants(opinion))
+        if not is_wanted or not self._may_compare(is_paid=again is not None):
+            if is_wanted:
+                self._telemetry.audit("skipped")
             self.judge.enter(opinion.place, entry.id, entry.id)
             return
         self._comparing += again is None
@@ -228,9 +229,18 @@ class Auditor:
         finally:
             self._comparing -= 1
 
-    def _may_compare(self) -> bool:
-        is_full = self._comparing >= COMPARISONS_AT_ONCE
-        return self._meaning.comparer is not None and not self._tasks.closed and not is_full
+    def _may_compare(self, *, is_paid: bool = False) -> bool:
+        """What was paid for is always compared."""
+        if self._meaning.comparer is None or self._tasks.closed:
+            return False
+        has_slot = self._comparing < COMPARISONS_AT_ONCE
+        return is_paid or (has_slot and self._spare.take(COMPARISON_S, time.monotonic()))
+
+    def _wants(self, opinion: Opinion) -> bool:
+        """Draw whether a miss is worth comparing, and note for how many it stands: the more is known, the fewer are."""
+        chance = min(1.0, THICK_LABELS / max(1.0, self.judge.labels_of(opinion.place)))
+        opinion.stands_for = 1.0 / chance
+        return self._chance() < chance
 
     async def _compare(
         self,
@@ -312,7 +322,10 @@ class Auditor:
         return (p_same, BUILT_IN) if asked is None else (asked, self.judge.comparer)
 
     async def _weight(self, opinion: Opinion, judged: Judged, query: Query, kept: HotRow) -> float:
-        """For how many decisions a forwarded one stands: 0 when the pair guard would have refused it."""
+        """For how many decisions a forwarded one stands: 0 when the pair guard would have refused it. It is asked only
+        where the decision would count."""
+        if judged.log_odds < self.judge.least_odds and not judged.region:
+            return 0.0
         verify = self._meaning.verify
         against = objection(opinion, judged, self.judge, can_verify=verify is not None)
         if against is None and verify is not None:
@@ -320,7 +333,7 @@ class Auditor:
                 (logit,) = await verify(query.prompt, [kept.entry.draft.prompt], query.tenant)
                 opinion.logits[judged.candidate.entry_id] = logit
                 against = objection(opinion, judged, self.judge, can_verify=True)
-        return 0.0 if against else 1.0
+        return 0.0 if against else opinion.stands_for or 1.0
 
     def _learn(
         self,

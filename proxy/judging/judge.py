@@ -211,6 +211,16 @@ class Judge:
         self._refused: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
         self.knows_all_refused = True  # no refused pair was dropped from memory
 
+    def labels_of(self, place: Place) -> float:
+        """Labelled decisions of a scope."""
+        level = self._levels["scope"].get(place.levels[0])
+        return 0.0 if level is None else level.labelled
+
+    @property
+    def least_odds(self) -> float:
+        """Log-odds below which no decision counts."""
+        return self._steps[0]
+
     @property
     def feature_names(self) -> Sequence[str]:
         return self._level(INSTALLATION).learner.names
