@@ -34,7 +34,7 @@ unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve demo test test-loaded lint conformance bench train-guard clean
+.PHONY: help serve demo test test-loaded lint conformance bench real-life train-guard clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ conformance: $(DEV_STAMP) $(MODEL) $(CONVERTED)/.done $(OPENAI2_STAMP) $(FRAMEWO
 	$(BIN)/python -m tests.conformance $(ARGS)
 	$(BIN)/python -m tests.conformance --llm $(ARGS)
 	$(BIN)/python -m tests.conformance.schema
+
+real-life: $(DEV_STAMP) $(CONVERTED)/.done ## hits without labels, on three seeds of two streams, beside fixed cosines
+	$(TEST_ENV) $(BIN)/python -m tests.bench.reallife $(ARGS)
 
 bench: $(DEV_STAMP) ## ibid against its floors in turn, as a table of ratios
 	$(BIN)/python -m tests.bench $(ARGS)
