@@ -29,9 +29,11 @@ from index.vectors import VectorOwner
 from proxy.commands.labelled import Asked, Readings
 from proxy.commands.printing import Bar
 from proxy.core import policy
+from proxy.core.contrast import Noise
 from proxy.core.facts import Facts
 from proxy.core.model import Candidate, Controls, Level, Rules
-from proxy.judging.judge import LEARN_FROM, Judge, Judged, Opinion, Place, comparison, objection
+from proxy.judging.audits import BUILT_IN
+from proxy.judging.judge import FEEDBACK, LEARN_FROM, Judge, Judged, Opinion, Place, comparison, objection
 from proxy.request.lookup import CANDIDATES
 
 FAR_MS: Final = 1 << 52
@@ -40,9 +42,12 @@ BATCH: Final = 32  # texts of one length in a call: more than serving allows its
 LABELS: Final = {"perfect": (0.0, 0.0), "answers": (0.44, 1.0 - SENSITIVITY), "none": (0.0, 1.0)}
 """Where labels come from → (share of right answers that are called wrong, share of wrong ones that are overlooked).
 
-"perfect": the file's own; "answers": as comparing freely worded answers would give them, see `index.answers`; "none":
-there are none.
+"perfect": the file's own, as somebody who knows would give them; "answers": as comparing freely worded answers would,
+which errs (`index.answers`), and an audit asks the kept question again; "none": there are none.
 """
+
+SEEMS: Final = {True: 0.9, False: 0.1}
+"""What a comparison says of answers that it takes for the same, and for different."""
 
 
 @dataclass(slots=True)
@@ -195,7 +200,15 @@ class Rehearsal:
         self._readings = readings or Readings()
         self._truth = truth
         self._allowed = ~ignored
-        self._judge = Judge(rules, Learner, LEVELS)
+        self._errs = labels == "answers"
+        measured = Noise(100.0, 100.0 * self._false_alarm, 100.0, 100.0 * (1.0 - self._overlooked))
+        self._judge = Judge(
+            rules,
+            Learner,
+            LEVELS,
+            comparer=BUILT_IN if self._errs else FEEDBACK,
+            noise=measured if self._errs else Noise(),
+        )
         self._index = VectorOwner(texts.identity, texts.dimension, promote_above=1 << 30)
         self._kept: list[Asked] = []
         self._exact: set[tuple[bytes, str]] = set()
@@ -279,9 +292,13 @@ class Rehearsal:
         guarded = self._rules.pair_guard and self._texts.can_verify
         if not served and guarded and self._texts.logit(asked.text, kept.text) <= 0.0:
             weight = 0.0
+        p_same, p_null, comparer = float(same), None, FEEDBACK
+        if self._errs:
+            p_same, comparer = SEEMS[same], BUILT_IN
+            p_null = SEEMS[self._rng.random() >= self._false_alarm] if served else None
         label = comparison(
-            opinion, judged, p_same=float(same), weight=weight, served=served, source="audit" if served else "forward",
-            request_id="", embedder="", ts_ms=0,
+            opinion, judged, p_same=p_same, weight=weight, served=served, source="audit" if served else "forward",
+            comparer=comparer, p_null=p_null, request_id="", embedder="", ts_ms=0,
         )  # fmt: skip
         self._judge.apply(label)
 
