@@ -176,7 +176,7 @@ ALWAYS = mask("numbers", "units", "dates", "ids", "quoted", "code", "script")
 """Guards that no evidence overrules. The others are features, which a scope's own labels may outweigh: with negation,
 antonyms and direction here as well, banking77 keeps .27 hits at 2 % instead of .34."""
 
-KNOWN = ALWAYS | mask("negation", "antonyms", "direction")
+KNOWN = ALWAYS | mask("negation", "antonyms", "direction", "order")
 """Guards that know: what they object to is another question, whatever the pair guard thinks. The others of HARD are
 suspicions (a word exchanged or added, a name, another way to ask), which most rewordings raise."""
 
