@@ -160,7 +160,13 @@ class Operator:
     def policy(self) -> Mapping[str, Any]:
         rules, judge = self._pipeline.rules, self._pipeline.judge
         purse = self._pipeline.auditor.purse
-        learning = {"share": purse.share, "earned": purse.earned, "spent": purse.spent, "calls": purse.calls}
+        learning = {
+            "share": purse.share,
+            "earned": purse.earned,
+            "hits": purse.hits,
+            "spent": purse.spent,
+            "audits": purse.audits,
+        }
         return {
             "rules": asdict(rules),
             "comparer": judge.comparer,

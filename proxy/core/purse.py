@@ -10,7 +10,7 @@ from typing import Final
 
 from proxy.core.model import Usage
 
-CREDIT_CALLS: Final = 24  # calls, of what learning calls cost on average, that may be owed
+CREDIT_HITS: Final = 24  # hits, of what one has saved on average, that may be owed
 LEARNING: Final = frozenset({"audit", "repeat", "judge"})
 """Purposes of calls that are made to learn."""
 
@@ -22,21 +22,35 @@ def worth(nusd: int, usage: Usage | None) -> int:
 
 @dataclass(slots=True)
 class Purse:
-    """Of one process. `share` is 0...1 of what was saved."""
+    """Of one process. `share` is 0...1 of what was saved. An audit costs several calls, which are paid one by one; what
+    it costs in all is known once the first has ended."""
 
     share: float
     earned: int = 0
+    hits: int = 0  # that earned it
     spent: int = 0
-    calls: int = 0
+    audits: int = 0  # that have ended
+    under_way: int = 0
+
+    def earn(self, saved: int) -> None:
+        self.earned += saved
+        self.hits += 1
 
     def spend(self, cost: int) -> None:
         self.spent += cost
-        self.calls += 1
 
     @property
     def has_room(self) -> bool:
-        """Whether something more may be learned for money."""
-        if self.share <= 0.0:
+        """Whether one more audit may be made, beside those under way."""
+        if self.share <= 0.0 or (self.under_way and not self.audits):
             return False
-        credit = CREDIT_CALLS * self.spent / self.calls if self.calls else 0.0
-        return self.spent <= self.share * self.earned + credit
+        an_audit = self.spent / self.audits if self.audits else 0.0
+        credit = CREDIT_HITS * self.earned / max(1, self.hits)
+        return self.spent + (self.under_way + 1) * an_audit <= self.share * self.earned + credit
+
+    def begin(self) -> None:
+        self.under_way += 1
+
+    def end(self) -> None:
+        self.under_way -= 1
+        self.audits += 1

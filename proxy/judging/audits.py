@@ -148,15 +148,16 @@ class Auditor:
         due = self._meaning.comparer is not None and self._chance() < share
         opinion.stands_for = 1.0 / share if due else None
 
-    def served(self, opinion: Opinion, judged: Judged, request_id: str) -> Again | None:
+    def served(self, opinion: Opinion, judged: Judged, request_id: str, *, may_ask: bool) -> Again | None:
         """Count a semantic hit; what to ask again upstream, or None when this one is not audited."""
         self._note(request_id, _Hit(opinion.place.fingerprint, judged.candidate.entry_id, opinion, judged))
         self.judge.serve(opinion.place)
-        if opinion.stands_for is None or self._tasks.closed:
+        if opinion.stands_for is None or self._tasks.closed or not may_ask:
             return None
         if self._audits >= AUDITS_AT_ONCE + AUDITS_WAITING or not self.purse.has_room:
             self._telemetry.audit("skipped")
             return None
+        self.purse.begin()
         return Again(opinion, judged, request_id, opinion.stands_for)
 
     def _note(self, request_id: str, hit: _Hit) -> None:
@@ -166,13 +167,14 @@ class Auditor:
 
     @contextlib.asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
-        """Waits until an audit may be made."""
+        """Waits until an audit may be made; afterwards it is paid."""
         self._audits += 1
         try:
             async with self._slots:
                 yield
         finally:
             self._audits -= 1
+            self.purse.end()
 
     # -- what came of it --------------------------------------------------------------------------------------------
 

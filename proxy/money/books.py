@@ -112,7 +112,8 @@ class Books:
         ending: Ending | None = None,
     ) -> None:
         """Book a hit; `ending`: of one that went out over time."""
-        self.purse.earned += form.worth
+        if form.worth:
+            self.purse.earn(form.worth)
         recurring: tuple[Any, ...] | None = form.recurring
         total_ms = _ms_since(client)
         if ending is None:

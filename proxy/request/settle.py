@@ -89,8 +89,9 @@ class Settler:
             assert opinion.chosen is not None
             alias = Alias(hit.entry.id, hit.similarity, hit.probability, self._auditor.judge.epoch)
             self._hot.add_alias(query.fingerprint, alias)
-            again = self._auditor.served(opinion, opinion.chosen, client.request_id)
-            if again is not None and not query.controls.only_if_cached:
+            may_ask = not query.controls.only_if_cached
+            again = self._auditor.served(opinion, opinion.chosen, client.request_id, may_ask=may_ask)
+            if again is not None:
                 self._errands.audit(query, client, lookup, again)
         elif hit.tier is Tier.STALE and refetches:
             if Lane.REVALIDATE in query.plan.lanes and not query.controls.only_if_cached:

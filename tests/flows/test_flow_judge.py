@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from proxy.commands.evaluate import interval
-from proxy.core.purse import CREDIT_CALLS
+from proxy.core.purse import CREDIT_HITS
 from proxy.judging.arbiter import DIFFERENT
 from tests.flows.questions import Question, stream
 from tests.flows.running import Ibid, Reply, running, until
@@ -79,7 +79,7 @@ async def test_the_budget_holds_while_hits_grow_feedback_tightens_at_once_and_a_
             audits = made["audit"]
             assert 20 <= audits < hits / 2
             assert made["repeat"] == audits
-            assert made["repeat"] + audits <= 0.1 * hits + 2 * CREDIT_CALLS
+            assert made["repeat"] + audits <= 0.1 * hits + CREDIT_HITS + 2
             (compared,) = await ibid.sql(
                 "SELECT (SELECT COUNT(*) FROM audit WHERE served = 1) AS n, "
                 "(SELECT COUNT(*) FROM upstream_call WHERE purpose = 'audit') AS audits"
@@ -183,11 +183,9 @@ async def test_learning_costs_no_more_than_its_share_of_what_hits_saved(data_dir
         assert learning["earned"] > 0
         assert learning["share"] == share
         (paid,) = await ibid.sql("SELECT COUNT(*) AS n FROM upstream_call WHERE purpose IN ('audit', 'repeat')")
-        assert paid["n"] == learning["calls"] < up.meter.calls
+        assert paid["n"] == 2 * learning["audits"] < up.meter.calls
         assert (paid["n"] > 0) == (share > 0)
-        assert learning["spent"] <= share * learning["earned"] + (CREDIT_CALLS + 2) * learning["spent"] / max(
-            1, learning["calls"]
-        )
+        assert learning["spent"] <= share * learning["earned"] + CREDIT_HITS * learning["earned"] / learning["hits"]
 
 
 async def test_a_scope_whose_hits_are_wrong_is_closed_by_pairs_and_others_are_not(data_dir, up):
