@@ -15,9 +15,10 @@ work, 22 Nov 2026, texts/s against 124-132 one at a time: 4 waiting 136-141, 16 
 It pays, never pads, and is kept; a call takes at most CALL_TOKENS tokens, so that it stays inside its deadline. int8
 and torch stay at one text a call.
 
-A verification (`verify`) is one more thing in flight: it waits in the same queue under the same deadlines, and the
-owner thread judges it alone, after encoding those of its texts whose token states it does not have. The thread keeps
-states of the texts it encoded, `states_bytes` of them: they come of the same run as the vector.
+A verification (`verify`), or a match of answers (`match`), is one more thing in flight: it waits in the same queue
+under the same deadlines, and the owner thread judges it alone, after encoding those of its texts whose token states it
+does not have. The thread keeps states of the texts it encoded, `states_bytes` of them: they come of the same run as the
+vector.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from numpy.typing import NDArray
 
 from index import tokens
 from index.artefact import INT8, ONNX, artefact_directory, converted
+from index.closeness import Closeness, closeness
 from index.embedder import Backend, OnnxBackend, TokenStates, TorchBackend, Vector, identity_of
 from index.errors import EmbedderFault, EmbedderLate, IndexRoomError, ModelFault, Overloaded, TextTooLong
 from index.guard.head import MAX_KEPT, MAX_TOKENS, Guard, load_guard
@@ -76,16 +78,20 @@ class _Job:
 
 
 class _Verification:
-    """One asked text and those it is compared with, in flight; the asked one is first."""
+    """One asked text and those it is compared with, in flight; the asked one is first. `is_match`: two texts whose
+    beginnings are matched, not judged."""
 
-    __slots__ = ("asked_s", "digest", "tenant", "texts", "waiters")
+    __slots__ = ("asked_s", "digest", "is_match", "tenant", "texts", "waiters")
 
-    def __init__(self, digest: bytes, tenant: str, texts: Sequence[tuple[bytes, str]], asked_s: float) -> None:
+    def __init__(
+        self, digest: bytes, tenant: str, texts: Sequence[tuple[bytes, str]], asked_s: float, *, is_match: bool = False
+    ) -> None:
         self.digest = digest
         self.tenant = tenant
         self.texts = texts
         self.asked_s = asked_s
-        self.waiters: list[asyncio.Future[list[float]]] = []
+        self.is_match = is_match
+        self.waiters: list[asyncio.Future[Any]] = []
 
 
 class _StatesKept:
@@ -202,6 +208,11 @@ class EmbedderOwner:
         """Whether there is a guard for this model."""
         return self._guard is not None
 
+    @property
+    def can_match(self) -> bool:
+        """Whether the model gives states of tokens."""
+        return bool(self._backend.states)
+
     async def start(self) -> None:
         """Start the thread and encode the warm-up texts. Raises EmbedderFault when the model does not answer."""
         self._loop = asyncio.get_running_loop()
@@ -258,18 +269,30 @@ class EmbedderOwner:
         if self._guard is None:
             raise EmbedderFault("there is no guard for this model")
         texts = [(_digest(tenant, text), text) for text in (asked, *kept)]
+        return list(await self._compared(tenant, texts, is_match=False))
+
+    async def match(self, one: str, other: str, tenant: str = "") -> Closeness:
+        """How close the tokens that two texts begin with are, MAX_TOKENS of each. Raises Overloaded at once when full,
+        EmbedderFault also when `can_match` is false, and for a text without tokens."""
+        if not self.can_match:
+            raise EmbedderFault("the model gives no token states")
+        texts = [(_digest(f"{tenant}\0match", text), text) for text in (one, other)]
+        found: Closeness = await self._compared(tenant, texts, is_match=True)
+        return found
+
+    async def _compared(self, tenant: str, texts: Sequence[tuple[bytes, str]], *, is_match: bool) -> Any:
         digest = b"".join(one for one, _ in texts)
         loop = self._ready_loop()
         job = self._jobs.get(digest)
         if job is None:
-            job = self._enqueue(_Verification(digest, tenant, texts, monotonic()))
+            job = self._enqueue(_Verification(digest, tenant, texts, monotonic(), is_match=is_match))
         else:
             self.joined += 1
         assert isinstance(job, _Verification)
-        waiter: asyncio.Future[list[float]] = loop.create_future()
+        waiter: asyncio.Future[Any] = loop.create_future()
         job.waiters.append(waiter)
         try:
-            return list(await waiter)
+            return await waiter
         finally:
             self._settle(job, waiter)
 
@@ -354,11 +377,11 @@ class EmbedderOwner:
             self._remember(job.digest, vector)
             self._hand_over(job, vector)
 
-    def _verified(self, job: _Verification, logits: list[float], made: int) -> None:
+    def _verified(self, job: _Verification, found: list[float] | Closeness, made: int) -> None:
         self._hung = False
-        self.verified += len(logits)
+        self.verified += 0 if job.is_match else len(found)
         self.states_made += made
-        self._hand_over(job, logits)
+        self._hand_over(job, found)
 
     def _hand_over(self, job: _Job | _Verification, result: Any) -> None:
         if self._jobs.get(job.digest) is job:
@@ -524,16 +547,15 @@ class EmbedderOwner:
         return vectors
 
     def _verify(self, job: _Verification) -> None:
-        assert self._guard is not None
         try:
             made, found = 0, []
             for digest, text in job.texts:
                 states = self._states.get(digest)
-                if states is None and (states := self._make_states(digest, text)) is not None:
+                if states is None and (states := self._make_states(digest, text, cut=job.is_match)) is not None:
                     made += 1
                 found.append(states)
             self._busy_since = monotonic()
-            logits = self._guard.judge(found[0], found[1:])
+            result = self._matched(found) if job.is_match else self._judged(found)
         except IndexRoomError as fault:
             self._busy_since = None
             self._tell(self._refuse, [job], fault)
@@ -542,10 +564,21 @@ class EmbedderOwner:
             self._tell(self._refuse, [job], EmbedderFault(f"the guard raised {type(trouble).__name__}"))
         else:
             self._busy_since = None
-            self._tell(self._verified, job, logits, made)
+            self._tell(self._verified, job, result, made)
 
-    def _make_states(self, digest: bytes, text: str) -> TokenStates | None:
-        """One more call of the model; None for a text the guard has no opinion on."""
+    def _judged(self, states: list[TokenStates | None]) -> list[float]:
+        assert self._guard is not None
+        return self._guard.judge(states[0], states[1:])
+
+    @staticmethod
+    def _matched(states: list[TokenStates | None]) -> Closeness:
+        one, other = states
+        if one is None or other is None:
+            raise EmbedderFault("a text without tokens, or too long, cannot be matched")
+        return closeness(one, other)
+
+    def _make_states(self, digest: bytes, text: str, *, cut: bool = False) -> TokenStates | None:
+        """One more call of the model; None for a text without tokens, or of too many where it may not be `cut`."""
         if len(text) > CHARACTERS_PER_TOKEN * MAX_TOKENS:
             return None
         self._busy_since = monotonic()
@@ -553,6 +586,8 @@ class EmbedderOwner:
             ids = self._backend.tokens(text)
         except TextTooLong:
             return None
+        if cut and len(ids) > MAX_TOKENS + SPECIAL_TOKENS:
+            ids = [*ids[: MAX_TOKENS + 1], ids[-1]]
         if not _within(ids):
             return None
         vectors, states = self._backend.encode_states([ids])

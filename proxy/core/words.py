@@ -19,14 +19,14 @@ _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3
 
 TIME_WORDS = frozenset(
     "today today's todays tonight tomorrow tomorrow's yesterday yesterday's now nowadays current currently latest"
-    " newest recent recently upcoming ongoing price prices priced pricing weather forecast temperature score scores"
+    " newest recent recently upcoming ongoing price prices priced pricing weather forecast score scores"
     " standings news headline headlines breaking"
     " heute heutige heutigen morgen gestern jetzt derzeit aktuell aktuelle aktuellen aktueller neueste neuesten preis"
     " preise wetter hoy ahora ayer actual actualmente actuales reciente precio precios clima"
     " aujourd'hui aujourd\u2019hui maintenant demain hier actuel actuelle actuellement prix m\u00e9t\u00e9o".split()
 )
 _TIME_LEADS = frozenset(
-    {"this", "last", "next", "past", "right", "time", "date", "day", "year", "as", "o'clock", "stock"}
+    {"this", "last", "next", "past", "right", "time", "date", "day", "year", "as", "o'clock", "stock", "temperature"}
 )
 _TIME_PHRASE = re.compile(
     r"\b(?:(?:this|last|next|past)\s+(?:few\s+|couple\s+of\s+)?(?:second|minute|hour|day|night|morning|afternoon|evening|week|weekend|month"
@@ -35,43 +35,94 @@ _TIME_PHRASE = re.compile(
     r"|what(?:'s|\u2019s|s|\s+is)\s+(?:the\s+)?(?:time|date|day|year)\b(?!\s+(?:of|for|complexity))"
     r"|(?:the|what)\s+time\s+is\s+it|what\s+(?:day|year|month|date)\s+is\s+it|as\s+of|right\s+away|stock\s+(?:quote|market)"
     r"|exchange\s+rate)\b"
+    r"|\b(?:what|how)(?:'s|\u2019s|\s+is)\s+the\s+temperature\b(?!\s+(?:of|for|at|to|range|that|needed))"
+    r"|\btemperature\s+(?:outside\b|in\s+(?!celsius|fahrenheit|kelvin|degrees|an?\b|the\s+(?:oven|fridge|freezer)))"
 )
+_TIMELESS = re.compile(
+    r"\bcurrent\s+(?:accounts?|director(?:y|ies)|folder|branch|line|file|page|row|column|cell|user|password|element"
+    r"|selection|position|scope|thread|process|node|object|value|index)\b"
+    r"|\b(?:what|and)\s+now\b|\bnow\s+what\b|\bnow\s+that\b|\bfrom\s+now\s+on\b|\bwas\s+(?:mache\s+ich\s+)?jetzt\W*$"
+    r"|\bet\s+maintenant\W*$|\by\s+ahora(?:\s+qu\u00e9)?\W*$"
+    r"|\bprice[\s-](?:match\w*|guarantees?|protection)\b"
+    r"|\bmatch\w*\s+(?:(?:a|the|any|your|their|lower|better|cheaper)\s+)*prices?\b|\bin\s+the\s+prices?\b"
+    r"|\b(?:most\s+)?recent(?:ly)?\s+(?:commits?|rows?|records?|entry|entries|lines?)\b"
+    r"|\bbreaking\s+changes?\b|\bcredit\s+scores?\b"
+    r"|\bnext[\s-]day\s+(?:delivery|shipping)\b|\bnext\s+(?:business|working)\s+day\b|\blast\s+days?\s+of\b"
+)
+"""What holds a time word and has nothing to do with now: "current account", "what now?", "price match"."""
+_FALSE_FRIENDS = {
+    "actual": re.compile(r"\b(?:el|la|los|las|del|es|cu\u00e1l|qu\u00e9|qui\u00e9n|precio)\b"),
+    "hier": re.compile(r"\b(?:le|la|les|est|que|qui|\u00e9t\u00e9|pass\u00e9|quel|quelle|ce|je|dans)\b"),
+}
+"""Time words of one language that mean something else in another, and what shows that language."""
 _ISO_DATE = re.compile(r"(?<!\d)(\d{4})[-/.](\d{1,2})[-/.](\d{1,2})(?!\d)")
 NEAR_DAYS = 3
 
+_SMALL_WORDS = frozenset(
+    "a an and are at be but by can do for from go good have hello here hey hi how i in is it me more morning my no not"
+    " of ok okay on one or please so sorry sure tell thank thanks that the then there this to very was we well what"
+    " when where which who why with yes you your continue details elaborate evening night welcome bye dear team nice"
+    " again"
+    " hallo guten tag abend bitte danke ja nein und oder warum was wer wie wo gut weiter"
+    " hola buenos buenas d\u00edas tardes noches gracias por favor s\u00ed que qu\u00e9"
+    " bonjour bonsoir salut merci oui non et ou pourquoi quoi".split()
+)
+
 # -- persons -----------------------------------------------------------------------------------------------------------
 
-_MINE = re.compile(
-    r"\b(?:my|our|mein(?:e[nmrs]?)?|mi|mis|mon|ma|mes)\s+(?:\w+\s+)?(?:accounts?|orders?|balances?|invoices?|bookings?|reservations?"
-    r"|appointments?|statements?|passwords?|parcels?|shipments?|salary|paycheck|tickets?|subscriptions?|prescriptions?"
-    r"|konto|bestellung|rechnung|cuenta|pedido|factura|compte|commande|facture)\b"
+_THINGS = (
+    r"(?:accounts?(?!\s+(?:models?|class|tables?|types?|objects?|services?|controllers?|managers?|settings)\b)"
+    r"|orders?(?!\s+(?:of|by)\b)|balances?|invoices?|bookings?|reservations?|appointments?|statements?|passwords?|parcels?"
+    r"|packages?|shipments?|deliver(?:y|ies)|salary|paycheck|tickets?|subscriptions?|prescriptions?|refunds?"
+    r"|konto(?:stand)?|bestellung(?:en)?|rechnung(?:en)?|paket|lieferung|gehalt"
+    r"|cuenta|pedidos?|facturas?|paquete|reserva|saldo|compte|commandes?|factures?|colis|solde)\b"
 )
+_MY = r"(?:my|our|mein(?:e[nmrs]?)?|unser(?:e[nmrs]?)?|mi|mis|mon|ma|mes)"
+_MINE = re.compile(rf"\b{_MY}\s+(?:\w+\s+)?{_THINGS}")
 _MINE_LEADS = frozenset(
-    {"my", "our", "mein", "meine", "meinen", "meiner", "meinem", "meines", "mi", "mis", "mon", "ma", "mes"}
+    {"my", "our", "mein", "meine", "meinen", "meiner", "meinem", "meines", "unser", "unsere", "unseren", "mi", "mis"}
+    | {"mon", "ma", "mes"}
 )
-_HOW_TO = re.compile(
-    r"^\W*(?:(?:please|hi|hello|hey|so|ok|okay|um|uh|and|for my \w+)\W+)*"
-    r"(?:how\s+(?:do|does|can|could|would|should|might|to|long|much)\b|where\s+(?:do|can|could|should)\s+(?:i|we|one)\b"
-    r"|(?:can|could|may|should|must)\s+(?:i|we|one)\b|do\s+(?:i|we)\s+(?:need|have)\s+to\b|am\s+i\s+(?:able|allowed)\b"
-    r"|is\s+it\s+(?:possible|allowed|ok|okay)\b|is\s+there\s+(?:a|any)\s+way\b|what\s+(?:do|must|should)\s+i\s+do\b"
-    r"|what\s+(?:are\s+the\s+steps|is\s+the\s+(?:way|process|procedure))\b|what\s+happens\s+(?:if|when)\b"
-    r"|(?:can|could|would)\s+you\s+(?:please\s+)?(?:tell|explain|show)\s+(?:me\s+)?how\b)"
+_ASKS = (
+    r"(?:where|when|why|what|which|who|how\s+(?:much|many|high|late|far))(?:'s|\u2019s|\s+(?:is|are|was|were|has|have|had|did|does|do|will))"
+    r"|is|are|was|were|has|have|did|will"
+    r"|(?:wo|wann|warum|was|wie\s+(?:hoch|viel))\s+(?:ist|sind|war|waren|kommt|kommen|wird|bleibt)|ist|kommt|wurde"
+    r"|(?:d\u00f3nde|cu\u00e1ndo|cu\u00e1l|qu\u00e9|cu\u00e1nto)\s+(?:est\u00e1n?|es|son|llegan?|hay)"
+    r"|(?:o\u00f9|quand|quel(?:le)?s?|combien)\s+(?:est|sont|arrivent?)"
 )
-"""A question about how something is done: "my account" in it is anybody's. What asks for a state ("where is my order",
-"my balance is wrong") stays personal."""
 _STATE = re.compile(
-    r"\b(?:balance|how\s+much\s+(?:is|are|do\s+i|money)|how\s+long\s+(?:until|till|has|have)|check|see|find\s+out|track)\b"
+    rf"^\W*(?:(?:please|hi|hello|hey|so|ok|okay|and|bitte|hallo|hola|bonjour)\W+)*"
+    rf"(?:(?:can|could|would)\s+you\s+(?:please\s+)?)?"
+    rf"(?:{_ASKS}|track|check|show|find|list|look\s+up|tell|give|send|zeig|dime|montre)(?:\s+(?:me|us|mir|moi))?"
+    rf"\s+(?:(?!to\b|how\b|i\b|we\b|one\b|you\b)\w+\s+){{0,3}}{_MY}\s+(?:\w+\s+)?{_THINGS}"
+    rf"|\b(?:balance|status|kontostand|saldo|solde)\b|\bhow\s+much\s+(?:money|do\s+i\s+owe)\b"
+    rf"|\bhow\s+long\s+(?:until|till|has|have)\b"
 )
+"""A question after the state of what is one's own: where it is, how much, why so high. How something is done with it
+("cancel my account", "track my parcel") has one answer for everybody."""
 _EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+")
 _PHONE = re.compile(
-    r"(?<![\w.+/-])(?:\+\d(?:[ ()./-]{0,2}\d){6,14}"
-    r"|\(\d{2,5}\)[ ./-]?\d{2,4}[ ./-]?\d{2,5}"
-    r"|\d{3,5}[ ./-]\d{3,4}[ ./-]\d{3,4})(?![\w/-]|[.,]\d)"
+    r"(?<![\w.+/-])(?:\+\d(?:[ ()./-]{0,2}\d){8,14}"  # +44 20 7946 0958
+    r"|\(0?\d{2,4}\)[ ./-]?\d{3,4}[ ./-]?\d{2,5}"  # (030) 901820
+    r"|[2-9]\d{2}([.-])\d{3}\1\d{4}"  # 555-867-5309
+    r"|0\d{2,4}[ /-]\d{3,8}(?:[ -]\d{2,5}){0,2}"  # 0171 1234567, 020 7946 0958
+    r"|0[1-9](?:([ .-])\d{2})(?:\2\d{2}){3}"  # 06 12 34 56 78
+    r"|[67]\d{2}[ ]\d{3}[ ]\d{3})(?![\w/-]|[.,]\d|[ ]\d)"  # 612 345 678
 )
-_SOCIAL = re.compile(r"(?<![\w-])\d{3}-\d{2}-\d{4}(?![\w-])")
+_SOCIAL = re.compile(r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])")
+_INSURANCE = re.compile(r"(?<!\w)[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z] ?\d{2} ?\d{2} ?\d{2} ?[A-D](?!\w)")
+_SPANISH = re.compile(r"(?<!\w)([XYZ]?)(\d{7,8})[ -]?([A-HJ-NP-TV-Z])(?!\w)")
+_FRENCH = re.compile(r"(?<!\d)([12] ?\d{2} ?(?:0[1-9]|1[0-2]|[2-9]\d) ?\d{2} ?\d{3} ?\d{3}) ?(\d{2})(?!\d)")
 _IBAN = re.compile(r"(?<![A-Z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Z0-9])")
-_CARD = re.compile(r"(?<![\d.,-])\d(?:[ -]?\d){12,18}(?![\d-]|[.,]\d)")
-_LONG_NUMBER = re.compile(r"(?<![\d.,])\d{6,}(?![.,]?\d)")
+_CARD = re.compile(r"(?<![\w.,-])[2-6]\d{3}(?:[ -]?\d){9,15}(?![\w-]|[.,]\d)")
+_REFERENCE = re.compile(
+    r"\b(?:customer|client|account|order|invoice|policy|member|membership|booking|reservation|case|tracking|reference"
+    r"|contract|employee|patient|passport|licen[cs]e|meter|kunde|konto|kunden|bestell|rechnungs|vertrags|auftrags"
+    r"|cliente|cuenta|pedido|factura|client|compte|commande|facture|dossier)"
+    r"(?:[\s-]*(?:number|no\b\.?|nr\b\.?|num\b\.?|id|nummer|n\u00famero|num\u00e9ro|n\u00b0|#))?"
+    r"\s*(?:(?:is|ist|es|est)\s+)?[:#]?\s*[a-z]{0,3}-?\d{5,}(?![\w.,]*\d)"
+)
+"""A number that names one person's account, order or file."""
 _DIGITS = re.compile(r"\d")
 _DIGITS_OF_A_PERSON = 6
 
@@ -120,7 +171,7 @@ _SYMBOL = re.compile(  # no letter, mark, digit, blank or ordinary sign: an embe
 class Reading(NamedTuple):
     """What one look at a prompt found."""
 
-    words: int
+    words: int  # two that each name something count as three: "refund policy" asks as much as "what is it"
     time: bool
     personal: bool
     injection: bool
@@ -142,12 +193,8 @@ def read_prompt(text: str, today: date | None = None) -> Reading:
     words = set(found)
     has_digits = _DIGITS.search(text) is not None and len(_DIGITS.findall(text)) >= _DIGITS_OF_A_PERSON
     return Reading(
-        words=len(found) if text.isascii() else sum(_UNSPACED.search(word) is None for word in found),
-        time=(
-            not words.isdisjoint(TIME_WORDS)
-            or (not words.isdisjoint(_TIME_LEADS) and _TIME_PHRASE.search(lowered) is not None)
-            or (has_digits and _names_near_date(text, today))
-        ),
+        words=_counted(found if text.isascii() else [word for word in found if _UNSPACED.search(word) is None]),
+        time=(_asks_of_now(lowered, words) or (has_digits and _names_near_date(text, today))),
         personal=(
             ("@" in text and _EMAIL.search(text) is not None)
             or (not words.isdisjoint(_MINE_LEADS) and _asks_of_mine(lowered))
@@ -163,9 +210,27 @@ def read_prompt(text: str, today: date | None = None) -> Reading:
 
 def _asks_of_mine(lowered: str) -> bool:
     """Whether the answer depends on whose account, order or booking it is."""
-    if _MINE.search(lowered) is None:
+    return _MINE.search(lowered) is not None and _STATE.search(lowered) is not None
+
+
+def _asks_of_now(lowered: str, words: set[str]) -> bool:
+    """Whether the answer depends on when it is asked."""
+    timely = words & TIME_WORDS
+    timely -= {word for word in timely & _FALSE_FRIENDS.keys() if _FALSE_FRIENDS[word].search(lowered) is None}
+    is_phrase = not words.isdisjoint(_TIME_LEADS)
+    if not (timely or is_phrase):
         return False
-    return _HOW_TO.search(lowered) is None or _STATE.search(lowered) is not None
+    rest = _TIMELESS.sub(" ", lowered)
+    if rest != lowered:
+        timely &= set(_WORD.findall(rest))
+    return bool(timely) or (is_phrase and _TIME_PHRASE.search(rest) is not None)
+
+
+def _counted(found: list[str]) -> int:
+    """Words, two that each name something as three."""
+    if len(found) == 2 and not _SMALL_WORDS.intersection(found) and min(map(len, found)) >= 3:
+        return 3
+    return len(found)
 
 
 def odd_characters(text: str) -> str | None:
@@ -191,14 +256,36 @@ def _names_near_date(text: str, today: date | None) -> bool:
 
 
 def _names_number(text: str) -> bool:
-    """A phone, card, bank account or long identifying number."""
+    """A phone, card, bank account, national id, or the number of one person's account or order."""
+    upper = text.upper()
     return (
-        any(not match[0].endswith("000") for match in _LONG_NUMBER.finditer(text))
-        or _PHONE.search(text) is not None
+        _PHONE.search(text) is not None
         or _SOCIAL.search(text) is not None
+        or _INSURANCE.search(upper) is not None
+        or _REFERENCE.search(text.lower()) is not None
         or any(is_card(match[0]) for match in _CARD.finditer(text))
-        or any(is_iban(match[0]) for match in _IBAN.finditer(text.upper()))
+        or any(_begins_with_iban(match[0]) for match in _IBAN.finditer(upper))
+        or any(is_spanish_id(*match.groups()) for match in _SPANISH.finditer(upper))
+        or any(is_french_id(*match.groups()) for match in _FRENCH.finditer(text))
     )
+
+
+def _begins_with_iban(text: str) -> bool:
+    """Whether an IBAN stands here, with whatever short words follow it."""
+    groups = text.split(" ")
+    return any(is_iban("".join(groups[:count])) for count in range(len(groups), 0, -1))
+
+
+def is_spanish_id(lead: str, digits: str, letter: str) -> bool:
+    """The letter of a DNI (8 digits) or NIE (X, Y or Z and 7): what is left by 23 (Real Decreto 1553/2005)."""
+    if len(digits) != (7 if lead else 8):
+        return False
+    return "TRWAGMYFPDXBNJZSQVHLCKE"[("XYZ".find(lead) * 10**7 + int(digits)) % 23] == letter
+
+
+def is_french_id(number: str, key: str) -> bool:
+    """The key of a numéro de sécurité sociale: 97 less what is left by 97 (decree 82-103)."""
+    return 97 - int(number.replace(" ", "")) % 97 == int(key)
 
 
 def is_card(text: str) -> bool:

@@ -248,6 +248,21 @@ async def test_one_to_three_texts_are_verified(verifier: Subject, count: int) ->
         await verifier.embedder.verify(BASE, [BASE] * count)
 
 
+async def test_only_the_beginnings_of_texts_are_matched() -> None:
+    made = EmbedderOwner(onnx_backend(ONNX), queue=4, lru=0, encode_deadline_s=60.0)
+    assert made.can_match
+    await made.start()
+    try:
+        long = f"{BASE} " + " ".join(f"and {word}" for word in BASE.split() * 4)
+        assert min(await made.match(BASE, BASE)) > 0.99
+        assert await made.match(f"{long} this way", f"{long} or another") == await made.match(long, long)
+        assert max(await made.match(BASE, "the best month for planting roses")) < 0.99
+        with pytest.raises(EmbedderFault):
+            await made.match(BASE, "")
+    finally:
+        await made.close()
+
+
 async def test_without_a_guard_an_embedder_says_so() -> None:
     made = EmbedderOwner(onnx_backend(ONNX), queue=4, lru=0)
     assert not made.can_verify

@@ -208,7 +208,7 @@ UNMATCHED = [
     ({"before": TURNS}, "multi_turn", "HIT"),
     ({"content": "What is the weather in Paris like today?"}, "time_words", "HIT"),
     ({"content": "Write to jane.doe@example.org for me"}, "pii", "BYPASS"),
-    ({"content": "Garden hose?"}, "short", "HIT"),
+    ({"content": "Garden?"}, "short", "HIT"),
     ({"content": "How do I repair\u200b a leaking garden hose?"}, "invisible", "HIT"),
 ]
 
