@@ -9,6 +9,7 @@ import orjson
 
 from index.heap import trim_heap
 from index.levels import LEVELS
+from index.measured import FALSE_ALARMS, MISSES
 from proxy.admin.auth import LOOPBACK_NAMES
 from proxy.batch.deferred import DeferredCalls
 from proxy.batch.engine import Engine
@@ -108,7 +109,8 @@ def make_ground(settings: Settings, edges: Edges, work: Work, secret: bytes) -> 
     )
 
 
-BUILT_IN_NOISE = Noise(465.0, 212.0, 696.0, 578.0)
+BUILT_IN_NOISE = Noise(FALSE_ALARMS[1], FALSE_ALARMS[0], MISSES[1], MISSES[1] - MISSES[0])
+"""Of `index.answers`, on answers it was not fitted on."""
 
 
 def make_auditor(ground: Ground) -> Auditor:

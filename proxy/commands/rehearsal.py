@@ -16,7 +16,6 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from index.answers import SENSITIVITY
 from index.embedder import Backend, TokenStates
 from index.errors import TextTooLong
 from index.features import compile_features
@@ -24,6 +23,7 @@ from index.guard.head import Guard
 from index.kernels import compile_kernels
 from index.learner import Learner
 from index.levels import LEVELS
+from index.measured import FALSE_ALARMS, MISSES
 from index.tokens import signature as signature_of
 from index.vectors import VectorOwner
 from proxy.commands.labelled import Asked, Readings
@@ -39,7 +39,11 @@ from proxy.request.lookup import CANDIDATES
 FAR_MS: Final = 1 << 52
 BATCH: Final = 32  # texts of one length in a call: more than serving allows itself, for a clock nobody waits on
 
-LABELS: Final = {"perfect": (0.0, 0.0), "answers": (0.44, 1.0 - SENSITIVITY), "none": (0.0, 1.0)}
+LABELS: Final = {
+    "perfect": (0.0, 0.0),
+    "answers": (FALSE_ALARMS[0] / FALSE_ALARMS[1], MISSES[0] / MISSES[1]),
+    "none": (0.0, 1.0),
+}
 """Where labels come from → (share of right answers that are called wrong, share of wrong ones that are overlooked).
 
 "perfect": the file's own, as somebody who knows would give them; "answers": as comparing freely worded answers would,
