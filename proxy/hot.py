@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from proxy.core.dialects.dialect import Template
 from proxy.core.model import Answer, Draft, Entry
@@ -45,13 +46,17 @@ class HotRow:
         self.size_bytes = ROW_OVERHEAD_BYTES + 2 * len(draft.answer) + len(draft.prompt) + len(draft.embedding or b"")
 
 
-class Alias(NamedTuple):
-    """A wording that was judged to be served by an entry: the next time it costs what an exact hit costs."""
+@dataclass(slots=True)
+class Alias:
+    """A wording that was judged to be served by an entry: the next time it costs what an exact hit costs. The more it
+    is asked, the more it matters that this is right: after `uses` it is judged anew, and perhaps audited."""
 
     entry_id: int
     similarity: float
     probability: float
     epoch: int  # of the judge: what it narrowed since makes the judgement void
+    uses: int = 1  # from one judgement to the next
+    used: int = 0
 
 
 class HotRows:

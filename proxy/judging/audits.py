@@ -142,16 +142,20 @@ class Auditor:
         """A hit on a wording judged before: feedback may name it."""
         self._note(request_id, _Hit(asked, entry_id, None, None))
 
-    def draw(self, opinion: Opinion, judged: Judged) -> None:
-        """Draw whether serving this calls for an audit; for how many hits it then stands."""
-        share = self.judge.audit_share(opinion, judged)
+    def draw(self, opinion: Opinion, judged: Judged, uses: int = 1) -> None:
+        """Draw whether serving this calls for an audit; for how many hits it then stands. A wording that was served
+        `uses` times since it was judged last is audited for all of them."""
+        share = min(1.0, uses * self.judge.audit_share(opinion, judged))
         due = self._meaning.comparer is not None and self._chance() < share
         opinion.stands_for = 1.0 / share if due else None
 
-    def served(self, opinion: Opinion, judged: Judged, request_id: str, *, may_ask: bool) -> Again | None:
-        """Count a semantic hit; what to ask again upstream, or None when this one is not audited."""
+    def served(
+        self, opinion: Opinion, judged: Judged, request_id: str, hits: int = 1, *, may_ask: bool
+    ) -> Again | None:
+        """Count a semantic hit, or all `hits` on its wording since it was judged last; what to ask again upstream, or
+        None when this one is not audited."""
         self._note(request_id, _Hit(opinion.place.fingerprint, judged.candidate.entry_id, opinion, judged))
-        self.judge.serve(opinion.place)
+        self.judge.serve(opinion.place, float(hits))
         if opinion.stands_for is None or self._tasks.closed or not may_ask:
             return None
         if self._audits >= AUDITS_AT_ONCE + AUDITS_WAITING or not self.purse.has_room:

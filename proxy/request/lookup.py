@@ -147,7 +147,8 @@ class Finder:
         while (chosen := opinion.chosen) is not None:
             row = await self._pass_gate(chosen, opinion, query, client, lookup)
             if isinstance(row, HotRow):
-                self._auditor.draw(opinion, chosen)
+                known = self._hot.alias(query.fingerprint)
+                self._auditor.draw(opinion, chosen, 1 if known is None else known.uses)
                 lookup.row = row
                 lookup.verdict = Hit(row.entry, Tier.SEMANTIC, chosen.candidate.similarity, chosen.probability)
                 break

@@ -72,13 +72,14 @@ class Pipeline(Parts):
             return None
         if Lane.SEMANTIC not in query.plan.lanes:
             return None
-        if alias.epoch != self.judge.epoch or controls.max_error is not None:
+        if alias.epoch != self.judge.epoch or alias.used >= alias.uses or controls.max_error is not None:
             return None
         row = self.hot.get(alias.entry_id)
         if row is None or row.entry.draft.scope != query.scope:
             return None
         if not is_fresh(row.entry, query, client) or policy.unfit(row.answer, query) is not None:
             return None
+        alias.used += 1
         self.auditor.remember(client.request_id, query.fingerprint, row.entry.id)
         return self.server.serve(
             query, client, row, Hit(row.entry, Tier.SEMANTIC, alias.similarity, alias.probability), None

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Final
 
 from proxy.core.model import Hit, Tier, Verdict
 from proxy.core.plan import Lane
@@ -23,6 +24,9 @@ from proxy.relay import Ending
 from proxy.request.collapse import Flight
 from proxy.request.errands import Errands
 from proxy.request.parts import Parts
+
+
+GROWTH: Final = 4  # of the uses of an alias, each time it was judged anew
 
 
 @dataclass(slots=True)
@@ -87,10 +91,13 @@ class Settler:
         if hit.tier is Tier.SEMANTIC:
             assert opinion is not None
             assert opinion.chosen is not None
-            alias = Alias(hit.entry.id, hit.similarity, hit.probability, self._auditor.judge.epoch)
+            before = self._hot.alias(query.fingerprint)
+            uses = 1 if before is None else GROWTH * before.uses
+            alias = Alias(hit.entry.id, hit.similarity, hit.probability, self._auditor.judge.epoch, uses)
             self._hot.add_alias(query.fingerprint, alias)
             may_ask = not query.controls.only_if_cached
-            again = self._auditor.served(opinion, opinion.chosen, client.request_id, may_ask=may_ask)
+            hits = 1 if before is None else 1 + before.used
+            again = self._auditor.served(opinion, opinion.chosen, client.request_id, hits, may_ask=may_ask)
             if again is not None:
                 self._errands.audit(query, client, lookup, again)
         elif hit.tier is Tier.STALE and refetches:

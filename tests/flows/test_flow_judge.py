@@ -392,3 +392,21 @@ async def test_simulate_rehearses_what_was_stored_under_another_budget(data_dir,
         # Not that more is hit: what the guard lets pass may be wrong, and spends the budget of others.
         assert ("pair_guard" in row["reasons"], "pair_guard" in unguarded["reasons"]) == (True, False)
         assert unguarded["hits"] > 0
+
+
+async def test_a_wording_that_is_asked_often_is_audited_sooner_or_later(data_dir, up):
+    """Nobody audits its first hit; the more it is asked, the surer one is that its answer was looked at."""
+    up.default = lambda seen: Chat(text="Wrap it in tape.")
+    async with running(data_dir, up.url, {"cache": {"audit_share": 0.02}}) as ibid:
+        await ibid.fill(ASKED)
+        chances = iter([0.999, 0.999, 0.0])
+        ibid.app.pipeline.auditor._chance = lambda: next(chances)
+        ibid.app.pipeline.judge.audit_share = lambda *_: 0.1
+        tiers = []
+        for _ in range(9):
+            tiers.append((await ibid.ask(REWORDED)).tier)
+            await ibid.settled()
+        assert tiers == ["semantic"] * 8 + ["exact"]  # judged at the 1st, the 3rd and the 8th time
+        ((purposes),) = await ibid.sql("SELECT COUNT(*) AS n FROM upstream_call WHERE purpose = 'audit'")
+        assert purposes["n"] == 1
+        assert (await evidence(ibid))["hits"] == 8
