@@ -25,7 +25,6 @@ from proxy.request.collapse import Flight
 from proxy.request.errands import Errands
 from proxy.request.parts import Parts
 
-
 GROWTH: Final = 4  # of the uses of an alias, each time it was judged anew
 
 
