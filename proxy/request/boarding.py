@@ -73,11 +73,12 @@ class Boarding:
         """Ask the upstream. Raises BadRequest where the request asked for cached answers only."""
         query, client, lookup = request.query, request.client, request.lookup
         assert lookup is not None
-        fetch = request.fetch = Fetch(query, client, lookup, time.perf_counter(), self._entries.began(client))
         if query.controls.only_if_cached:
+            request.fetch = None  # of another's call, which it joined in vain
             raise BadRequest(
                 "Not in the cache, and the request asked for cached answers only.", status=504, code="not_cached"
             )
+        fetch = request.fetch = Fetch(query, client, lookup, time.perf_counter(), self._entries.began(client))
         if choice is not None:
             fetch.query, fetch.asked_as, fetch.first = choice.query, query, choice.sending
             fetch.routed_to, fetch.neighbour = choice.candidate, choice.neighbour

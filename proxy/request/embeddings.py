@@ -96,10 +96,11 @@ class Embeddings:
 
     async def answer(self, query: Query, client: Client) -> Replay | Relay:
         """Serve, complete or forward. Raises BadRequest (only-if-cached) and UpstreamError, never a cache fault."""
-        wanted = _distinct(_batch_of(query))
-        lookup, found = await self._look_up(query, client, wanted)
-        request = Request(query, client, lookup)
+        request = Request(query, client)
         with self._pipeline.settler.failing(request):
+            wanted = _distinct(_batch_of(query))
+            lookup, found = await self._look_up(query, client, wanted)
+            request.lookup = lookup
             reply = await self._reply(request, lookup, wanted, found)
         return reply if not query.controls.explain else reply.saying(explanation(query, lookup))
 
@@ -130,8 +131,6 @@ class Embeddings:
         if found is not None and len(found) == len(wanted) and not query.controls.shadow:
             return await self._serve(query, client, lookup, found)
         if query.controls.only_if_cached:
-            began = self._pipeline.entries.began(client)
-            request.fetch = Fetch(query, client, lookup, time.perf_counter(), began)
             raise BadRequest(
                 "Not all in the cache, and the request asked for cached answers only.", status=504, code="not_cached"
             )

@@ -7,13 +7,16 @@ client started, and what it cost is told last.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Final
 
-from proxy.core.model import Hit, Tier, Verdict
+from proxy.core.model import Hit, Miss, Tier, Verdict
 from proxy.core.plan import Lane
+from proxy.core.purges import Began
 from proxy.core.query import Query
 from proxy.core.units import usd
 from proxy.hot import Alias
@@ -23,6 +26,9 @@ from proxy.relay import Ending
 from proxy.request.collapse import Flight
 from proxy.request.errands import Errands
 from proxy.request.parts import Parts
+
+UNFINISHED: Final = Miss("unfinished")
+"""Of a question whose client left while it was looked up."""
 
 
 @dataclass(slots=True)
@@ -50,6 +56,7 @@ class Settler:
     """Owns nothing it is given."""
 
     def __init__(self, parts: Parts, errands: Errands) -> None:
+        self._store = parts.store
         self._books = parts.books
         self._hot = parts.hot
         self._auditor = parts.auditor
@@ -65,15 +72,18 @@ class Settler:
             raise
 
     def settle(self, request: Request, ending: Ending) -> None:
-        """Of a request that was not answered from entries, or not all of it. Who left while it was looked up was told
-        nothing and cost nothing: that leaves no row."""
-        flight = request.flight
-        if request.fetch is None:
-            return
+        """Of a request that was not answered from entries, or not all of it."""
+        flight, fetch = request.flight, request.fetch or self._unsent(request)
         if flight is None or flight.ended:
-            self._book(request, request.fetch, ending)
+            self._book(request, fetch, ending)
         else:
-            flight.context.deferred.append(partial(self._book, request, request.fetch, ending))
+            flight.context.deferred.append(partial(self._book, request, fetch, ending))
+
+    def _unsent(self, request: Request) -> Fetch:
+        """The call that was not made."""
+        client, lookup = request.client, request.lookup or Lookup(UNFINISHED)
+        began = Began(self._store.purges.newest, client.ts_ms)
+        return Fetch(request.query, client, lookup, time.perf_counter(), began)
 
     def _book(self, request: Request, fetch: Fetch, ending: Ending) -> None:
         cost_nusd = self._books.forwarded(request.query, request.client, fetch, ending, collapsed=request.is_collapsed)
