@@ -397,23 +397,9 @@ def _asked(query: Query) -> Outcome:
         model_requested=query.model,
         model_served=query.model,
         upstream=query.upstream,
-        mechanism=None,
-        outcome="ok",
-        cache_status="MISS",
-        reason="",
-        status=200,
-        similarity=None,
-        entry_id=None,
-        retry_of=None,
-        usage=None,
-        usage_basis="none",
-        calls=(),
-        baseline_ms=None,
         tier=query.tier,
         key_id=query.key_id,
         team=query.team,
-        ttft_ms=None,
-        total_ms=0.0,
     )
 
 

@@ -89,6 +89,10 @@ class Settler:
         cost_nusd = self._books.forwarded(request.query, request.client, fetch, ending, collapsed=request.is_collapsed)
         request.headers.append(("x-cost-usd", usd(cost_nusd)))  # in time for an answer that is not a stream
 
+    def learn_again(self, query: Query, client: Client, hit: Hit) -> None:
+        """A hit that was not looked up, for its wording is known, is about to be served: what feedback will be on."""
+        self._auditor.remember(client.request_id, query.fingerprint, hit.entry.id)
+
     def learn(self, query: Query, client: Client, lookup: Lookup, *, refetches: bool = True) -> None:
         """A hit that was looked up is about to be served: remember the wording, and perhaps ask again upstream.
         `refetches`: what is stale too."""
