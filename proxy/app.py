@@ -1,9 +1,9 @@
 """Composition root: builds every edge, opens them in order, closes them in reverse. Imported by the command line only.
 
-Order: ports (`proxy.doorstep`) → data directory and secret → database → listeners → model, kernels, index, evidence
-(`proxy.upkeep.semantic`). Until those are there, lookups that need them are a bypass `loading`; ledger, keys, limits,
-exact hits and forwards need none of them. Importing this module must stay quick: FAISS, Numba and ONNX Runtime stay
-out.
+Order: ports (`proxy.doorstep`) → price list → data directory and secret → database → listeners → model, kernels, index,
+evidence (`proxy.upkeep.semantic`). Until those last are there, lookups that need them are a bypass `loading`; ledger,
+keys, limits, exact hits and forwards need none of them. Importing this module must stay quick: FAISS, Numba and ONNX
+Runtime stay out.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from proxy.parts import Edges, Work
 from proxy.request.pipeline import Pipeline
 from proxy.settings.config import Settings, UpstreamSettings
 from proxy.store.store import Store, open_store
-from proxy.tasks import aside
 from proxy.upkeep import gauges, troubles
 from proxy.upkeep.housekeeping import follow, housekeep, take_up
 from proxy.upkeep.semantic import Semantic, Tell
@@ -186,6 +185,7 @@ async def open_edges(
     """What answers requests without meaning; `stack` closes it. Raises ConfigError."""
     telemetry = Telemetry(log_writer, level=logging.getLevelNamesMapping()[settings.log.level])
     prices = configured(settings)
+    prices.load()  # before anybody is answered: every row has a price, and a request must not wait for an import
     booking = Booking(prices)
     store = await open_database(settings, prices, booking, tell)
     stack.push_async_callback(store.close)
@@ -317,7 +317,6 @@ def start(app: App, behind: contextlib.AsyncExitStack, tell: Tell) -> list[async
     endless = [
         spawn(app.pulse.run(app.memory, each_second), "pulse"),
         spawn(app.semantic.load(behind, tell), "loading"),
-        spawn(load_prices(app.edges.prices), "prices"),
         spawn(housekeep(app.settings, app.pipeline, app.store, app.semantic, fault), "housekeeping"),
         spawn(app.keys.follow(fault), "keys"),
         spawn(app.semantic.renew(), "reindex"),
@@ -327,11 +326,6 @@ def start(app: App, behind: contextlib.AsyncExitStack, tell: Tell) -> list[async
     if app.batches is not None:
         endless.append(spawn(take_up(app.batches, app.semantic, shared=is_shared), "batches"))
     return endless
-
-
-async def load_prices(prices: Prices) -> None:
-    """The price list, behind the listeners: reading it takes most of a second."""
-    await aside(prices.load)
 
 
 async def stop(app: App, clients: listener.Listener, endless: Sequence[asyncio.Task[None]]) -> None:

@@ -254,8 +254,9 @@ def make_batches(ground: Ground, pipeline: Pipeline, embeddings: Embeddings, han
 
 def make_memory(settings: Settings, pipeline: Pipeline, handler: ClientHandler) -> Memory:
     """The bound on memory, over the caches that can be dropped and the way in that can be shut."""
-    caches = [pipeline.hot.clear, pipeline.judge.shed, handler.shed, pipeline.meaning.shed, trim_heap]
-    return Memory(settings.server.memory_bytes or group_limit_bytes(), caches, handler.shut)
+    boarding, meaning = pipeline.boarding, pipeline.meaning
+    caches = [pipeline.hot.clear, pipeline.judge.shed, handler.shed, meaning.shed, boarding.shed, trim_heap]
+    return Memory(settings.server.memory_bytes or group_limit_bytes(), caches, handler.shut, boarding.cut_one)
 
 
 def new_learner() -> Learner:

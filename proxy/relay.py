@@ -58,6 +58,12 @@ class Replay(NamedTuple):
     body: bytes
     paced: Paced | None = None  # without it: at once
 
+    def at_once(self) -> Replay:
+        """The same for one who has it in one piece, settled."""
+        if self.paced is not None:
+            self.paced.settle(time.perf_counter(), "ok")
+        return self._replace(paced=None)
+
     def saying(self, explanation: tuple[str, str]) -> Replay:
         """The same with one more header."""
         return self._replace(head=Head([*self.head.pairs, explanation], self.head.id_header))

@@ -19,7 +19,6 @@ import orjson
 from proxy.core import policy
 from proxy.core.batches import RETRIABLE
 from proxy.core.dialects.dialect import JSON, Dialect, UsageMode
-from proxy.core.directives import verdict_headers
 from proxy.core.errors import BadRequest, IbidError, UpstreamError
 from proxy.core.model import Bypass, Level, Rules, Usage
 from proxy.core.purges import Began
@@ -29,7 +28,9 @@ from proxy.money.keys import KeyRing
 from proxy.records import Client, Fetch, Lookup
 from proxy.relay import Ending, Relay, Replay
 from proxy.request.embeddings import Embeddings, Told
+from proxy.request.heads import forward_headers
 from proxy.request.pipeline import Pipeline
+from proxy.request.settle import Request
 
 ATTEMPTS = 5
 PAUSE_S = 1.0  # before the second attempt; doubled before each further one
@@ -231,20 +232,16 @@ class Lines:
         fetch.call = replace(call, tier=tier, ttft_ms=None, total_ms=0.0)
         if call.usage_basis == "estimated":
             fetch.usage = call.usage
-        word = "ok" if status == 200 else "error"
-        cost_nusd = self.books.forwarded(query, client, fetch, Ending(word, status))
+        request = Request(query, client, lookup, fetch)
+        request.headers = forward_headers(request, fetch, status)
+        self.pipeline.settler.settle(request, Ending("ok" if status == 200 else "error", status))
         if stored is not None:
             await self.pipeline.landing.keep(fetch, stored)
-        headers = verdict_headers(
-            lookup.verdict, upstream=query.upstream, request_id=client.request_id, fwd_status=status,
-            cost_nusd=cost_nusd,
-        )  # fmt: skip
-        return Answered(client.request_id, status, [*headers, ("Content-Type", JSON)], one_line(body))
+        return Answered(client.request_id, status, [*request.headers, ("Content-Type", JSON)], one_line(body))
 
     def lost(self, query: Query, client: Client, word: str, status: int) -> None:
         """Book a line that nobody answered."""
-        unsent = Fetch(query, client, Lookup(Bypass("batch")), time.perf_counter(), self.pipeline.entries.began(client))
-        self.books.forwarded(query, client, unsent, Ending(word, status))
+        self.pipeline.settler.settle(Request(query, client, Lookup(Bypass("batch"))), Ending(word, status))
 
     # -- the same once more -------------------------------------------------------------------------------------------
 
@@ -298,6 +295,7 @@ def one_line(body: bytes) -> bytes:
 
 
 def _of_replay(replay: Replay, query: Query) -> Answered:
+    replay = replay.at_once()
     headers = [*replay.head.pairs, ("x-request-id", replay.request_id)]
     body = replay.body if query.stream else one_line(replay.body)
     return Answered(replay.request_id, 200, headers, body, query.stream)

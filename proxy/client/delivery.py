@@ -112,7 +112,7 @@ class Delivery:
             await _drop(asked)
             raise
         if isinstance(reply, Replay):
-            return answer_at_once(request, reply)
+            return answer_at_once(request, reply.at_once())
         return await self.relay(request, reply)
 
     async def _hold(
@@ -136,7 +136,7 @@ class Delivery:
             await live.write(beat)
             reply = await asked
             if isinstance(reply, Replay):
-                await live.write(reply.body)
+                await live.write(reply.at_once().body)
             else:
                 await self._carry_on(request, reply, live)
         except IbidError as error:

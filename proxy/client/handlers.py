@@ -25,7 +25,8 @@ from proxy.client.admission import Admission
 from proxy.client.callers import Callers, Lines
 from proxy.client.delivery import Delivery
 from proxy.client.incoming import address_of, body_at_hand, check_head, error_response, query_of, read_body, target_of
-from proxy.client.passing import Passing, PassThrough, is_free, is_websocket, passing, tells_cost
+from proxy.client.passing import Passing, PassThrough, is_free, passing, tells_cost
+from proxy.client.sockets import is_websocket
 from proxy.client.wire import answer_at_once
 from proxy.core.arrival import Arrival, Room
 from proxy.core.batches import Place

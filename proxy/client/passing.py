@@ -1,4 +1,4 @@
-"""Everything that no dialect claims: bytes untouched in both directions, WebSockets included, and what it cost.
+"""Everything that no dialect claims: bytes untouched in both directions, and what it cost.
 
 A body is never whole in memory. Its first and last bytes are looked at on the way: when they name a model and its
 usage, the request has a price. Only where the model decides who may be asked is it looked for first: in the path, in
@@ -7,7 +7,6 @@ JSON, which is then read whole, or in a form, which waits on disk.
 
 from __future__ import annotations
 
-import asyncio
 import re
 import tempfile
 import time
@@ -16,36 +15,33 @@ from contextlib import ExitStack
 from typing import IO, Final, NamedTuple
 from urllib.parse import parse_qs, unquote
 
-from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp import web
 from aiohttp.hdrs import (
     CONTENT_ENCODING,
     CONTENT_TYPE,
-    METH_GET,
     METH_PATCH,
     METH_POST,
     METH_PUT,
-    SEC_WEBSOCKET_PROTOCOL,
-    UPGRADE,
 )
 
 from proxy.aiohttp_internals import must_be_empty_body
 from proxy.client.incoming import body_stream, read_body
+from proxy.client.sockets import is_websocket, join, protocols_of
 from proxy.client.wire import SERVER
 from proxy.core import jsontext
 from proxy.core.arrival import Arrival
 from proxy.core.dialects import anthropic_record, gemini_answer, ollama_answer, openai_record, responses_record
 from proxy.core.dialects.dialect import JSON
 from proxy.core.dialects.routes import family_of
-from proxy.core.directives import verdict_headers
 from proxy.core.errors import BadRequest, UpstreamError
-from proxy.core.model import Bypass, Call, Limits, Outcome, Usage
+from proxy.core.model import Call, Limits, Outcome, Usage
 from proxy.core.multipart import Form, boundary_of
-from proxy.money.books import Books
-from proxy.ports import Upstream, WebSocket
+from proxy.money.books import PASSED, Books
+from proxy.ports import Upstream
+from proxy.request.heads import passed_headers
 
 HEAD_BYTES: Final = 4 * 1024  # looked at for the model
 TAIL_BYTES: Final = 64 * 1024  # looked at for the usage
-MESSAGE_LIMIT_BYTES: Final = 16 * 1024 * 1024
 SPOOL_MEMORY_BYTES: Final = 1024 * 1024
 SPOOL_LIMIT_BYTES: Final = 64 * 1024 * 1024  # of a form that is read for its model: a recording, some pictures
 PIECE_BYTES: Final = 256 * 1024
@@ -57,7 +53,6 @@ _TOLD: Final = re.compile(
     r"|:(?:countTokens|generateContent|streamGenerateContent)$"
 )
 _READ: Final = frozenset({"application/json", "text/event-stream", "application/x-ndjson"})
-_PASSED: Final = Bypass("pass_through")
 _USAGES: Final[Mapping[str, tuple[Callable[[bytes], Usage | None], ...]]] = {
     "anthropic": (anthropic_record.find_usage,),
     "gemini": (gemini_answer.find_usage,),
@@ -207,38 +202,16 @@ class PassThrough:
         answer.release()
         return response
 
-    @staticmethod
-    def _verdict(asked: Passing, entry: _Entry) -> list[tuple[str, str]]:
-        told = verdict_headers(_PASSED, request_id=asked.request_id, upstream=entry.upstream, fwd_status=entry.status)
-        return [*told, ("Server", SERVER)]
-
-    # -- WebSockets -----------------------------------------------------------------------------------------------
-
     async def _connect(self, request: web.BaseRequest, asked: Passing, entry: _Entry) -> web.StreamResponse:
-        """Both handshakes, the upstream's first, then messages either way until one side closes; so does the other,
-        with the same code."""
-        wanted = [p.strip() for p in request.headers.get(SEC_WEBSOCKET_PROTOCOL, "").split(",") if p.strip()]
-        wanted = [protocol for protocol in wanted if "ibid-" not in protocol]  # browsers hide a key there
-        far = await self._upstream.connect(entry.upstream, asked.path_qs, asked.headers, wanted)
+        """The upstream's handshake first, then the client's."""
+        far = await self._upstream.connect(entry.upstream, asked.path_qs, asked.headers, protocols_of(request))
         entry.status, entry.word = 101, "ok"  # however it ends: a session has no answer that could be whole
         entry.first_byte_s = time.perf_counter()
-        chosen = (far.protocol,) if far.protocol else ()
-        near = web.WebSocketResponse(
-            protocols=chosen, autoping=False, autoclose=False, max_msg_size=MESSAGE_LIMIT_BYTES
-        )
-        near.headers.extend(self._verdict(asked, entry))
-        ways: list[asyncio.Future[None]] = []
-        try:
-            await near.prepare(request)
-            ways += [asyncio.ensure_future(_carry(near, far)), asyncio.ensure_future(_carry(far, near))]
-            await asyncio.wait(ways)  # either way ends by closing what it writes to, and so ends the other
-        finally:  # a client that is gone cancels this task
-            for way in ways:
-                way.cancel()
-            await asyncio.gather(*ways, return_exceptions=True)
-            await far.close(code=WSCloseCode.GOING_AWAY)
-        await near.close()
-        return near
+        return await join(request, far, self._verdict(asked, entry))
+
+    @staticmethod
+    def _verdict(asked: Passing, entry: _Entry) -> list[tuple[str, str]]:
+        return [*passed_headers(asked.request_id, entry.upstream, entry.status), ("Server", SERVER)]
 
 
 async def _model_in_form(body: bytes | AsyncIterator[bytes] | None, boundary: bytes, spool: IO[bytes]) -> str:
@@ -267,29 +240,6 @@ async def _again(spool: IO[bytes]) -> AsyncIterator[bytes]:
     spool.seek(0)
     while piece := spool.read(PIECE_BYTES):
         yield piece
-
-
-async def _carry(source: WebSocket, target: WebSocket) -> None:
-    """Every message of one side to the other, then its close."""
-    while True:
-        message = await source.receive()
-        match message.type:
-            case WSMsgType.TEXT:
-                await target.send_str(message.data)
-            case WSMsgType.BINARY:
-                await target.send_bytes(message.data)
-            case WSMsgType.PING:
-                await target.ping(message.data)
-            case WSMsgType.PONG:
-                await target.pong(message.data)
-            case WSMsgType.CLOSE:
-                code, reason = message.data or WSCloseCode.OK, (message.extra or "").encode()
-                await target.close(code=code, message=reason)
-                await source.close(code=code, message=reason)  # only now: who closed may go at once
-                return
-            case _:  # it broke, or was closed by us
-                await target.close(code=WSCloseCode.GOING_AWAY)
-                return
 
 
 class _Entry:
@@ -344,19 +294,13 @@ class _Entry:
             model_requested=self.model,
             model_served=self.model,
             upstream=self.upstream,
-            mechanism=None,
             outcome=self.word,
             cache_status="BYPASS",
-            reason=_PASSED.reason,
+            reason=PASSED.reason,
             status=self.status,
-            similarity=None,
-            entry_id=None,
-            retry_of=None,
             usage=self.usage,
             usage_basis=basis,
             calls=(call,),
-            baseline_ms=None,
-            tier="default",
             ttft_ms=ttft_ms,
             total_ms=total_ms,
             key_id=asked.key_id,
@@ -379,10 +323,6 @@ def passing(
     """A request on its way past the cache."""
     family = family_of(path, request.headers)
     return Passing(request_id, path, path_qs, tenant, headers, family, started_s, key_id, team)
-
-
-def is_websocket(request: web.BaseRequest) -> bool:
-    return request.method == METH_GET and request.headers.get(UPGRADE, "").lower() == "websocket"
 
 
 def is_free(request: web.BaseRequest) -> bool:

@@ -246,23 +246,25 @@ class Outcome(NamedTuple):
     model_requested: str
     model_served: str
     upstream: str
-    mechanism: str | None
-    outcome: str  # "ok" | "error" | "cancelled"
-    cache_status: str  # "HIT" | "MISS" | "BYPASS" | "REFRESH" | "STALE" | "SHADOW" | "AUDIT"
-    reason: str
-    status: int
-    similarity: float | None
-    entry_id: int | None
-    retry_of: str | None
-    usage: Usage | None  # client-visible
-    usage_basis: str
-    calls: tuple[Call, ...]
-    baseline_ms: float | None  # what the upstream took when the entry was made
-    tier: str  # service tier asked for
-    key_id: str | None  # the virtual key that asked, and its project; None and "" for a credential passed through
-    team: str
-    ttft_ms: float | None
-    total_ms: float
+    mechanism: str | None = None
+    outcome: str = "ok"  # or "error", or "cancelled"
+    cache_status: str = "MISS"  # "HIT" | "MISS" | "BYPASS" | "REFRESH" | "STALE" | "SHADOW" | "AUDIT"
+    reason: str = ""
+    status: int = 200
+    similarity: float | None = None
+    entry_id: int | None = None
+    retry_of: str | None = None
+    usage: Usage | None = None  # client-visible
+    usage_basis: str = "none"
+    calls: tuple[Call, ...] = ()
+    baseline_ms: float | None = None  # what the upstream took when the entry was made
+    tier: str = "default"  # service tier asked for
+    key_id: str | None = (
+        None  # the virtual key that asked, and its project; None and "" for a credential passed through
+    )
+    team: str = ""
+    ttft_ms: float | None = None
+    total_ms: float = 0.0
 
     @property
     def is_partial(self) -> bool:

@@ -69,7 +69,7 @@ class _Last(NamedTuple):
 
 
 class Router:
-    """Owns what it has learned; `app.py` lends it the rest. Lives on the event loop."""
+    """Owns what it has learned; `proxy.parts` lends it the rest. Lives on the event loop."""
 
     def __init__(
         self,

@@ -25,6 +25,7 @@ from proxy.core.model import (
     Rules,
     Tier,
     Usage,
+    Verdict,
     again,
 )
 from proxy.core.purse import LEARNING, Purse, worth
@@ -36,7 +37,7 @@ from proxy.upstreams.attempt import Attempt
 from proxy.upstreams.sending import Sending
 from proxy.watch.telemetry import Telemetry
 
-REPEATED, COLLAPSED = Miss("repeated"), Miss("collapsed")
+REPEATED, COLLAPSED, PASSED = Miss("repeated"), Miss("collapsed"), Bypass("pass_through")
 MECHANISMS = {Tier.EXACT: "cache.exact", Tier.SEMANTIC: "cache.semantic", Tier.STALE: "cache.stale"}
 
 
@@ -67,17 +68,21 @@ class Books:
     def recurring(self, query: Query, model_served: str, hit: Hit) -> tuple[Any, ...]:
         """What every hit of this kind has in common, see `Outcome.recurring`."""
         draft = hit.entry.draft
-        return _outcome(
-            query,
-            cache_status="STALE" if hit.tier is Tier.STALE else "HIT",
-            reason=hit.reason,
-            mechanism=MECHANISMS[hit.tier],
-            model_served=model_served,
-            similarity=hit.similarity,
-            entry_id=hit.entry.id,
-            usage=draft.usage,
-            baseline_ms=draft.total_ms,
-        ).recurring
+        return (
+            _asked(query)
+            ._replace(
+                cache_status="STALE" if hit.tier is Tier.STALE else "HIT",
+                reason=hit.reason,
+                mechanism=MECHANISMS[hit.tier],
+                model_served=model_served,
+                similarity=hit.similarity,
+                entry_id=hit.entry.id,
+                usage=draft.usage,
+                usage_basis=_basis(draft.usage),
+                baseline_ms=draft.total_ms,
+            )
+            .recurring
+        )
 
     def settle(
         self,
@@ -191,31 +196,16 @@ class Books:
     def forwarded(self, query: Query, client: Client, fetch: Fetch, ending: Ending, *, collapsed: bool = False) -> int:
         """Book a request that was not answered from entries, or not all of it; what it cost, in nano-dollars."""
         verdict = COLLAPSED if collapsed else fetch.lookup.verdict
-        word = ending.word
-        call = None if collapsed else fetch.call
-        calls = (*fetch.lookup.spent, *(() if call is None else (call,)), *(() if collapsed else fetch.extra))
-        usage, basis, mechanism = fetch.usage if word == "ok" else None, "measured", None
-        if fetch.stand_in and word == "ok":
-            mechanism = fetch.stand_in
-        elif collapsed:
-            mechanism = "stream.coalesce"
-        elif word == "ok" and fetch.served is not None and call is not None and call.usage is not None:
-            mechanism = MECHANISMS[Tier.EXACT]
-            usage, basis = added(fetch.served, call.usage), call.usage_basis
-        cache_status = "BYPASS" if isinstance(verdict, Bypass) else "MISS"
-        if query.controls.shadow:
-            cache_status = "SHADOW"
-        elif query.controls.refresh:
-            cache_status = "REFRESH"
-        elif mechanism == "cache.stale-if-error":
-            cache_status = "STALE"
-        outcome = _outcome(
-            query,
+        calls = fetch.lookup.spent
+        if not collapsed:
+            calls = (*calls, *(() if fetch.call is None else (fetch.call,)), *fetch.extra)
+        mechanism, usage, basis = _answered_by(fetch, is_ok=ending.word == "ok", collapsed=collapsed)
+        outcome = _asked(query)._replace(
             request_id=client.request_id,
             ts_ms=client.ts_ms,
-            outcome=word,
+            outcome=ending.word,
             status=ending.status,
-            cache_status=cache_status,
+            cache_status=_cache_status(query, verdict, mechanism),
             reason=verdict.reason,
             mechanism=mechanism,
             model_served=fetch.answer.model if fetch.answer is not None else query.model,
@@ -247,8 +237,7 @@ class Books:
     ) -> None:
         """Book a request answered by several entries together; their calls' longest time is what it saved."""
         total_ms = _ms_since(client)
-        outcome = _outcome(
-            query,
+        outcome = _asked(query)._replace(
             request_id=client.request_id,
             ts_ms=client.ts_ms,
             cache_status="HIT",
@@ -258,6 +247,7 @@ class Books:
             similarity=1.0,
             entry_id=entries[0].id if len(entries) == 1 else None,
             usage=usage,
+            usage_basis=_basis(usage),
             baseline_ms=max([entry.draft.total_ms for entry in entries]),
             ttft_ms=total_ms,
             total_ms=total_ms,
@@ -268,19 +258,16 @@ class Books:
         self, query: Query, client: Client, usage: Usage | None, model_served: str, word: str, status: int
     ) -> None:
         """Book a line of a batch that got the answer of another line of it, which asks the same."""
-        outcome = _outcome(
-            query,
+        outcome = _asked(query)._replace(
             request_id=client.request_id,
             ts_ms=client.ts_ms,
             outcome=word,
             status=status,
-            cache_status="MISS",
             reason=REPEATED.reason,
             mechanism="batch.dedup",
             model_served=model_served,
-            similarity=None,
-            entry_id=None,
             usage=usage,
+            usage_basis=_basis(usage),
             total_ms=_ms_since(client),
         )
         self.settle(outcome, scope=query.scope, saved_nusd=self.price(query, usage, client.ts_ms))
@@ -303,19 +290,14 @@ class Books:
         self._unasked(query, call.id, call, "judge", ok=ok)
 
     def _unasked(self, query: Query, request_id: str, call: Call, reason: str, *, ok: bool) -> None:
-        outcome = _outcome(
-            query,
+        outcome = _asked(query)._replace(
             request_id=request_id,
             ts_ms=call.ts_ms,
             outcome="ok" if ok else "error",
             status=call.status,
             cache_status="AUDIT",
             reason=reason,
-            mechanism=None,
             model_served=call.model,
-            similarity=None,
-            entry_id=None,
-            usage=None,
             calls=(call,),
             ttft_ms=call.ttft_ms,
             total_ms=call.total_ms,
@@ -387,30 +369,33 @@ def draft_of(fetch: Fetch, answer: Answer, embedder: str, rules: Rules, now_ms: 
     )
 
 
-def _outcome(
-    query: Query,
-    *,
-    cache_status: str,
-    reason: str,
-    mechanism: str | None,
-    model_served: str,
-    similarity: float | None,
-    entry_id: int | None,
-    usage: Usage | None,
-    usage_basis: str = "measured",
-    request_id: str = "",
-    ts_ms: int = 0,
-    outcome: str = "ok",
-    status: int = 200,
-    calls: tuple[Call, ...] = (),
-    retry_of: str | None = None,
-    baseline_ms: float | None = None,
-    ttft_ms: float | None = None,
-    total_ms: float = 0.0,
-) -> Outcome:
+def _answered_by(fetch: Fetch, *, is_ok: bool, collapsed: bool) -> tuple[str | None, Usage | None, str]:
+    """What gave the answer if not a call for it alone, the answer's usage, and how that is known."""
+    usage = fetch.usage if is_ok else None
+    if fetch.stand_in and is_ok:
+        return fetch.stand_in, usage, _basis(usage)
+    if collapsed:
+        return "stream.coalesce", usage, _basis(usage)
+    if is_ok and fetch.served is not None and fetch.call is not None and fetch.call.usage is not None:
+        return MECHANISMS[Tier.EXACT], added(fetch.served, fetch.call.usage), fetch.call.usage_basis
+    return None, usage, _basis(usage)
+
+
+def _cache_status(query: Query, verdict: Verdict, mechanism: str | None) -> str:
+    if query.controls.shadow:
+        return "SHADOW"
+    if query.controls.refresh:
+        return "REFRESH"
+    if mechanism == "cache.stale-if-error":
+        return "STALE"
+    return "BYPASS" if isinstance(verdict, Bypass) else "MISS"
+
+
+def _asked(query: Query) -> Outcome:
+    """What the question alone says of its outcome; the rest is that of a miss of which nothing is known."""
     return Outcome(
-        request_id=request_id,
-        ts_ms=ts_ms,
+        request_id="",
+        ts_ms=0,
         tenant=query.tenant,
         namespace=query.controls.namespace,
         tag=query.controls.tags[0] if query.controls.tags else "",
@@ -418,23 +403,13 @@ def _outcome(
         endpoint=query.endpoint,
         stream=query.stream,
         model_requested=query.model,
-        model_served=model_served,
+        model_served=query.model,
         upstream=query.upstream,
-        mechanism=mechanism,
-        outcome=outcome,
-        cache_status=cache_status,
-        reason=reason,
-        status=status,
-        similarity=similarity,
-        entry_id=entry_id,
-        retry_of=retry_of,
-        usage=usage,
-        usage_basis=usage_basis if usage is not None else "none",
-        calls=calls,
-        baseline_ms=baseline_ms,
         tier=query.tier,
         key_id=query.key_id,
         team=query.team,
-        ttft_ms=ttft_ms,
-        total_ms=total_ms,
     )
+
+
+def _basis(usage: Usage | None) -> str:
+    return "none" if usage is None else "measured"

@@ -6,7 +6,7 @@ import time
 from functools import partial
 
 from proxy.core import policy
-from proxy.core.errors import BadRequest
+from proxy.core.errors import BadRequest, UpstreamError
 from proxy.core.model import Level, Miss
 from proxy.core.plan import Lane
 from proxy.core.query import Query
@@ -24,10 +24,11 @@ from proxy.request.settle import Request, Settler
 
 
 class Boarding:
-    """Owns nothing it is given. `flights`: those that others may join, by fingerprint."""
+    """Owns nothing it is given. `flights`: those that others may join, by fingerprint; `aloft`: all of them."""
 
     def __init__(self, parts: Parts, entries: Entries, landing: Landing, server: Server, settler: Settler) -> None:
         self._flights = parts.flights
+        self._aloft: set[Flight[Fetch]] = set()
         self._forwarder = parts.forwarder
         self._on_left = None if parts.finisher is None else parts.finisher.left
         self._entries = entries
@@ -72,11 +73,12 @@ class Boarding:
         """Ask the upstream. Raises BadRequest where the request asked for cached answers only."""
         query, client, lookup = request.query, request.client, request.lookup
         assert lookup is not None
-        fetch = request.fetch = Fetch(query, client, lookup, time.perf_counter(), self._entries.began(client))
         if query.controls.only_if_cached:
+            request.fetch = None  # of another's call, which it joined in vain
             raise BadRequest(
                 "Not in the cache, and the request asked for cached answers only.", status=504, code="not_cached"
             )
+        fetch = request.fetch = Fetch(query, client, lookup, time.perf_counter(), self._entries.began(client))
         if choice is not None:
             fetch.query, fetch.asked_as, fetch.first = choice.query, query, choice.sending
             fetch.routed_to, fetch.neighbour = choice.candidate, choice.neighbour
@@ -87,12 +89,27 @@ class Boarding:
 
     def take_off(self, fetch: Fetch, *, shared: bool) -> Flight[Fetch]:
         """A forward that opens with its first seat; `shared`: others may join it."""
-        flight = Flight(
-            fetch, partial(self._forwarder.open, fetch), self._landing.landed, shared=shared, on_left=self._on_left
-        )
+        flight = Flight(fetch, partial(self._forwarder.open, fetch), self._landed, shared=shared, on_left=self._on_left)
+        self._aloft.add(flight)
         if shared:
             self._flights[fetch.asked.fingerprint] = flight
         return flight
+
+    def _landed(self, flight: Flight[Fetch]) -> None:
+        self._aloft.discard(flight)
+        self._landing.landed(flight)
+
+    def shed(self) -> None:
+        """For want of memory: what every client of a call has read is forgotten, and the answer not stored."""
+        for flight in self._aloft:
+            flight.forget()
+
+    def cut_one(self) -> None:
+        """For want of memory: end the call that holds the most for its clients."""
+        begun = [flight for flight in self._aloft if flight.response is not None]
+        if begun:
+            error = UpstreamError("Memory is short.", code="overloaded", status=503, retry_after_s=1)
+            max(begun, key=lambda flight: flight.held_bytes).cut(error)
 
     async def _board(self, request: Request, flight: Flight[Fetch], seat: Seat[Fetch]) -> Relay:
         """Wait for the response head; from then on the caller owns the seat through the Relay."""

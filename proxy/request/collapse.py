@@ -146,6 +146,22 @@ class Flight(Generic[Context]):
             self.complete = True
             self._end(None)
 
+    @property
+    def held_bytes(self) -> int:
+        return sum(map(len, self.pieces))
+
+    def forget(self) -> None:
+        """Keep only what a seat has not read yet, from now on: nobody joins any more, and it cannot be stored."""
+        self.trimmed = True
+        self.arrived_s.clear()
+        self._trim()
+
+    def cut(self, error: UpstreamError) -> None:
+        """End it for every seat, without what they have not read yet. Only once its head has come."""
+        self.trimmed = True
+        self.pieces.clear()
+        self._end(error)
+
     def leave(self, seat: Seat[Context]) -> None:
         self._seats.discard(seat)
         if not self._seats and not self.ended:

@@ -96,10 +96,11 @@ class Embeddings:
 
     async def answer(self, query: Query, client: Client) -> Replay | Relay:
         """Serve, complete or forward. Raises BadRequest (only-if-cached) and UpstreamError, never a cache fault."""
-        wanted = _distinct(_batch_of(query))
-        lookup, found = await self._look_up(query, client, wanted)
-        request = Request(query, client, lookup)
+        request = Request(query, client)
         with self._pipeline.settler.failing(request):
+            wanted = _distinct(_batch_of(query))
+            lookup, found = await self._look_up(query, client, wanted)
+            request.lookup = lookup
             reply = await self._reply(request, lookup, wanted, found)
         return reply if not query.controls.explain else reply.saying(explanation(query, lookup))
 
@@ -130,8 +131,6 @@ class Embeddings:
         if found is not None and len(found) == len(wanted) and not query.controls.shadow:
             return await self._serve(query, client, lookup, found)
         if query.controls.only_if_cached:
-            began = self._pipeline.entries.began(client)
-            request.fetch = Fetch(query, client, lookup, time.perf_counter(), began)
             raise BadRequest(
                 "Not all in the cache, and the request asked for cached answers only.", status=504, code="not_cached"
             )
@@ -201,8 +200,7 @@ class Embeddings:
         vectors = {fingerprint: vector_in(row.answer) for fingerprint, row in found.items()}
         data = await spelled(_batch_of(query), vectors, {})
         body = orjson.dumps(_speech(query).whole(data, model, tokens if usage is not None else None, None))
-        for entry in entries:
-            self._store.mark_used(entry.id, client.ts_ms)
+        self._mark_used(entries, client)
         assert isinstance(lookup.verdict, Hit)
         saved_nusd = self._books.price(query, usage, client.ts_ms)
         head = hit_head(query, client, lookup.verdict, entries, saved_nusd)
@@ -249,14 +247,23 @@ class Embeddings:
         if sent.is_own:
             return self._relay(request, fetch, response, response.headers, raw)
         body = await self._merged(query, fetch, tuple(missing), answered, found)
+        return self._relay(request, fetch, response, self._part_headers(fetch, response, found, len(wanted)), body)
+
+    def _part_headers(
+        self, fetch: Fetch, response: ports.UpstreamResponse, found: Mapping[bytes, HotRow], asked: int
+    ) -> list[tuple[str, str]]:
+        """The upstream's headers, made true of an answer that has its rows and those that were found."""
         headers = [header for header in response.headers if header[0].lower() not in _OF_THE_BYTES]
         headers.append(("Content-Type", JSON))
         if found:
-            headers.append(partial_header(len(found), len(wanted)))
+            headers.append(partial_header(len(found), asked))
             headers.append(("x-cache-saved-usd", usd(self._saved_nusd(fetch))))
-            for row in found.values():
-                self._store.mark_used(row.entry.id, client.ts_ms)
-        return self._relay(request, fetch, response, headers, body)
+            self._mark_used([row.entry for row in found.values()], fetch.client)
+        return headers
+
+    def _mark_used(self, entries: Iterable[Entry], client: Client) -> None:
+        for entry in entries:
+            self._store.mark_used(entry.id, client.ts_ms)
 
     def _sent(self, query: Query, asked: Sequence[Input]) -> Sent:
         batch = _batch_of(query)

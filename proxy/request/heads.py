@@ -10,7 +10,7 @@ from proxy.core.directives import stale_headers, verdict_headers
 from proxy.core.model import Entry, Hit
 from proxy.core.query import Query
 from proxy.lanes.forwarding import STALE_IF_ERROR
-from proxy.money.books import COLLAPSED
+from proxy.money.books import COLLAPSED, PASSED
 from proxy.records import Client, Fetch
 from proxy.relay import Head
 from proxy.request.settle import Request
@@ -66,6 +66,11 @@ def forward_headers(request: Request, fetch: Fetch, status: int, plan: str = "")
         edge=sending.is_other and sending.is_foreign,
         plan=plan,
     )
+
+
+def passed_headers(request_id: str, upstream: str, status: int) -> list[tuple[str, str]]:
+    """Of a reply to what no dialect claims."""
+    return verdict_headers(PASSED, request_id=request_id, upstream=upstream, fwd_status=status)
 
 
 def _content_type(query: Query) -> tuple[str, str]:

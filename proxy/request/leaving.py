@@ -61,6 +61,7 @@ class Finisher:
         is_other = fetch.stand_in or (fetch.attempt is not None and fetch.attempt.sending.is_other)
         return (
             flight.shared
+            and not flight.trimmed
             and fetch.query.controls.write
             and not is_other
             and flight.size_bytes <= self._answer_limit_bytes

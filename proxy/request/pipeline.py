@@ -80,10 +80,9 @@ class Pipeline(Parts):
         if not is_fresh(row.entry, query, client) or policy.unfit(row.answer, query) is not None:
             return None
         alias.used += 1
-        self.auditor.remember(client.request_id, query.fingerprint, row.entry.id)
-        return self.server.serve(
-            query, client, row, Hit(row.entry, Tier.SEMANTIC, alias.similarity, alias.probability), None
-        )
+        hit = Hit(row.entry, Tier.SEMANTIC, alias.similarity, alias.probability)
+        self.settler.learn_again(query, client, hit)
+        return self.server.serve(query, client, row, hit, None)
 
     async def answer(self, query: Query, client: Client) -> Replay | Relay:
         """Serve or forward. Raises BadRequest (only-if-cached) and UpstreamError; cache faults never leave here."""

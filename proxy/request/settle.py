@@ -7,14 +7,16 @@ client started, and what it cost is told last.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-from proxy.core.model import Hit, Tier, Verdict
+from proxy.core.model import Hit, Miss, Tier, Verdict
 from proxy.core.plan import Lane
+from proxy.core.purges import Began
 from proxy.core.query import Query
 from proxy.core.units import usd
 from proxy.hot import Alias
@@ -26,6 +28,8 @@ from proxy.request.errands import Errands
 from proxy.request.parts import Parts
 
 GROWTH: Final = 4  # of the uses of an alias, each time it was judged anew
+UNFINISHED: Final = Miss("unfinished")
+"""Of a question whose client left while it was looked up."""
 
 
 @dataclass(slots=True)
@@ -53,6 +57,7 @@ class Settler:
     """Owns nothing it is given."""
 
     def __init__(self, parts: Parts, errands: Errands) -> None:
+        self._store = parts.store
         self._books = parts.books
         self._hot = parts.hot
         self._auditor = parts.auditor
@@ -68,19 +73,26 @@ class Settler:
             raise
 
     def settle(self, request: Request, ending: Ending) -> None:
-        """Of a request that was not answered from entries, or not all of it. Who left while it was looked up was told
-        nothing and cost nothing: that leaves no row."""
-        flight = request.flight
-        if request.fetch is None:
-            return
+        """Of a request that was not answered from entries, or not all of it."""
+        flight, fetch = request.flight, request.fetch or self._unsent(request)
         if flight is None or flight.ended:
-            self._book(request, request.fetch, ending)
+            self._book(request, fetch, ending)
         else:
-            flight.context.deferred.append(partial(self._book, request, request.fetch, ending))
+            flight.context.deferred.append(partial(self._book, request, fetch, ending))
+
+    def _unsent(self, request: Request) -> Fetch:
+        """The call that was not made."""
+        client, lookup = request.client, request.lookup or Lookup(UNFINISHED)
+        began = Began(self._store.purges.newest, client.ts_ms)
+        return Fetch(request.query, client, lookup, time.perf_counter(), began)
 
     def _book(self, request: Request, fetch: Fetch, ending: Ending) -> None:
         cost_nusd = self._books.forwarded(request.query, request.client, fetch, ending, collapsed=request.is_collapsed)
         request.headers.append(("x-cost-usd", usd(cost_nusd)))  # in time for an answer that is not a stream
+
+    def learn_again(self, query: Query, client: Client, hit: Hit) -> None:
+        """A hit that was not looked up, for its wording is known, is about to be served: what feedback will be on."""
+        self._auditor.remember(client.request_id, query.fingerprint, hit.entry.id)
 
     def learn(self, query: Query, client: Client, lookup: Lookup, *, refetches: bool = True) -> None:
         """A hit that was looked up is about to be served: remember the wording, and perhaps ask again upstream.

@@ -119,8 +119,10 @@ class OpenResponse:
             self._content.set_exception(aiohttp.ClientPayloadError("framing"))
 
     def abort(self) -> None:
-        """Close the connection at once, whatever is still on its way in either direction."""
+        """Close the connection at once, whatever is still on its way in either direction; who reads is told."""
         self._owner.forget(self)
+        if self.waiting_since:
+            self._content.set_exception(aiohttp.ClientPayloadError("aborted"))
         if self._connection is not None and self._connection.transport is not None:
             self._connection.transport.abort()
         self._response.close()

@@ -1,7 +1,8 @@
 """How much memory there is, and what gives way when it runs short.
 
 The bound is the container's, of either version of control groups, or a configured one. From SHED_AT of it caches are
-dropped; from REFUSE_AT new requests are refused until it is less again, so that the kernel has nobody to kill.
+dropped, what is kept of answers under way with them; from REFUSE_AT new requests are refused until it is less again;
+from CUT_AT answers under way are cut, one a look: the kernel, which ends all of them at once, has nobody to kill.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ log = logging.getLogger(__name__)
 
 SHED_AT: Final = 0.85
 REFUSE_AT: Final = 0.95
+CUT_AT: Final = 0.98
 SHED_EVERY_S: Final = 1.0
 NO_LIMIT: Final = 1 << 60  # version 1 says so by a number near 2**63
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
@@ -67,6 +69,7 @@ class Memory:
         limit_bytes: int | None,
         caches: Sequence[Callable[[], None]],
         refuse: Callable[[bool], None],
+        cut: Callable[[], None],
         measure: Callable[[], int] = resident_bytes,
     ) -> None:
         self.limit_bytes = limit_bytes
@@ -74,6 +77,7 @@ class Memory:
         self.is_short = False  # new requests are refused
         self._caches = caches
         self._refuse = refuse
+        self._cut = cut
         self._measure = measure
         self._shed_s = float("-inf")
 
@@ -98,3 +102,5 @@ class Memory:
             self.is_short = is_short
             self._refuse(is_short)
             log.warning("memory is short: requests are %s", "refused" if is_short else "taken again")
+        if used >= CUT_AT:
+            self._cut()

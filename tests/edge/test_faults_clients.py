@@ -353,6 +353,50 @@ async def test_a_second_sigterm_ends_it_at_once(tmp_path: Path, up: ScriptedUpst
             await process.wait()
 
 
+def gated(words: int, gate: asyncio.Event) -> Stream:
+    """An answer that stops before its last words until the gate opens."""
+    chunks = [
+        event({"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]})
+        for choice in [
+            *({"index": 0, "delta": {"content": f"word {number} "}, "finish_reason": None} for number in range(words)),
+            {"index": 0, "delta": {}, "finish_reason": "stop"},
+        ]
+    ]
+    return Stream([*chunks, event("[DONE]")], gates={words: gate})
+
+
+@pytest.mark.parametrize("share", [0.9, 1.0], ids=["it is stored no more", "it is cut"])
+async def test_what_is_under_way_gives_way_to_memory(tmp_path: Path, up: ScriptedUpstream, share: float) -> None:
+    """First what is kept of answers for those who come later, then the answers."""
+    bound, gate = resident_bytes() + (256 << 20), asyncio.Event()
+    async with serving(tmp_path, up, f"{EXACT_ONLY}[server]\nmemory_bytes = {bound}\n") as ibid:
+        up.script(gated(20, gate))
+        client = await RawClient.connect(ibid.port)
+        await client.send(request(question(stream=True)))
+        await until(lambda: len(ibid.pipeline.flights) == 1)
+        (flight,) = ibid.pipeline.flights.values()
+        await until(lambda: b"word 19" in flight.body)
+        ballast: list[bytearray] = []
+
+        def is_there() -> bool:
+            if ibid.app.memory.used_share < share:
+                ballast.append(bytearray(b"\x01") * (4 << 20))
+            return flight.trimmed if share < 0.95 else flight.ended
+
+        await until(is_there)
+        assert flight.held_bytes == 0
+        ballast.clear()
+        gate.set()
+        reply = await client.answer()
+        client.close()
+        assert b"word 19" in reply.body
+        assert (b"[DONE]" in reply.body, b"overloaded" in reply.body) == (share < 0.95, share > 0.95)
+        await until(lambda: not ibid.app.memory.is_short)
+        await ibid.settled()
+        assert await ibid.stored() == 0
+        assert (await ibid.ask(question("Something else?"))).status == 200
+
+
 async def test_requests_are_refused_while_memory_is_short_and_health_is_answered(
     tmp_path: Path, up: ScriptedUpstream
 ) -> None:

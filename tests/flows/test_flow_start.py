@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import stat
 import threading
@@ -17,7 +18,7 @@ from index import batcher
 from index.batcher import open_embedder
 from proxy.commands.serve import banner
 from proxy.upkeep import loading
-from tests.flows.running import Process, running, serving, until
+from tests.flows.running import ROOT, Process, running, serving, until
 from tests.upstream import ScriptedUpstream
 
 PATIENCE_S = 1200.0
@@ -152,6 +153,35 @@ async def test_meanwhile_exact_hits_are_served_and_what_needs_the_model_says_so(
         await ibid.fill(kept)
         reply = await ibid.ask("Please tell me: which planet of the solar system has the most moons?")
         assert (reply.cache, reply.tier) == ("HIT", "semantic")
+
+
+WATCH_IMPORTS = """
+import sys, threading
+
+def heard(event, arguments):
+    if event == "import":
+        sys.stderr.write(f"imports {arguments[0]} on {threading.current_thread().name}\\n")
+
+sys.addaudithook(heard)
+"""
+
+
+async def test_answering_imports_nothing(tmp_path: Path, data_dir: Path, up: ScriptedUpstream) -> None:
+    """An import on the loop's thread stops every request, longest where another thread is at the same module."""
+    (tmp_path / "sitecustomize.py").write_text(WATCH_IMPORTS)
+    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    async with serving(data_dir, up.url, env=env, loaded=False) as served:
+        first = await served.ask(ASKED)
+        assert (first.status, first.reason) == (200, "loading")
+        assert (await served.ask(ASKED, stream=True)).status == 200
+        assert (await served.ask(OTHER, temperature="hot")).status == 400
+        assert (await served.embed([ASKED, OTHER])).status == 200
+        for path in ("/cache/stats", "/metrics", "/cache/entries", "/savings"):
+            await served.admin("GET", path)
+        log = data_dir.with_suffix(".log").read_text()
+    started, answering = log.split("ibid serves", 1)
+    assert "imports proxy.app on MainThread" in started
+    assert re.findall("imports (.*) on MainThread", answering) == []
 
 
 async def test_leaving_while_it_loads_waits_for_nothing(

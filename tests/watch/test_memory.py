@@ -51,8 +51,8 @@ def test_caches_go_before_requests_are_refused_and_both_end_when_there_is_room()
         used[0] -= held[0]
         held[0] = 0
 
-    memory = Memory(1_000, [drop], told.append, lambda: used[0])
-    steps = [(840, 0, []), (850, 1, []), (949, 2, []), (950, 3, [True]), (1_200, 4, [True]), (949, 5, [True, False])]
+    memory = Memory(1_000, [drop], told.append, lambda: pytest.fail("cut"), lambda: used[0])
+    steps = [(840, 0, []), (850, 1, []), (949, 2, []), (950, 3, [True]), (979, 4, [True]), (949, 5, [True, False])]
     for now_s, (bytes_, sheds, refused) in enumerate(steps):
         used[0], held[0] = bytes_, 300 if sheds < 3 else 0
         memory.look(float(now_s))
@@ -62,19 +62,36 @@ def test_caches_go_before_requests_are_refused_and_both_end_when_there_is_room()
     assert memory.sheds == 5  # not again within the second
 
 
+def test_at_the_end_something_under_way_is_cut_at_every_look_until_there_is_room() -> None:
+    used = [979]
+
+    def cut() -> None:
+        used[0] -= 10
+
+    memory = Memory(1_000, [], lambda _: None, cut, lambda: used[0])
+    seen = []
+    for used[0] in (979, 1_000):
+        for beat in range(4):
+            memory.look(beat / 50)
+            seen.append(used[0])
+    assert seen == [979, 979, 979, 979, 990, 980, 970, 970]
+
+
 def test_real_memory_is_measured_and_given_back() -> None:
     before = resident_bytes()
     assert before > 10 * MIB
     cache = [np.ones(64 * MIB // 8)]
     assert resident_bytes() >= before + 60 * MIB
     told: list[bool] = []
-    memory = Memory(resident_bytes(), [cache.clear], told.append)
+    memory = Memory(resident_bytes(), [cache.clear], told.append, lambda: None)
     memory.look(0.0)
     assert (memory.sheds, cache) == (1, [])
     assert memory.used_share < 1.0
 
 
 def test_without_a_bound_nothing_is_ever_dropped() -> None:
-    memory = Memory(None, [lambda: pytest.fail("dropped")], lambda _: pytest.fail("refused"))
+    memory = Memory(
+        None, [lambda: pytest.fail("dropped")], lambda _: pytest.fail("refused"), lambda: pytest.fail("cut")
+    )
     memory.look(0.0)
     assert memory.used_share == 0.0
