@@ -17,7 +17,6 @@ from proxy.admin.routes import ROUTES, Route
 from proxy.commands import main as cli
 from proxy.core import reasons
 from proxy.core.headers import ASKED, MEANT, PEERS, TOLD
-from proxy.core.model import Limits, Rules
 from proxy.settings.lanes import LANES
 from proxy.settings.sections import SECTIONS, Option, options
 from proxy.store.named_queries import NAMED
@@ -42,6 +41,11 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 ABOUT = {
     "": "Where everything is kept",
+    "cache": "What is stored and served",
+    "limits": "Limits of the client listener",
+    "lane.stale": "How long an expired answer may still be served",
+    "lane.cascade": "When the local model's answer counts as proven: JSON was asked for, or one of these",
+    "lane.route": "A cheaper model, chosen by how it did on the most similar questions",
     "upstream": "Model servers, a table each",
     "prices.override": 'Your own prices, by "upstream/model" or "upstream/*"',
     "alias": "What `model@NAME` does to the plan",
@@ -63,9 +67,7 @@ def _heading(section: str) -> str:
         about = ABOUT[name]
     else:
         kinds = {**SECTIONS, **{f"lane.{one}": (kind,) for one, kind in LANES.items()}}[name]
-        kind = next(one for one in kinds if one not in (Rules,))
-        about = "Limits of the client listener" if kind is Limits else (kind.__doc__ or "").split(". ")[0]
-        about = about.partition("\n")[0].rstrip(".")
+        about = (kinds[0].__doc__ or "").split(". ")[0].partition("\n")[0].rstrip(".")
     return about if not section else f"`{'[[policy]]' if section == 'policy' else f'[{section}]'}`: {about}"
 
 

@@ -21,7 +21,7 @@ from proxy.settings import config
 from tests.docs.manual import ROOT, Snippet, pages, snippets
 from tests.flows.running import TOKEN, Ibid, running
 from tests.providers import provider
-from tests.upstream import ScriptedUpstream
+from tests.upstream import Json, Reply, ScriptedUpstream, Seen
 from tests.waiting import PATIENCE_S
 
 HOME = {"HOME": "/home/ann"}
@@ -103,9 +103,14 @@ def test_yaml_snippets_parse(snippet: Snippet) -> None:
 # -- run on a whole ibid -----------------------------------------------------------------------------------------------
 
 
+def answering(seen: Seen) -> Reply:
+    """The provider in its own words; it has no batch API."""
+    return provider(seen) if seen.body else Json(404, {"error": {"message": "no such path"}})
+
+
 @pytest.fixture
 async def served(data_dir: Path) -> AsyncIterator[tuple[Ibid, ScriptedUpstream]]:
-    async with ScriptedUpstream(default=provider) as upstream, running(data_dir, upstream.url) as ibid:
+    async with ScriptedUpstream(default=answering) as upstream, running(data_dir, upstream.url) as ibid:
         yield ibid, upstream
 
 
