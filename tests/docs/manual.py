@@ -84,19 +84,28 @@ def dead_links(path: Path, text: str) -> list[str]:
     return dead
 
 
+RUN = 10
+"""Words in a row that are no chance."""
+
+
 def said_twice(texts: list[str]) -> list[str]:
-    """Table rows and long lines of prose that stand more than once in all of these together; heads of tables, and what
-    is made of the code, may."""
-    lines: Counter[str] = Counter()
+    """Runs of RUN words of prose that stand more than once in all of these together, and repeated rows of tables.
+
+    Two rows of one table are the same when their first cells are. What is made of the code may repeat itself.
+    """
+    runs: Counter[str] = Counter()
+    rows: Counter[str] = Counter()
+    twice = []
     for text in texts:
-        found = prose(_MADE.sub("", text)).splitlines()
-        for line, following in zip(found, [*found[1:], ""], strict=True):
-            is_row = line.startswith("|")
-            if is_row and (set(line) <= set("|- ") or re.match(r"\|(?: *-+ *\|)+$", following)):
-                continue
-            if is_row or len(line) > 60:
-                lines[" ".join(line.split())] += 1
-    return [line for line, count in lines.items() if count > 1]
+        told = prose(_MADE.sub("", text))
+        words = re.findall(r"[\w'`.\-/:$*]+", re.sub(r"^[|#].*$", "", told, flags=re.MULTILINE).lower())
+        runs.update(" ".join(words[at : at + RUN]) for at in range(len(words) - RUN + 1))
+        for table_text in re.findall(r"(?:^\|.*\n?)+", told, re.MULTILINE):
+            found = table_text.splitlines()[2:]
+            rows.update(" ".join(row.split()) for row in found)
+            first = Counter(row.split("|")[1].strip() for row in found)
+            twice += [cell for cell, count in first.items() if count > 1 and cell.startswith("`")]
+    return [*twice, *(one for one, count in (rows + runs).items() if count > 1)]
 
 
 def table(text: str, heading: str) -> list[str]:

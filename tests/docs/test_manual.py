@@ -78,10 +78,15 @@ def test_nothing_is_said_twice() -> None:
 
 
 def test_the_search_for_what_is_said_twice_finds_it() -> None:
-    long = "This sentence is long enough to be noticed when it stands in two of the pages."
-    row, head = "| `a` | b |", "| x | y |\n| --- | --- |"
-    assert said_twice([f"{head}\n{row}\n\n{long}\n", f"{head}\n{row}\n\n{long}\n"]) == [row, long]
-    assert said_twice([f"{head}\n{row}\n\n{long}\n", f"{head}\n| `b` | b |\n\n```text\n{long}\n```\nshort\n"]) == []
+    long = "This sentence is long enough to be noticed, when it stands in two pages."
+    head, row = "| x | y |\n| --- | --- |", "| `a` | b |"
+    one = f"{head}\n{row}\n\n{long}\n"
+    found = said_twice([one, one])
+    assert found[0] == row
+    assert "this sentence is long enough to be noticed when it" in found
+    assert said_twice([f"Broken here: {long}", long.replace(" to ", "\nto ")]) != []
+    assert said_twice([f"{head}\n| `a` | b |\n| `a` | c |\n"]) == ["`a`"]
+    assert said_twice([one, f"{head}\n| `b` | b |\n\n```text\n{long}\n```\nshort\n"]) == []
 
 
 @pytest.mark.parametrize("path", pages(), ids=lambda path: path.stem)
