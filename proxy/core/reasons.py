@@ -119,7 +119,7 @@ GROUPS: Final[tuple[Group, ...]] = (
             "n": "several answers are asked for",
             "logprobs": "token probabilities are asked for",
             "audio_output": "a spoken answer is asked for, or came",
-            "store": "the provider keeps the answer under its id, for later requests",
+            "store": "chat completions with `store: true`: the provider keeps the answer",
             "previous_response": "the request continues an answer kept by the provider",
             "background": "the provider is to answer in the background",
             "web_search": "the provider searches the web; results change",
