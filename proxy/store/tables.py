@@ -33,7 +33,7 @@ TABLES: Final[Mapping[str, Described]] = {
             "model_served": "as the answer named it",
             "upstream": "the server it was for, by its configured name",
             "lane": "the mechanism that answered, or `forward`, `bypass`, `refused`, `audit`",
-            "outcome": "`ok`, `error`, `cancelled`, …",
+            "outcome": "`ok`, `error` or `cancelled`",
             "cache_status": "as the header `x-cache`, or `AUDIT`",
             "reason": "as the header `x-cache-reason`",
             "status": "HTTP status the client got",
