@@ -297,8 +297,9 @@ def test_the_benchmark_tables_have_their_places() -> None:
 
 
 def test_the_readmes_figures_are_those_of_the_benchmarks() -> None:
-    """Each number of its table that has three digits or more, or a fraction, stands on the page of the benchmarks."""
-    rows = table(README.read_text(), "| | ibid | floor |")
+    """Each number of its tables that has three digits or more, or a fraction, stands on the page of the benchmarks."""
+    text = README.read_text()
+    rows = [*table(text, "| | ibid | floor |"), *table(text, "| questions | served |")]
     numbers = {number for row in rows for number in re.findall(r"\d[\d,]*\.\d+|\d[\d,]{2,}", row)}
     measured = [float(one.replace(",", "")) for one in re.findall(r"\d[\d,]*(?:\.\d+)?|\.\d+", page("benchmarks"))]
     assert len(numbers) >= 8
