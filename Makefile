@@ -36,7 +36,7 @@ unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve demo test test-loaded lint conformance bench real-life train-guard clean
+.PHONY: help serve demo test test-loaded lint docs conformance bench real-life train-guard clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ lint: $(DEV_STAMP) ## ruff, mypy strict, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(DEV_STAMP) ## write into deploy/docs what the code knows: settings, reasons, commands, tables, metrics
+	$(BIN)/python -m deploy.pages
 
 # Needs node and npm, from version 20 on.
 conformance: $(DEV_STAMP) $(MODEL) $(CONVERTED)/.done $(OPENAI2_STAMP) $(FRAMEWORKS_STAMP) $(NODE_STAMP) ## every client against ibid and the provider

@@ -86,20 +86,23 @@ def tracked() -> list[Path]:
     return [path for name in listing.split("\0") if name and (path := ROOT / name).is_file()]
 
 
+MAPPED = r"^(?:deploy[./])?(migrations|docs)\b"
+"""What is installed below `proxy`, as a dotted name or a path."""
+
+
 def test_the_packages_of_the_project_file_are_those_of_the_tree() -> None:
     setup = PROJECT["tool"]["setuptools"]
     found = {
         ".".join(path.parent.relative_to(ROOT).parts)
-        for top in ("proxy", "index", "migrations")
+        for top in ("proxy", "index", "migrations", "deploy")
         for path in (ROOT / top).rglob("__init__.py")
     }
-    mapped = {re.sub(r"^migrations\b", "proxy._migrations", name) for name in found}
-    assert set(setup["packages"]) == mapped
-    assert setup["package-dir"] == {"proxy._migrations": "migrations"}
+    assert set(setup["packages"]) == {re.sub(MAPPED, lambda name: f"proxy._{name[1]}", name) for name in found}
+    assert setup["package-dir"] == {"proxy._docs": "deploy/docs", "proxy._migrations": "migrations"}
 
 
 def test_package_init_files_are_empty() -> None:
-    for top in ("proxy", "index", "migrations"):
+    for top in ("proxy", "index", "migrations", "deploy"):
         for path in (ROOT / top).rglob("__init__.py"):
             assert path.read_bytes() == b"", path
 
@@ -394,19 +397,13 @@ def test_the_search_for_machine_paths_finds_them() -> None:
     assert list(machine_traces("https://host/work/x, ./work/y, /var/lib/ibid")) == []
 
 
-def test_the_wheel_holds_the_packages_the_migrations_and_nothing_else(tmp_path: Path) -> None:
+def test_the_wheel_holds_the_packages_the_migrations_the_manual_and_nothing_else(tmp_path: Path) -> None:
     source = tmp_path / "source"  # a build in the checkout would leave its own folders behind
     files = tracked()
+    needed = ("proxy/", "index/", "migrations/", "deploy/docs/", "pyproject.toml", "LICENSE", "README.md")
     for path in files:
-        target = source / path.relative_to(ROOT)
-        if target.parts[len(source.parts)] in {
-            "proxy",
-            "index",
-            "migrations",
-            "pyproject.toml",
-            "LICENSE",
-            "README.md",
-        }:
+        if str(path.relative_to(ROOT)).startswith(needed):
+            target = source / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
@@ -419,12 +416,13 @@ def test_the_wheel_holds_the_packages_the_migrations_and_nothing_else(tmp_path: 
         names = set(archive.namelist())
         (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
         assert "ibid = proxy.commands.main:main" in archive.read(entry_points).decode()
-    expected = {str(path.relative_to(ROOT)) for path in files if path.suffix == ".py"}
-    expected = {
-        re.sub(r"^migrations/", "proxy/_migrations/", name)
-        for name in expected
-        if not name.startswith(("tests", "deploy"))
-    }
+    ours = (
+        str(path.relative_to(ROOT))
+        for path in files
+        if path.suffix == ".py" or path.is_relative_to(ROOT / "deploy/docs")
+    )
+    shipped = (name for name in ours if not name.startswith("tests/") and not re.match(r"deploy/(?!docs/)", name))
+    expected = {re.sub(MAPPED, lambda name: f"proxy/_{name[1]}", name) for name in shipped}
     expected |= {"proxy/py.typed", "index/py.typed", "proxy/_migrations/script.py.mako"}
     guard = (str(path.relative_to(ROOT)) for path in files if path.is_relative_to(ROOT / "index" / "guard"))
     expected |= {name for name in guard if "/data/" in name or name.endswith(".safetensors")}

@@ -28,7 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.ERROR, format="ibid: %(message)s")  # `serve` sets up its own
     try:
         flags = {name: getattr(chosen, name, None) for name in config.Flags.__slots__}
-        settings = config.load(config.Flags(**flags), os.environ)
+        around = (
+            {"HOME": "/"} if chosen.run is _docs else os.environ
+        )  # the manual is read while a setting is wrong, too
+        settings = config.load(config.Flags(**flags), around)
         if not settings.is_data_dir_named and chosen.run in (_serve, _migrate, _keys, _evaluate):
             settings.data_dir.parent.mkdir(parents=True, exist_ok=True)
         code: int = chosen.run(settings, chosen)
@@ -54,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     machine = _Parser(add_help=False)
     machine.add_argument("--json", action="store_true", help="JSON for machines")
     table = _Parser(add_help=False)
-    table.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    table.add_argument("--format", choices=("table", "csv", "json"), default="table", help="how (table)")
     table.add_argument("--json", dest="format", action="store_const", const="json", help="the same as --format json")
     table.add_argument("--limit", type=int, default=1000, metavar="N", help="rows at most (1000)")
 
@@ -82,7 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_simulate(command("simulate", _simulate, "stored questions once more, under other rules", machine))
     _add_keys(command("keys", _keys, "virtual keys: make, list, show, revoke, rotate"), machine)
-    command("sql", _sql, "any read-only query of the ledger", table).add_argument("statement", metavar="SELECT")
+    command("sql", _sql, "any read-only query of the ledger", table).add_argument(
+        "statement", metavar="SELECT", help="one statement, in quotes"
+    )
+    docs = commands.add_parser("docs", help="read the manual", description="Print a page of the manual, or their list.")
+    docs.add_argument("page", nargs="?", metavar="PAGE", help="quickstart, troubleshooting, …; without it, the list")
+    docs.set_defaults(run=_docs)
     return parser
 
 
@@ -137,7 +145,7 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-error", type=float, action="append", metavar="SHARE", help="a budget; again for more")
     parser.add_argument("--model", metavar="NAME", help="another embedding model")
     parser.add_argument("--without", action="append", default=[], metavar="GUARD", help="leave a guard out")
-    parser.add_argument("--namespace", metavar="NAME")
+    parser.add_argument("--namespace", metavar="NAME", help="questions of this namespace")
     parser.add_argument("--limit", type=int, default=20_000, metavar="N", help="newest questions at most (20000)")
 
 
@@ -162,27 +170,34 @@ def _add_keys(parser: argparse.ArgumentParser, machine: _Parser) -> None:
         ("revoke", "close it for good"),
         ("rotate", "give it a new secret; the old one is void"),
     ):
-        action(name, about).add_argument("id", metavar="ID")
+        action(name, about).add_argument("id", metavar="ID", help="of the key, as `list` shows it")
 
 
 def _add_selection(parser: argparse.ArgumentParser, *, listing: bool) -> None:
-    parser.add_argument("--namespace", metavar="NAME")
-    parser.add_argument("--model", metavar="NAME")
+    parser.add_argument("--namespace", metavar="NAME", help="of this namespace")
+    parser.add_argument("--model", metavar="NAME", help="of this model")
     if listing:
-        parser.add_argument("--tag", metavar="TAG")
+        parser.add_argument("--tag", metavar="TAG", help="with this tag")
         parser.add_argument("--q", metavar="TEXT", help="text in the prompt")
-        parser.add_argument("--limit", metavar="N", default="50")
+        parser.add_argument("--limit", metavar="N", default="50", help="entries at most (50)")
         parser.add_argument("--cursor", metavar="ID", help="next_cursor of the page before")
         return
     parser.add_argument("--id", dest="ids", action="append", metavar="ID", help="may be given again")
     parser.add_argument("--tag", dest="tags", action="append", metavar="TAG", help="may be given again")
     parser.add_argument("--older-than", metavar="WHEN", help="30d, 2026-11-01")
     parser.add_argument("--writer", metavar="ID", help="the request, or the tenant, that caused them")
-    parser.add_argument("--everything", action="store_true")
+    parser.add_argument("--everything", action="store_true", help="all of them; with --yes alone")
     parser.add_argument("--yes", action="store_true", help="do it")
 
 
 # --- each command; what it needs is imported when it is run ---------------------------------------------------------
+
+
+def _docs(_settings: config.Settings, chosen: argparse.Namespace) -> int:
+    from proxy.commands import docs
+
+    sys.stdout.write(docs.page(chosen.page))
+    return FINE
 
 
 def _serve(settings: config.Settings, _chosen: argparse.Namespace) -> int:

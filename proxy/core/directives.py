@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
 from proxy.core.errors import BadRequest
+from proxy.core.headers import ASKED, PEERS
 from proxy.core.model import Bypass, Controls, Hit, Miss, NearMiss, Tier, Verdict
 from proxy.core.pace import TOKENS_PER_S, Pace
 from proxy.core.plan import DEFAULT_PLAN, edited
@@ -33,44 +34,8 @@ MODES: Mapping[str, Mapping[str, bool]] = {
 SECONDS_MAX = 2.0**31  # RFC 9111 §1.2.2: larger counts as this
 TAGS_MAX = 16
 
-_NAMES = frozenset(
-    {
-        b"cache-control",
-        b"x-cache-mode",
-        b"x-cache-ttl",
-        b"x-cache-namespace",
-        b"x-cache-tags",
-        b"x-cache-max-error",
-        b"x-cache-user",
-        b"x-cache-explain",
-        b"x-plan",
-        b"x-deadline",
-        b"x-cache-pace",
-    }
-)
-_PEERS: Mapping[bytes, str] = {
-    b"cf-aig-skip-cache": "off",
-    b"cf-aig-cache-ttl": "ttl",
-    b"cf-aig-cache-key": "key",
-    b"x-portkey-cache-force-refresh": "refresh",
-    b"x-portkey-cache-namespace": "key",
-    b"helicone-cache-enabled": "on",
-    b"helicone-cache-seed": "key",
-    b"x-bf-cache-key": "key",
-    b"x-bf-cache-ttl": "ttl",
-    b"x-bf-cache-type": "type",
-    b"x-bf-cache-no-store": "no_store",
-    b"x-vsr-cache-control": "control",
-    b"x-openrouter-cache": "on",
-    b"x-openrouter-cache-ttl": "ttl",
-    b"x-openrouter-cache-clear": "refresh",
-    b"x-higress-skip-ai-cache": "off",
-}
-"""What other gateways call it → what it means here, so that moving to ibid is a change of base URL.
-
-A key of the client's own becomes a namespace: it keeps requests apart and never joins them. Thresholds are not here:
-ibid takes none.
-"""
+_NAMES = frozenset(asked.name.encode() for asked in ASKED) - {b"prefer"}  # which is read where answers are deferred
+_PEERS: Mapping[bytes, str] = {name.encode(): meaning for name, meaning in PEERS.items()}
 
 _DURATION = re.compile(r"([0-9]{1,9})([smhd]?)")
 _DEADLINE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhd])")

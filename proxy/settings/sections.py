@@ -1,7 +1,7 @@
 """Frozen settings by section, and why each is there. Units are in the names.
 
 Every setting is a field with a default and one line of why; `options()` lists them, and a test compares that list with
-`deploy/config.example.toml` and the README. `config.load` makes them; core receives only its own `Rules` and `Limits`.
+`deploy/config.example.toml`. `config.load` makes them; core receives only its own `Rules` and `Limits`.
 """
 
 from __future__ import annotations

@@ -320,13 +320,20 @@ async def serving(
     """A serving process; it is killed at the end if it still runs. `forked`: see tests/flows/forked.py. `loaded`: once
     it is ready, which is some time after it listens. `env` is added to its environment."""
     path = write_config(data_dir, sections or {})
-    log_path = data_dir.with_suffix(".log")
-    arguments = ["serve", "--config", str(path), "--data-dir", str(data_dir), "--upstream", upstream]
-    arguments += ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
+    arguments = ["--config", str(path), "--data-dir", str(data_dir), "--upstream", upstream]
+    around = {KEY_ENV: UPSTREAM_KEY, **(env or {})}
+    async with started(arguments, data_dir.with_suffix(".log"), around, forked=forked, loaded=loaded) as served:
+        yield served
+
+
+@contextlib.asynccontextmanager
+async def started(
+    arguments: Sequence[str], log_path: Path, env: Mapping[str, str], *, forked: bool = False, loaded: bool = True
+) -> AsyncIterator[Process]:
+    """`ibid serve` with these arguments, on ports of its own; see `serving`."""
+    said = ["serve", *arguments, "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
     around = {name: value for name, value in os.environ.items() if not name.startswith("IBID_")}
-    child = (Forked if forked else _start)(
-        arguments, {**around, "IBID_ADMIN_TOKEN": TOKEN, KEY_ENV: UPSTREAM_KEY, **(env or {})}, log_path
-    )
+    child = (Forked if forked else _start)(said, {**around, "IBID_ADMIN_TOKEN": TOKEN, **env}, log_path)
     try:
         ports = await _ports(child, log_path)
         async with aiohttp.ClientSession(

@@ -273,19 +273,6 @@ def test_the_example_file_is_valid_with_every_comment_opened(tmp_path: Path) -> 
     assert settings.data_dir == Path("/var/lib/ibid")
 
 
-def test_the_readme_table_names_every_setting() -> None:
-    """Rows of the README's configuration table: | `section.name` | default | why |."""
-    text = (ROOT / "README.md").read_text()
-    rows = dict(re.findall(r"(?m)^\| `([a-z_.NAME]+)` \| (?:`([^`]*)`|[^|]*) \|", text))
-    wanted = {".".join(filter(None, (option.section, option.name))): option.default for option in options()}
-    assert sorted(rows) == sorted(wanted)
-    for name, default in wanted.items():
-        if isinstance(default, bool):
-            assert rows[name] == str(default).lower(), name
-        elif isinstance(default, int | float) and not name.startswith(("upstream.", "prices.")):
-            assert float(rows[name]) == default, name
-
-
 EDGE = "[upstream.lab]\nbase_url = 'http://h'\n[lane.edge]\nupstream = 'lab'\nmodel = 'm'\n"
 
 

@@ -45,11 +45,6 @@ def test_every_reason_that_is_watched_says_what_to_do() -> None:
     assert remedy_of("what nobody thought of") == "see the log"
 
 
-def test_the_readme_lists_every_reason() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert [word for word in REMEDIES if f"`{word}`" not in readme] == []
-
-
 async def test_meaning_is_loading_until_it_is_known_what_there_is() -> None:
     meaning = Meaning()
     assert (meaning.is_loading, meaning.reason, meaning.embedder, meaning.waiting) == (True, "loading", None, 0)
