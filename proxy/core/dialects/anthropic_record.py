@@ -168,7 +168,9 @@ class Recorder:
         try:
             for event in self._decoder.feed_named(chunk):
                 self._read(event.data)
-        except (UpstreamError, ValueError, RecursionError):
+        except UpstreamError:
+            self._refuse("too_large")
+        except (ValueError, RecursionError):
             self._refuse("garbage")
         if self._length > self._limit:
             self._refuse("too_large")

@@ -15,7 +15,7 @@ from proxy.core.dialects.openai_record import find_usage, read_usage
 from proxy.core.dialects.openai_replay import counted, split, to_text
 from proxy.core.dialects.recording import is_sayable, read_object, recorded
 from proxy.core.errors import UpstreamError
-from proxy.core.eventstream import DONE, EventDecoder
+from proxy.core.eventstream import EventDecoder, is_done
 from proxy.core.model import Answer
 
 SEAM = '"id":"cmpl-{id}","created":{created}'
@@ -53,13 +53,13 @@ def _read_stream(body: bytes, loads: Loads) -> Answer | str:
     said: dict[str, Any] = {}  # what the chunks say, the last word of each field
     last: dict[str, Any] = {}  # likewise of the choice
     texts: list[Any] = []
-    is_done = False
+    has_ended = False
     try:
         for data in [*decoder.feed(body), *decoder.end()]:
-            if is_done:
+            if has_ended:
                 return "data_after_done"
-            if data == DONE:
-                is_done = True
+            if is_done(data):
+                has_ended = True
                 continue
             chunk = loads(data)
             if not isinstance(chunk, dict):
@@ -74,11 +74,13 @@ def _read_stream(body: bytes, loads: Loads) -> Answer | str:
                 return "choices"
             last |= {name: value for name, value in choice.items() if value is not None or name not in last}
             texts.append(choice.get("text"))
-    except (UpstreamError, ValueError, RecursionError):
+    except UpstreamError:
+        return "too_large"
+    except (ValueError, RecursionError):
         return "garbage"
     if decoder.names - {b"message"}:
         return "unknown_event"
-    return _storable(said, last, texts, loads) if is_done else "truncated"
+    return _storable(said, last, texts, loads) if has_ended else "truncated"
 
 
 def _storable(whole: Mapping[str, Any], choice: Mapping[str, Any], texts: list[Any], loads: Loads) -> Answer | str:

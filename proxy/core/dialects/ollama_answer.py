@@ -16,7 +16,7 @@ from proxy.core.dialects.dialect import Loads, Recording, Template, UsageMode
 from proxy.core.dialects.lines import LINE_LIMIT_BYTES, LineSplitter
 from proxy.core.dialects.openai_replay import split
 from proxy.core.dialects.recording import is_sayable, recorded, usage_of
-from proxy.core.errors import UpstreamError
+from proxy.core.eventstream import Fragment
 from proxy.core.model import Answer, Usage
 
 SEAM = '"created_at":"{date}"'
@@ -62,6 +62,8 @@ def _assembled(body: bytes, loads: Loads) -> Answer | str:
     last: dict[str, Any] | None = None
     try:
         for raw in [*splitter.feed(body), splitter.end()]:
+            if isinstance(raw, Fragment):
+                return "too_large"
             if not raw.strip():
                 continue
             line = loads(raw)
@@ -80,7 +82,7 @@ def _assembled(body: bytes, loads: Loads) -> Answer | str:
             if line.get("done") is True:
                 last = line
         content, thought = "".join(pieces), "".join(thoughts)
-    except (UpstreamError, ValueError, RecursionError, TypeError):
+    except (ValueError, RecursionError, TypeError):
         return "garbage"
     return "truncated" if last is None else _storable(last, content, thought, calls, pieces, loads)
 
@@ -147,7 +149,11 @@ class LineFilter:
 
     @property
     def complete(self) -> bool:
-        return self._done
+        return self._done and not self._splitter.is_within
+
+    @property
+    def is_within(self) -> bool:
+        return self._splitter.is_within
 
     def feed(self, chunk: bytes) -> bytes:
         lines = self._splitter.feed(chunk)
@@ -162,6 +168,9 @@ class LineFilter:
 
     def _see(self, line: bytes) -> None:
         if not (_DONE.search(line) or b'"error"' in line):
+            return
+        if isinstance(line, Fragment):
+            self._done = self._done or _DONE.search(line) is not None
             return
         try:
             said = json.loads(line)

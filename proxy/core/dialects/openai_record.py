@@ -20,7 +20,7 @@ from typing import Any
 from proxy.core.dialects.dialect import Loads, Recording
 from proxy.core.dialects.recording import details_of, is_sayable, last_usage, read_object, recorded, usage_of
 from proxy.core.errors import UpstreamError
-from proxy.core.eventstream import DONE, LINE_LIMIT_BYTES, EventDecoder
+from proxy.core.eventstream import LINE_LIMIT_BYTES, EventDecoder, is_done
 from proxy.core.model import Answer, Usage
 
 _BATCH_BYTES = 64 * 1024  # raw bytes parsed at once: about 0.5 ms
@@ -295,7 +295,9 @@ class Recorder:
             return
         try:
             self._read_all(self._decoder.feed(raw))
-        except (UpstreamError, ValueError):
+        except UpstreamError:
+            self._refuse("too_large")
+        except ValueError:
             self._refuse("garbage")
         if self._length > self._limit:
             self._refuse("too_large")
@@ -321,7 +323,7 @@ class Recorder:
         self._prefix = b""
         if self._done:
             return self._refuse("data_after_done")
-        if data == DONE:
+        if is_done(data):
             self._done = True
             return None
         try:
