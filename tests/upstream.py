@@ -177,7 +177,7 @@ class ScriptedUpstream:
         if request.path == "/__meter":
             return web.json_response(self.meter.__dict__)
         try:
-            body = await request.read()
+            body = await request.content.read()  # `request.read` has a limit
         except (ConnectionError, asyncio.CancelledError):
             self._leave()
             raise

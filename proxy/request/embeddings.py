@@ -40,6 +40,7 @@ from proxy.request.heads import forward_headers, hit_head
 from proxy.request.pipeline import Pipeline
 from proxy.request.settle import Request
 from proxy.tasks import Tasks
+from proxy.upstreams.decoding import readable
 from proxy.watch.telemetry import Telemetry
 
 STORED_AT_ONCE = 128
@@ -283,6 +284,7 @@ class Embeddings:
         try:
             response = await self._upstream.open(query.upstream, "POST", client.path_qs, headers, sent.body)
             fetch.first_byte_s = time.perf_counter()
+            response = await readable(response)
             while piece := await response.read_some():
                 pieces.append(piece)
                 size_bytes += len(piece)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from proxy import ports
 from proxy.core import policy
-from proxy.core.dialects.dialect import Recording
+from proxy.core.dialects.dialect import Recording, is_streamed
 from proxy.core.model import Answer, Level
 from proxy.core.pace import has_pace, runs_of, texts_of
 from proxy.core.plan import Lane
@@ -36,7 +36,8 @@ class Landing:
         """The upstream call ended, one way or the other."""
         fetch, response = flight.context, flight.response
         status = 0 if response is None else response.status
-        is_stream = response is not None and response.content_type == fetch.asked.dialect.stream_type
+        start = b"" if flight.trimmed or not flight.pieces else flight.pieces[0]
+        is_stream = response is not None and is_streamed(fetch.asked.dialect, response.content_type, start)
         self._read(flight, status, is_stream=is_stream)
         self._count_calls(flight, status, is_stream=is_stream)
         if self._parts.finisher is not None:

@@ -32,6 +32,9 @@ WRITTEN_AT_ONCE_BYTES = 1 << 20  # above it aiohttp warns of a stalled loop
 ROUTES_KEPT = 1024
 PATTERN_BYTES = 8192
 """Of a pattern, but for the texts in it."""
+HEAD_LINE_BYTES = 64 * 1024
+HEAD_LINES = 256
+"""Of what an upstream answers: content security policies and ids of rate limits run long, and curl takes more."""
 NAME_CHARS = 200  # of a model; where a longer one leads is not remembered
 
 _IDENTITY = ("Accept-Encoding", "identity")
@@ -129,6 +132,9 @@ class Upstreams:
             timeout=self._timeout,
             auto_decompress=False,
             trust_env=False,
+            max_line_size=HEAD_LINE_BYTES,
+            max_field_size=HEAD_LINE_BYTES,
+            max_headers=HEAD_LINES,
         )
         self._timer = self.loop.call_later(self._tick_s, self._tick)
 
@@ -305,8 +311,9 @@ class Upstreams:
             if transport is None or transport.is_closing():
                 raise aiohttp.ClientConnectionResetError(CLOSING)
             protocol.set_response_params(
-                skip_payload=method == hdrs.METH_HEAD, read_until_eof=True, auto_decompress=False
-            )
+                skip_payload=method == hdrs.METH_HEAD, read_until_eof=True, auto_decompress=False,
+                max_line_size=HEAD_LINE_BYTES, max_field_size=HEAD_LINE_BYTES, max_headers=HEAD_LINES,
+            )  # fmt: skip
             transport.write(pattern.head if body is None else b"%b%d\r\n\r\n%b" % (pattern.head, len(body), body))
             if on_sent is not None:
                 on_sent()

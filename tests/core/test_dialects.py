@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from proxy.core.dialects.anthropic_record import COUNTED_LAST
 from proxy.core.dialects.dialect import Dialect, rfc3339
 from proxy.core.dialects.routes import CHAT_PATH, Routes, family_of, keys_in, without_key
-from proxy.core.errors import BadRequest, Busy, UpstreamError
+from proxy.core.errors import BadRequest, Busy
 from proxy.core.fingerprint import fingerprint_of, scope_of
 from proxy.core.model import Answer, Usage
 

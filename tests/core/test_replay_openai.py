@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from proxy.core.dialects.openai_filter import UsageFilter
 from proxy.core.dialects.openai_record import Recorder, read_usage, read_whole
 from proxy.core.dialects.openai_replay import render_stream, render_whole, split
-from proxy.core.errors import UpstreamError
 from proxy.core.eventstream import LINE_LIMIT_BYTES, EventDecoder
 from proxy.core.model import Answer, Usage
 

@@ -13,7 +13,7 @@ from proxy.core.answer import to_json
 from proxy.core.dialects.dialect import Loads, Recording, Template, UsageMode
 from proxy.core.dialects.openai_record import find_usage, read_usage
 from proxy.core.dialects.openai_replay import counted, split, to_text
-from proxy.core.dialects.recording import is_sayable, read_object, recorded
+from proxy.core.dialects.recording import is_neutral, is_sayable, read_object, recorded
 from proxy.core.errors import UpstreamError
 from proxy.core.eventstream import EventDecoder, is_done
 from proxy.core.model import Answer
@@ -67,13 +67,13 @@ def _read_stream(body: bytes, loads: Loads) -> Answer | str:
             if chunk.get("error") is not None:
                 return "error_event"
             said |= {name: value for name, value in chunk.items() if value is not None or name not in said}
-            if chunk.get("choices") == []:
+            if chunk.get("choices") == [] or (chunk.get("choices") is None and isinstance(chunk.get("usage"), dict)):
                 continue
             choice = _only_choice(chunk.get("choices"))
             if choice is None:
                 return "choices"
-            last |= {name: value for name, value in choice.items() if value is not None or name not in last}
-            texts.append(choice.get("text"))
+            last |= {name: value for name, value in choice.items() if not is_neutral(value) or name not in last}
+            texts.append(choice.get("text") or "")
     except UpstreamError:
         return "too_large"
     except (ValueError, RecursionError):

@@ -146,6 +146,19 @@ class StreamFilter(Protocol):
         ...
 
 
+_BEGINS_STREAM = re.compile(rb"\s*(?:\xef\xbb\xbf)?(?:data|event|id|retry)?:")
+
+
+def is_streamed(dialect: Dialect, content_type: str, start: bytes) -> bool:
+    """Whether a body is a stream of this dialect: by its media type, or, when a server calls it something else or
+    nothing, by its first bytes."""
+    if content_type == dialect.stream_type:
+        return True
+    if dialect.stream_type == EVENT_STREAM:
+        return _BEGINS_STREAM.match(start) is not None
+    return content_type != JSON and start.lstrip().startswith(b"{")
+
+
 class Spoken:
     """What most dialects have alike: server-sent events, with room for comments between them, and bodies of which
     nothing but the cache twin is ours."""

@@ -14,7 +14,7 @@ from typing import Any
 from proxy.core.answer import to_json
 from proxy.core.dialects.dialect import Loads, Recording, Template, UsageMode
 from proxy.core.dialects.openai_replay import counted, escaped, split
-from proxy.core.dialects.recording import is_sayable, last_usage, recorded
+from proxy.core.dialects.recording import is_neutral, is_sayable, last_usage, recorded
 from proxy.core.errors import UpstreamError
 from proxy.core.eventstream import LINE_LIMIT_BYTES, EventDecoder, EventSplitter, is_cut
 from proxy.core.model import Answer, Usage
@@ -67,7 +67,7 @@ def _assembled(body: bytes, is_stream: bool, loads: Loads) -> Answer | str:
     for chunk in chunks:
         if not isinstance(chunk, dict) or chunk.get("error") is not None:
             return "error_object" if isinstance(chunk, dict) else "garbage"
-        if "finishReason" in candidate and chunk.get("candidates"):
+        if candidate.get("finishReason") and chunk.get("candidates"):
             return "data_after_done"
         top |= chunk
         found = chunk.get("candidates") or []
@@ -83,8 +83,13 @@ def _assembled(body: bytes, is_stream: bool, loads: Loads) -> Answer | str:
 
 def _take(part: Any, parts: list[dict[str, Any]], pieces: list[int]) -> bool:
     """One more part; text goes on where the part before it was text of the same kind."""
-    if not isinstance(part, dict) or not part.keys() <= _PART_KINDS or not isinstance(part.get("text", ""), str):
+    if not isinstance(part, dict) or not isinstance(part.get("text", ""), str):
         return False
+    part = {name: value for name, value in part.items() if name in ("text", "functionCall") or not is_neutral(value)}
+    if not part.keys() <= _PART_KINDS:
+        return False
+    if not part:
+        return True
     if "text" in part and part.get("thought") is None and part["text"]:
         pieces.append(len(part["text"]))
     last = parts[-1] if parts else None
@@ -101,7 +106,7 @@ def _storable(
     loads: Loads,
 ) -> Answer | str:  # fmt: skip
     finish, model, usage = candidate.get("finishReason"), top.get("modelVersion", ""), top.get("usageMetadata")
-    if finish is None:
+    if not finish:
         return "blocked" if top.get("promptFeedback") else "truncated"
     if not isinstance(finish, str) or not isinstance(model, str) or not isinstance(usage, dict | None):
         return "garbage"

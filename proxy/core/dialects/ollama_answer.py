@@ -15,7 +15,7 @@ from typing import Any
 from proxy.core.dialects.dialect import Loads, Recording, Template, UsageMode
 from proxy.core.dialects.lines import LINE_LIMIT_BYTES, LineSplitter
 from proxy.core.dialects.openai_replay import split
-from proxy.core.dialects.recording import is_sayable, recorded, usage_of
+from proxy.core.dialects.recording import is_neutral, is_sayable, recorded, usage_of
 from proxy.core.eventstream import Fragment
 from proxy.core.model import Answer, Usage
 
@@ -32,7 +32,8 @@ _DONE = re.compile(rb'"done"\s*:\s*true')
 
 def read_usage(line: Mapping[str, Any]) -> Usage | None:
     """Token counters of a last line; a prompt that was cached whole is told as no count at all."""
-    return usage_of(line.get("prompt_eval_count", 0), line.get("eval_count"))
+    asked, cached = line.get("prompt_eval_count", 0), line.get("prompt_eval_cached_count") or 0
+    return usage_of(asked, line.get("eval_count"), min(cached, asked) if type(asked) is type(cached) is int else 0)
 
 
 def find_usage(body: bytes) -> Usage | None:
@@ -72,7 +73,10 @@ def _assembled(body: bytes, loads: Loads) -> Answer | str:
             if not isinstance(line, dict) or line.get("error") is not None:
                 return "error_object" if isinstance(line, dict) else "garbage"
             message = line.get("message", line)
-            if not isinstance(message, dict) or ("message" in line and not message.keys() <= _MESSAGE_FIELDS):
+            if not isinstance(message, dict):
+                return "unknown_delta"
+            said = {name for name, value in message.items() if not is_neutral(value)}
+            if "message" in line and not said <= _MESSAGE_FIELDS:
                 return "unknown_delta"
             if message.get("images"):
                 return "image_output"
@@ -90,7 +94,7 @@ def _assembled(body: bytes, loads: Loads) -> Answer | str:
 def _storable(
     last: Mapping[str, Any], content: str, thought: str, calls: list[Any], pieces: Iterable[str], loads: Loads
 ) -> Answer | str:
-    reason, model = last.get("done_reason", "stop"), last.get("model")
+    reason, model = last.get("done_reason") or "stop", last.get("model")
     if reason == "length":
         return "finish_length"
     if reason != "stop" or not isinstance(model, str):

@@ -181,6 +181,12 @@ def forward_body(raw: bytes, parsed: Mapping[str, Any]) -> bytes:
     return set_member(raw, "stream_options", _ASK_FOR_USAGE)
 
 
+def as_asked(body: bytes, asked: bytes) -> bytes:
+    """`body` without what `forward_body` added to what the client `asked`, whatever else was done to it since."""
+    own = members(asked).get("stream_options")
+    return set_member(body, "stream_options", None if own is None else asked[own[1] : own[2]])
+
+
 _KINDS = {"budget_exceeded": "insufficient_quota", "rate_limit_exceeded": "rate_limit_exceeded"}
 
 

@@ -18,7 +18,16 @@ from itertools import takewhile
 from typing import Any
 
 from proxy.core.dialects.dialect import Loads, Recording
-from proxy.core.dialects.recording import details_of, is_sayable, last_usage, read_object, recorded, usage_of
+from proxy.core.dialects.recording import (
+    cached_in,
+    details_of,
+    is_neutral,
+    is_sayable,
+    last_usage,
+    read_object,
+    recorded,
+    usage_of,
+)
 from proxy.core.errors import UpstreamError
 from proxy.core.eventstream import LINE_LIMIT_BYTES, EventDecoder, is_done
 from proxy.core.model import Answer, Usage
@@ -30,6 +39,8 @@ _TEXT_FIELDS = frozenset({"reasoning_content", "reasoning", "thinking"})  # stre
 _DETAIL_TEXTS = frozenset({"text", "summary", "data"})  # joined within one entry of reasoning_details
 _FINISHES = {"tool_calls": "tool_calls", "function_call": "tool_calls", "length": "finish_length"}
 _CALL_FIELDS = frozenset({"index", "id", "type", "function"})
+_OF_A_TOKEN = frozenset({"token", "token_id", "token_ids", "tokens", "logprob", "probability", "bytes"})
+"""Members of a delta that describe its own tokens: another value in each, and none of the answer's."""
 
 _CONTENT = re.compile(rb'"content"\s*:\s*"((?:[^"\\]|\\.)+)"')
 _STRING = re.compile(rb'(?:[^"\\\x00-\x1f]|\\.)*')  # inside of a JSON string
@@ -42,11 +53,15 @@ def read_usage(raw: object) -> Usage | None:
     if not isinstance(raw, dict):
         return None
     details, written = details_of(raw, "prompt_tokens_details"), details_of(raw, "completion_tokens_details")
+    read, made = cached_in(raw, details)
+    asked = raw.get("prompt_tokens", raw.get("inputTokens"))
+    if type(asked) is int and read + made > asked:  # told beside the total, as Anthropic does
+        asked += read + made
     return usage_of(
-        raw.get("prompt_tokens"),
-        raw.get("completion_tokens"),
-        details.get("cached_tokens") or 0,
-        details.get("cache_write_tokens") or 0,
+        asked,
+        raw.get("completion_tokens", raw.get("outputTokens")),
+        read,
+        made,
         written.get("accepted_prediction_tokens") or 0,
         written.get("rejected_prediction_tokens") or 0,
     )
@@ -88,11 +103,11 @@ def _storable(
     loads: Loads,
     pieces: tuple[int, ...] = (),
 ) -> Answer | str:
-    if message.get("function_call"):
+    if not is_neutral(message.get("function_call")):
         return "tool_calls"
     if message.get("refusal"):
         return "refusal"
-    if message.get("audio"):
+    if not is_neutral(message.get("audio")):
         return "audio"
     if choice.get("logprobs"):
         return "logprobs"
@@ -335,6 +350,8 @@ class Recorder:
         if chunk.get("error") is not None:
             return self._refuse("error_event")
         choices = chunk.get("choices")
+        if choices is None and isinstance(chunk.get("usage"), dict):
+            choices = []
         if type(choices) is not list:
             return self._refuse("unknown_event")
         for name, value in chunk.items():
@@ -371,8 +388,10 @@ class Recorder:
         for name, value in choice.items():
             if name not in _CHOICE_FIELDS and (value is not None or name not in self._choice):
                 self._choice[name] = value
-        if choice.get("finish_reason") is not None:
-            self._finish = choice["finish_reason"]
+        if (usage := self._choice.pop("usage", None)) is not None and self._usage is None:
+            self._usage = usage  # some say there what it took, and nowhere else
+        if reason := choice.get("finish_reason"):
+            self._finish = reason
         return None
 
     def _learn(self, data: bytes) -> None:
@@ -393,25 +412,29 @@ class Recorder:
         """A field of a delta other than text content. What cannot be joined with certainty is refused."""
         known = self._fields.get(name)
         if name == "role":
-            self._fields[name] = value
-        elif name == "tool_calls" and value:
+            self._fields[name] = value or known
+        elif name in _OF_A_TOKEN:
+            return
+        elif is_neutral(value):
+            if name not in self._texts and name != "content":
+                self._fields.setdefault(name, value)
+        elif name == "tool_calls":
             self._length += size
             if not isinstance(value, list) or not all(self._join_call(call) for call in value):
                 self._refuse("tool_calls")
-        elif name == "function_call" and value:
+        elif name == "function_call":
             self._refuse("tool_calls")
-        elif name == "refusal" and value:
+        elif name == "refusal":
             self._refuse("refusal")
         elif name == "content":
             self._refuse("content_type")
-        elif name in _TEXT_FIELDS and isinstance(value, str) and known is None:
+        elif name in _TEXT_FIELDS and isinstance(value, str) and is_neutral(known):
             self._fields.pop(name, None)
             self._texts.setdefault(name, []).append(value)
             self._length += len(value)
-        elif value is None:
-            if name not in self._texts:
-                self._fields.setdefault(name, None)
-        elif known is None:
+        elif known == value:
+            return
+        elif is_neutral(known):
             self._fields[name] = value
             self._length += size
         elif name == "annotations" and isinstance(known, list) and isinstance(value, list):
