@@ -11,7 +11,7 @@ import asyncio
 import re
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import IO, Final, NamedTuple
 from urllib.parse import parse_qs, unquote
@@ -57,7 +57,8 @@ _TOLD: Final = re.compile(
     r"|:(?:countTokens|generateContent|streamGenerateContent)$"
 )
 _READ: Final = frozenset({"application/json", "text/event-stream", "application/x-ndjson"})
-_PASSED: Final = Bypass("pass_through")
+TOO_LARGE: Final = "body_too_large"
+"""Why a question passes unread."""
 _USAGES: Final[Mapping[str, tuple[Callable[[bytes], Usage | None], ...]]] = {
     "anthropic": (anthropic_record.find_usage,),
     "gemini": (gemini_answer.find_usage,),
@@ -82,6 +83,9 @@ class Passing(NamedTuple):
     admit: Callable[[str, str | None], None] | None = None  # told upstream and model; raises unless its key may ask
     is_held_to_models: bool = False  # the model must be known before it is let in
     arrival: Arrival | None = None  # of a body that was not whole when the request was read
+    names: Mapping[str, str] | None = None  # headers that decide whose path it is, where not the request's own
+    reason: str = "pass_through"
+    carry: Callable[[Iterable[tuple[str, str]]], list[tuple[str, str]]] = list  # an answer's headers to the client's
 
 
 class Glance:
@@ -117,9 +121,10 @@ class PassThrough:
         """Raises IbidError while nothing has been said to the client."""
         with ExitStack() as spools:
             model = None if is_free(request) else ""
-            if asked.is_held_to_models or self._upstream.is_divided(asked.path, request.headers):
+            names = request.headers if asked.names is None else asked.names
+            if asked.is_held_to_models or self._upstream.is_divided(asked.path, names):
                 model, asked = await self._find_model(request, asked, spools)
-            upstream = self._upstream.route(asked.path, request.headers, model)
+            upstream = self._upstream.route(asked.path, names, model)
             if asked.admit is not None:
                 asked.admit(upstream, model)
             return await self._send(request, asked, upstream)
@@ -173,7 +178,8 @@ class PassThrough:
         answer = await self._upstream.open(entry.upstream, request.method, asked.path_qs, asked.headers, body)
         entry.status = answer.status
         entry.first_byte_s = time.perf_counter()
-        response = web.StreamResponse(status=answer.status, headers=[*answer.headers, *self._verdict(asked, entry)])
+        carried = asked.carry(answer.headers)
+        response = web.StreamResponse(status=answer.status, headers=[*carried, *self._verdict(asked, entry)])
         glance = Glance() if answer.status == 200 and answer.content_type in _READ else None
         left_bytes = answer.content_length
         last = b""
@@ -209,7 +215,8 @@ class PassThrough:
 
     @staticmethod
     def _verdict(asked: Passing, entry: _Entry) -> list[tuple[str, str]]:
-        told = verdict_headers(_PASSED, request_id=asked.request_id, upstream=entry.upstream, fwd_status=entry.status)
+        verdict = Bypass(asked.reason)
+        told = verdict_headers(verdict, request_id=asked.request_id, upstream=entry.upstream, fwd_status=entry.status)
         return [*told, ("Server", SERVER)]
 
     # -- WebSockets -----------------------------------------------------------------------------------------------
@@ -347,7 +354,7 @@ class _Entry:
             mechanism=None,
             outcome=self.word,
             cache_status="BYPASS",
-            reason=_PASSED.reason,
+            reason=asked.reason,
             status=self.status,
             similarity=None,
             entry_id=None,

@@ -71,6 +71,8 @@ _PEERS: Mapping[bytes, str] = {
 A key of the client's own becomes a namespace: it keeps requests apart and never joins them. Thresholds are not here:
 ibid takes none.
 """
+OWN_HEADERS = _NAMES | _PEERS.keys()
+"""What is said to ibid, and to nobody behind it."""
 
 _DURATION = re.compile(r"([0-9]{1,9})([smhd]?)")
 _DEADLINE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhd])")

@@ -349,5 +349,9 @@ class Rules:
         True, "ask the pair guard about every semantic hit; false serves more, and more of it wrong"
     )
     alpha: float = option(0.1, "chance that the bound on the error rate is ever too low", between=(0.001, 0.5))
+    search_models: tuple[str, ...] = option(
+        (), "more models that search at their provider, with * and ?, lower case; never stored, as the known ones"
+    )
+    search_fields: tuple[str, ...] = option((), "more request fields that make a provider search; never stored")
     answer_limit_bytes: int = option(MIB, "longer answers are not stored")
     prompt_limit_bytes: int = option(256 * 1024, "longer prompts are not looked up")

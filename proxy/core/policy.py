@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import date
 from typing import Any
 
+from proxy.core import search
 from proxy.core.facts import Facts
 from proxy.core.model import Answer, Controls, Eligibility, Level, Rules, Usage
 from proxy.core.query import Query
@@ -54,7 +55,7 @@ def _forbidding(facts: Facts, controls: Controls, rules: Rules) -> Iterator[str]
         yield "previous_response"
     if facts.background:
         yield "background"
-    if facts.web_search:
+    if facts.web_search or _searches(facts, rules):
         yield "web_search"  # freezes data
     if facts.tool_results:
         yield "tool_results"  # would repeat side effects
@@ -111,6 +112,11 @@ def _limiting(facts: Facts, controls: Controls, rules: Rules, reading: Reading |
         yield reading.odd
     if reading.injection:
         yield "injection"
+
+
+def _searches(facts: Facts, rules: Rules) -> bool:
+    is_embedding = bool(facts.encoding_format)  # some models of that are called after searching
+    return not is_embedding and search.is_asked(facts.model, facts.settings, rules.search_models, rules.search_fields)
 
 
 def _is_sampled(facts: Facts, rules: Rules) -> bool:
@@ -215,10 +221,20 @@ _FINISHES = {
     "pause_turn": "finish_other",
 }
 EDGE_COOKIES = frozenset(
-    {"__cf_bm", "_cfuvid", "__cflb", "__cfruid", "awsalb", "awsalbcors", "awsalbtg", "awsalbtgcors", "arraffinity",
-     "arraffinitysamesite"}
+    {"__cf_bm", "__cflb", "__cfruid", "__cfwaitingroom", "_cfuvid", "cf_clearance",  # Cloudflare
+     "arraffinity", "arraffinitysamesite", "aslbsa", "aslbsacors", "tipmix", "x-ms-routing-name",  # Azure
+     "applicationgatewayaffinity", "applicationgatewayaffinitycors",
+     "gclb", "gcilb",  # Google
+     "acw_tc", "aliyungf_tc", "tgw_l7_route", "hwwafsesid", "hwwafsestime", "x-oracle-bmc-lbs-route",  # other clouds
+     "ingresscookie", "route", "serverid", "srv_id", "srvid", "srv", "server_id", "srvname", "backend", "sticky",
+     "stickysession", "lb", "lbcookie", "lb-cookie", "do-lb", "routeid", "balanceid", "x-contour-session-affinity",
+     "heroku-session-affinity", "citrix_ns_id", "ak_bmsc", "bm_sv", "bm_sz", "bm_mi", "_abck"}
 )  # fmt: skip
-"""Set by a network edge on every response to tell connections apart (api.openai.com does), not by who answers.
+EDGE_COOKIE_PREFIXES = (
+    "awsalb", "awselb", "bigipserver", "nsc_", "incap_ses_", "visid_incap_", "nlbi_", "akaalb_", "dtcookie",
+)  # fmt: skip
+"""Set by a network edge on every response to tell connections apart (api.openai.com does), or by a balancer to keep to
+one server (ingress-nginx, HAProxy, Apache, F5, Citrix, Imperva, Akamai, the clouds' own), not by who answers.
 
 They say nothing about the answer, so they do not keep it from being stored; no cookie is ever stored or replayed.
 """
@@ -259,7 +275,7 @@ def storable(
         return "finish_length"
     if query.wants_json and not answer.message.get("tool_calls") and not _is_json(answer.message.get("content")):
         return "invalid_json"
-    if not _is_model(query.model, answer.model, (aliases or {}).get(query.model, ())):
+    if not query.is_placed and not _is_model(query.model, answer.model, (aliases or {}).get(query.model, ())):
         return "model_mismatch"
     return None
 
@@ -284,7 +300,7 @@ def storable_vectors(
         return "too_large"
     if ttl_s(query.eligibility, query.controls, rules) <= 0:
         return "ttl_zero"
-    if not _is_model(query.model, model, (aliases or {}).get(query.model, ())):
+    if not query.is_placed and not _is_model(query.model, model, (aliases or {}).get(query.model, ())):
         return "model_mismatch"
     return None
 
@@ -309,9 +325,13 @@ def _header_against(header: Callable[[str], str | None]) -> str | None:
     cookies = header("set-cookie")
     if cookies is not None:
         names = _COOKIE_NAME.findall(cookies)
-        if not names or not all(name.lower() in EDGE_COOKIES for name in names):
+        if not names or not all(_is_of_an_edge(name.lower()) for name in names):
             return "set_cookie"
     return None
+
+
+def _is_of_an_edge(cookie: str) -> bool:
+    return cookie in EDGE_COOKIES or cookie.startswith(EDGE_COOKIE_PREFIXES)
 
 
 def _answer_against(answer: Answer, rules: Rules) -> str | None:
@@ -323,6 +343,8 @@ def _answer_against(answer: Answer, rules: Rules) -> str | None:
         return "refusal"
     if message.get("audio"):
         return "audio_output"
+    if search.is_shown(answer):
+        return "citations"  # of what was found
     if calls and answer.finish_reason in FINISHED | {"tool_calls"}:
         return None if _calls_are_readable(calls) else "tool_calls"
     if answer.finish_reason not in FINISHED:
@@ -355,7 +377,7 @@ def _is_json(content: object) -> bool:
 
 def _is_model(asked: str, answered: str, also: Collection[str]) -> bool:
     """Whether an answer's `model` is the one asked: itself, its dated snapshot, an alias, or not said."""
-    if not answered or answered == asked or answered in also or "*" in also:
+    if not asked or not answered or answered == asked or answered in also or "*" in also:
         return True
     wanted = asked.rpartition("/")[2].lower().removesuffix("-latest")
     given = answered.rpartition("/")[2].lower()

@@ -13,10 +13,11 @@ from proxy.core.dialects.dialect import JSON
 from proxy.core.dialects.openai_chat import as_asked
 from proxy.core.query import Query
 from proxy.ports import UpstreamResponse
-from proxy.upstreams.attempt import LocalResponse, whole_of
+from proxy.upstreams.attempt import LocalResponse
 from proxy.upstreams.sending import Sending
 
 REFUSALS: Final = frozenset({400, 422})
+REFUSAL_LIMIT_BYTES: Final = 256 * 1024
 _OF_A_FIELD: Final = re.compile(
     rb"stream_options|include_usage|unrecognized|unrecognised|unknown|unexpected|unsupported|not support"
     rb"|extra|additional propert|not permitted|not allowed|forbidden",
@@ -48,8 +49,14 @@ class UsageAsking:
 
 
 async def refusal_of(response: UpstreamResponse) -> tuple[bool, UpstreamResponse]:
-    """Whether a refusal may be about a field that was added, and the same refusal, whole. Raises UpstreamError."""
-    body = await whole_of(response)
+    """Whether a refusal may be about a field that was added, and the same refusal, whole. Its connection is given up:
+    a server that closes it behind a refusal must not meet the next call there. Raises UpstreamError."""
+    body = b""
+    try:
+        while len(body) < REFUSAL_LIMIT_BYTES and (piece := await response.read_some()):
+            body += piece
+    finally:
+        response.abort()
     kept = [line for line in response.headers if line[0].lower() != "content-type"]
     told = LocalResponse(response.status, response.header("content-type") or JSON, body, kept)
     return not body.strip() or _OF_A_FIELD.search(body) is not None, told

@@ -97,15 +97,18 @@ class Landing:
         sending = fetch.sending if fetch.attempt is None else fetch.attempt.sending
         if fetch.stand_in or (sending.is_other and ROUTED not in sending.shaped_by):
             return "other_model"  # whose answer is not the one that is asked for under this scope
+        answer = None if recording is None else recording.answer
+        if answer is not None:
+            self._parts.naming.see(sending.upstream, sending.model, answer.model)
         return (
             policy.storable(
-                None if recording is None else recording.answer or recording.refusal_reason,
+                None if recording is None else answer or recording.refusal_reason,
                 fetch.query,
                 self._parts.rules,
                 status=response.status,
                 size_bytes=flight.size_bytes,
                 header=response.header,
-                aliases=self._parts.model_aliases,
+                aliases=self._parts.names_of(fetch.query),
             )
             or ""
         )

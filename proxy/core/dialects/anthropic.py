@@ -23,7 +23,9 @@ from proxy.core.dialects.fields import (
     OBJECT,
     STRING,
     Types,
+    limit_of,
     mistyped,
+    model_in,
 )
 from proxy.core.errors import BadRequest, IbidError
 from proxy.core.facts import Facts
@@ -85,9 +87,9 @@ _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 def read(body: Mapping[str, Any]) -> Facts:
     """What the request says. Raises BadRequest (invalid_type) naming the parameter."""
-    model = body.get("model")
-    if not isinstance(model, str) or not model:
-        raise _invalid_type("model", "a non-empty string")
+    model = model_in(body)
+    if model is None:
+        raise _invalid_type("model", "a string")
     if (wrong := mistyped(body, _TYPES)) is not None:
         raise _invalid_type(*wrong)
     messages = _messages(body.get("messages"))
@@ -115,7 +117,7 @@ def read(body: Mapping[str, Any]) -> Facts:
         has_images="image" in kinds,
         has_files="document" in kinds or body.get("container") is not None,
         remote_urls=any([_is_remote(block) for message in messages for block in _blocks(message)]),
-        output_limit=body.get("max_tokens"),
+        output_limit=limit_of(body.get("max_tokens")),
         has_stops=bool(body.get("stop_sequences")),
         opaque=isinstance(thinking, dict) and thinking.get("type") != "disabled",
         response_format="json_schema" if _wants_json(body.get("output_config")) else None,
@@ -248,6 +250,8 @@ def _end_user(body: Mapping[str, Any]) -> str:
 
 
 def _unknown(body: Mapping[str, Any], messages: list[dict[str, Any]]) -> Iterator[str]:
+    if not body.get("model"):
+        yield "model"
     if not body.keys() <= KNOWN_FIELDS:
         yield from sorted(body.keys() - KNOWN_FIELDS)
     for i, message in enumerate(messages):

@@ -22,9 +22,30 @@ def mistyped(body: Mapping[str, Any], known: Types) -> tuple[str, str] | None:
         types = known.get(name)
         if types is None or value is None:
             continue
+        if int in types and whole(value) is not None:
+            continue
         if not isinstance(value, types) or (type(value) is bool and bool not in types):
             return name, " or ".join(_NAMES[t] for t in types if not (t is int and float in types))
     return None
+
+
+def model_in(body: Mapping[str, Any]) -> str | None:
+    """The model a body names; "" where it leaves that to a server that has but one, None for what is no name."""
+    model = body.get("model")
+    return model if isinstance(model, str) else "" if model is None else None
+
+
+def whole(value: Any) -> int | None:
+    """A whole number, also one that is spelled 3.0, as languages with one kind of number do; else None."""
+    if type(value) is float and value.is_integer():
+        return int(value)
+    return value if type(value) is int else None
+
+
+def limit_of(*told: Any) -> int | None:
+    """The least output limit of a request; one below 0 is none, as it is to LM Studio and llama.cpp."""
+    limits = [limit for value in told if (limit := whole(value)) is not None and limit >= 0]
+    return min(limits, default=None)
 
 
 def without_twin(raw: bytes, parsed: Mapping[str, Any]) -> bytes:

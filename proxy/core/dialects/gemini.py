@@ -12,7 +12,7 @@ from typing import Any
 
 from proxy.core.answer import to_json
 from proxy.core.dialects.dialect import Recording, Spoken, StreamFilter, Template, UsageMode, is_plain
-from proxy.core.dialects.fields import CACHE_TWIN
+from proxy.core.dialects.fields import CACHE_TWIN, limit_of, whole
 from proxy.core.dialects.gemini_answer import CandidateFilter, find_usage, record, render
 from proxy.core.errors import BadRequest, IbidError
 from proxy.core.facts import Facts
@@ -69,7 +69,6 @@ def read(body: Mapping[str, Any], model: str, *, stream: bool) -> Facts:
     roles = [message["role"] for message in messages]
     settings, modalities = _settings(body, config), config.get("responseModalities") or ()
     wants_json = config.get("responseMimeType") == "application/json"
-    limit = config.get("maxOutputTokens")
     return Facts(
         model=model.removeprefix("models/"),
         prompt=last["content"] if asks else None,
@@ -79,7 +78,7 @@ def read(body: Mapping[str, Any], model: str, *, stream: bool) -> Facts:
         stream=stream,
         wants_usage=True,  # its streams always tell
         temperature=config.get("temperature"),
-        n=config.get("candidateCount") or 1,
+        n=whole(config.get("candidateCount")) or 1,
         seed=config.get("seed"),
         has_tools=bool(tools),
         tool_results=not kinds.isdisjoint(("functionCall", "functionResponse")),
@@ -89,7 +88,7 @@ def read(body: Mapping[str, Any], model: str, *, stream: bool) -> Facts:
         remote_urls="fileData" in kinds,
         audio_output=any([str(kind).upper() != "TEXT" for kind in modalities]) or "speechConfig" in config,
         logprobs=bool(config.get("responseLogprobs") or config.get("logprobs")),
-        output_limit=limit if type(limit) is int else None,
+        output_limit=limit_of(config.get("maxOutputTokens")),
         has_stops=bool(config.get("stopSequences")),
         response_format="json_schema" if wants_json else None,
         first_turn=roles == ["user"],

@@ -21,7 +21,10 @@ from proxy.core.dialects.fields import (
     OBJECT,
     STRING,
     Types,
+    limit_of,
     mistyped,
+    model_in,
+    whole,
     without_twin,
 )
 from proxy.core.dialects.openai_filter import UsageFilter
@@ -31,6 +34,7 @@ from proxy.core.errors import BadRequest, IbidError
 from proxy.core.facts import Facts
 from proxy.core.jsontext import add_member, members, set_member
 from proxy.core.model import Answer, Usage
+from proxy.core.search import is_remote
 
 MESSAGE_LIMIT = 2048
 CHOICE_LIMIT = 128
@@ -107,9 +111,9 @@ _PARTS = frozenset({"text", "refusal", "image_url", "input_audio", "file"})
 
 def read(body: Mapping[str, Any]) -> Facts:
     """What the request says. Raises BadRequest (invalid_type, invalid_value) naming the parameter."""
-    model = body.get("model")
-    if not isinstance(model, str) or not model:
-        raise invalid_type("model", "a non-empty string")
+    model = model_in(body)
+    if model is None:
+        raise invalid_type("model", "a string")
     messages = _messages(body.get("messages"))
     check_types(body, _TYPES)
     prompt, context = split_prompt(messages)
@@ -141,7 +145,7 @@ def read(body: Mapping[str, Any]) -> Facts:
         logprobs=body.get("logprobs") is True or bool(body.get("top_logprobs")),
         store=body.get("store") is True,
         response_format=_format(body.get("response_format")),
-        output_limit=min((body[name] for name in _LIMITS if body.get(name) is not None), default=None),
+        output_limit=limit_of(*[body.get(name) for name in _LIMITS]),
         has_stops=bool(body.get("stop")),
         end_user=end_user_of(body),
         first_turn=users == 1 and _ASKING.issuperset(roles),
@@ -234,10 +238,10 @@ def _check_part(part: object, path: str) -> None:
 
 def choices_of(body: Mapping[str, Any]) -> int:
     """`n`. Raises BadRequest (invalid_value)."""
-    n = body.get("n")
-    if n is None:
+    if body.get("n") is None:
         return 1
-    if type(n) is not int or not 1 <= n <= CHOICE_LIMIT:
+    n = whole(body["n"])
+    if n is None or not 1 <= n <= CHOICE_LIMIT:
         raise BadRequest(f"'n' must be an integer from 1 to {CHOICE_LIMIT}.", code="invalid_value", param="n")
     return n
 
@@ -260,6 +264,8 @@ def _plain(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unknown(body: Mapping[str, Any], messages: list[dict[str, Any]]) -> Iterator[str]:
+    if not body.get("model"):
+        yield "model"  # whatever the server has
     if not body.keys() <= KNOWN_FIELDS:
         yield from sorted(body.keys() - KNOWN_FIELDS)
     for i, message in enumerate(messages):
@@ -275,7 +281,7 @@ def _unknown(body: Mapping[str, Any], messages: list[dict[str, Any]]) -> Iterato
 def _is_remote(part: Mapping[str, Any]) -> bool:
     image = part.get("image_url")
     url = image.get("url") if isinstance(image, dict) else image
-    return isinstance(url, str) and not url[:5].lower() == "data:"
+    return (isinstance(url, str) and not url[:5].lower() == "data:") or is_remote(part)
 
 
 def _format(response_format: Mapping[str, Any] | None) -> str | None:

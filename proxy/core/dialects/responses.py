@@ -14,7 +14,18 @@ from typing import Any
 from proxy.core.answer import to_json
 from proxy.core.dialects import responses_input as said
 from proxy.core.dialects.dialect import Recording, Spoken, StreamFilter, Template, UsageMode, is_plain
-from proxy.core.dialects.fields import ARRAY, BOOLEAN, CACHE_TWIN, INTEGER, NUMBER, OBJECT, STRING, Types
+from proxy.core.dialects.fields import (
+    ARRAY,
+    BOOLEAN,
+    CACHE_TWIN,
+    INTEGER,
+    NUMBER,
+    OBJECT,
+    STRING,
+    Types,
+    limit_of,
+    model_in,
+)
 from proxy.core.dialects.openai_chat import (
     check_types,
     end_user_of,
@@ -100,9 +111,9 @@ _ENCRYPTED = "reasoning.encrypted_content"
 
 def read(body: Mapping[str, Any]) -> Facts:
     """What the request says. Raises BadRequest (invalid_type) naming the parameter."""
-    model = body.get("model")
-    if not isinstance(model, str) or not model:
-        raise invalid_type("model", "a non-empty string")
+    model = model_in(body)
+    if model is None:
+        raise invalid_type("model", "a string")
     check_types(body, _TYPES)
     items = said.items_of(body)
     messages = said.messages_of(body, items)
@@ -120,7 +131,7 @@ def read(body: Mapping[str, Any]) -> Facts:
         prompt=prompt,
         context=context,
         settings={**settings, "store": True} if keeps_id else settings,
-        unknown=(*sorted(body.keys() - KNOWN_FIELDS), *said.unknown_items(items)),
+        unknown=(*([] if model else ["model"]), *sorted(body.keys() - KNOWN_FIELDS), *said.unknown_items(items)),
         stream=body.get("stream") is True,
         wants_usage=True,  # its streams always tell
         temperature=body.get("temperature"),
@@ -136,7 +147,7 @@ def read(body: Mapping[str, Any]) -> Facts:
         background=body.get("background") is True,
         previous_response=said.STATE_ITEM in kinds or any([body.get(name) for name in _STATE]),
         response_format=form["type"] if isinstance(form, dict) and isinstance(form.get("type"), str) else None,
-        output_limit=body.get("max_output_tokens"),
+        output_limit=limit_of(body.get("max_output_tokens")),
         opaque=_ENCRYPTED in include,
         end_user=end_user_of(body),
         first_turn=roles.count("user") == 1 and {"system", "developer", "user"}.issuperset(roles),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from proxy.core import search
 from proxy.core.dialects.openai_chat import invalid_type
 
 _CLIENT_TOOLS = frozenset({"function", "custom"})  # whose calls the client itself answers
@@ -127,7 +128,8 @@ def _part(part: Mapping[str, Any]) -> dict[str, Any]:
 def is_remote(part: Mapping[str, Any]) -> bool:
     """Content behind an address."""
     url = part.get("image_url")
-    return bool(part.get("file_url")) or (isinstance(url, str) and not url[:5].lower() == "data:")
+    is_named = isinstance(url, str) and not url[:5].lower() == "data:"
+    return bool(part.get("file_url")) or is_named or (part["type"] not in _TEXTS and search.is_remote(part))
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
