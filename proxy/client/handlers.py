@@ -25,7 +25,7 @@ from proxy.client.admission import Admission
 from proxy.client.callers import Callers, Lines
 from proxy.client.delivery import Delivery
 from proxy.client.incoming import (
-    TooLarge,
+    Unread,
     address_of,
     body_at_hand,
     check_head,
@@ -35,7 +35,7 @@ from proxy.client.incoming import (
     resumed,
     target_of,
 )
-from proxy.client.passing import TOO_LARGE, Passing, PassThrough, is_free, is_websocket, passing, tells_cost
+from proxy.client.passing import ENCODED, TOO_LARGE, Passing, PassThrough, is_free, is_websocket, passing, tells_cost
 from proxy.client.wire import answer_at_once
 from proxy.core.arrival import Arrival, Room
 from proxy.core.batches import Place
@@ -174,8 +174,8 @@ class ClientHandler:
             try:
                 with self._place(request, caller) as arrival:
                     body = await read_body(request, self._limits, arrival)
-            except TooLarge as error:  # to be looked at, not to be asked
-                return await self._pass(request, request_id, started_s, target, caller, begun=error.begun)
+            except Unread as error:  # to be looked at, not to be asked
+                return await self._pass(request, request_id, started_s, target, caller, unread=error)
         query = self._queries.get((target, caller, body))
         is_new = query is None
         if query is None:
@@ -283,9 +283,9 @@ class ClientHandler:
         target: Target,
         caller: Caller,
         names: Mapping[str, str] | None = None,
-        begun: bytes | None = None,
+        unread: Unread | None = None,
     ) -> web.StreamResponse:
-        """A request that no dialect claims, or one too large to be read, of which this was `begun`. Its body passes
+        """A request that no dialect claims, or one that is not read. Its body passes
         while it is answered, so it takes a turn at once, and a place beside it until its body is whole."""
         asked = passing(
             request, request_id=request_id, path=target.path, path_qs=target.path_qs, tenant=caller.tenant,
@@ -295,8 +295,9 @@ class ClientHandler:
             family = family_of(target.path, {} if names is None else names)
             asked = asked._replace(carry=partial(self._cors.carried, family, caller.origin))
         with contextlib.nullcontext() if request.content.is_eof() else self._place(request, caller) as arrival:
-            if begun is not None:
-                asked = asked._replace(body=resumed(request, self._limits, arrival, begun), reason=TOO_LARGE)
+            if unread is not None:
+                verdict = TOO_LARGE if unread.status == 413 else ENCODED
+                asked = asked._replace(body=resumed(request, self._limits, arrival, unread.begun), verdict=verdict)
             async with self._turn():
                 response = await self._pass_on(request, target, caller.grant, asked._replace(arrival=arrival))
         if response.status < 400 and names is None:

@@ -57,8 +57,9 @@ _TOLD: Final = re.compile(
     r"|:(?:countTokens|generateContent|streamGenerateContent)$"
 )
 _READ: Final = frozenset({"application/json", "text/event-stream", "application/x-ndjson"})
-TOO_LARGE: Final = "body_too_large"
-"""Why a question passes unread."""
+_PASSED: Final = Bypass("pass_through")
+TOO_LARGE: Final = Bypass("body_too_large")  # to be read
+ENCODED: Final = Bypass("body_encoding")  # in a coding that is not read here
 _USAGES: Final[Mapping[str, tuple[Callable[[bytes], Usage | None], ...]]] = {
     "anthropic": (anthropic_record.find_usage,),
     "gemini": (gemini_answer.find_usage,),
@@ -84,7 +85,7 @@ class Passing(NamedTuple):
     is_held_to_models: bool = False  # the model must be known before it is let in
     arrival: Arrival | None = None  # of a body that was not whole when the request was read
     names: Mapping[str, str] | None = None  # headers that decide whose path it is, where not the request's own
-    reason: str = "pass_through"
+    verdict: Bypass = _PASSED
     carry: Callable[[Iterable[tuple[str, str]]], list[tuple[str, str]]] = list  # an answer's headers to the client's
 
 
@@ -215,8 +216,9 @@ class PassThrough:
 
     @staticmethod
     def _verdict(asked: Passing, entry: _Entry) -> list[tuple[str, str]]:
-        verdict = Bypass(asked.reason)
-        told = verdict_headers(verdict, request_id=asked.request_id, upstream=entry.upstream, fwd_status=entry.status)
+        told = verdict_headers(
+            asked.verdict, request_id=asked.request_id, upstream=entry.upstream, fwd_status=entry.status
+        )
         return [*told, ("Server", SERVER)]
 
     # -- WebSockets -----------------------------------------------------------------------------------------------
@@ -354,7 +356,7 @@ class _Entry:
             mechanism=None,
             outcome=self.word,
             cache_status="BYPASS",
-            reason=asked.reason,
+            reason=asked.verdict.reason,
             status=self.status,
             similarity=None,
             entry_id=None,

@@ -41,6 +41,7 @@ _NAMES = frozenset(
         b"x-cache-namespace",
         b"x-cache-tags",
         b"x-cache-max-error",
+        b"x-cache-sample",
         b"x-cache-user",
         b"x-cache-explain",
         b"x-plan",
@@ -80,6 +81,7 @@ _DIRECTIVE = re.compile(r'\s*([!#$%&\'*+\-.^_`|~0-9A-Za-z]+)(?:\s*=\s*("(?:[^"\\
 _SECONDS = re.compile(r"[0-9]{1,18}")
 _FRACTION = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,18})?(?:[eE]-?[0-9]{1,2})?|\.[0-9]{1,18}")
 _NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
+_SAMPLE = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@=-]{0,63}")
 _PACES: Mapping[str, Pace] = {"instant": "instant", "recorded": "recorded"}
 _PACE = re.compile(r"([0-9]{1,5}(?:\.[0-9]{1,3})?)(?:/s)?")
@@ -235,6 +237,10 @@ def _read_header(param: str, text: str, wishes: _Wishes) -> None:
             if _USER.fullmatch(text) is None:
                 _refuse(param, "1 to 256 printable characters")
             wishes.only("user", text, param)
+        case "x-cache-sample":
+            if _SAMPLE.fullmatch(text) is None:
+                _refuse(param, "1 to 64 letters, digits and ._:-")
+            wishes.only("sample", text, param)
         case "x-plan":
             _read_plan(text, param, wishes)
         case "x-deadline":

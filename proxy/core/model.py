@@ -51,6 +51,7 @@ class Controls:
     tags: tuple[str, ...] = ()
     max_error: float | None = None
     user: str = ""
+    sample: str = ""  # which of several answers to one question; each is kept under its own name
     explain: bool = False
     shadow: bool = False
     refresh: bool = False
@@ -331,10 +332,13 @@ class Rules:
     semantic_temperature_max: float = option(
         0.3, "explicit temperature above this: exact only, the client wants variety", between=(0.0, 2.0)
     )
+    exact_temperature_max: float = option(
+        1.0, "explicit temperature above this: never served, the client wants another sample", between=(0.0, 2.0)
+    )
     cache_seeded: bool = option(False, "exact hits even for a request that gives a seed")
     cache_tools: bool = option(True, "exact hits for requests that carry tools and were answered in text")
     cache_tool_calls: bool = option(
-        False, "exact hits whose answer is a tool call, with new ids: a repeated question repeats the call"
+        True, "exact hits whose answer is a tool call, with new ids: a repeated question repeats the call"
     )
     semantic: bool = option(True, "look for reworded questions at all")
     min_words: int = option(3, "shorter prompts say too little to compare")

@@ -57,12 +57,12 @@ def _forbidding(facts: Facts, controls: Controls, rules: Rules) -> Iterator[str]
         yield "background"
     if facts.web_search or _searches(facts, rules):
         yield "web_search"  # freezes data
-    if facts.tool_results:
-        yield "tool_results"  # would repeat side effects
     if facts.remote_urls:
         yield "remote_urls"  # what is behind an address may change
-    if facts.has_tools and not rules.cache_tools:
+    if (facts.has_tools or facts.tool_results) and not rules.cache_tools:
         yield "tools"
+    if facts.temperature is not None and facts.temperature > rules.exact_temperature_max and not controls.sample:
+        yield "temperature"  # a wish for another sample
     if facts.seed is not None and not rules.cache_seeded:
         yield "seed"  # a given sample was asked for
     if facts.prompt is not None and _is_longer(facts.prompt, rules.prompt_limit_bytes):
@@ -77,7 +77,7 @@ def _limiting(facts: Facts, controls: Controls, rules: Rules, reading: Reading |
     """Reasons against semantic matching; what is left is found by its exact identity only."""
     if not rules.semantic:
         yield "semantic_off"
-    if controls.exact_only:
+    if controls.exact_only or controls.sample:
         yield "exact_only"
     if _is_sampled(facts, rules):
         yield "temperature"
@@ -85,6 +85,8 @@ def _limiting(facts: Facts, controls: Controls, rules: Rules, reading: Reading |
         yield "seed"
     if facts.has_tools:
         yield "tools"
+    if facts.tool_results:
+        yield "tool_results"  # a conversation like any other, to the byte
     if facts.has_images:
         yield "images"
     if facts.has_audio:
@@ -364,7 +366,8 @@ def _fills(answer: Answer, output_limit: int | None) -> bool:
 
 
 def _calls_are_readable(calls: Any) -> bool:
-    return all(_is_json(call["function"]["arguments"] or "{}") for call in calls)
+    functions = [call.get("function") for call in calls]
+    return all([isinstance(f, dict) and _is_json(f.get("arguments") or "{}") for f in functions])
 
 
 def _is_json(content: object) -> bool:

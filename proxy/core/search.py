@@ -49,7 +49,12 @@ MODELS: Final = (
 """Models that search by themselves, as patterns over lower-case names."""
 _OWN_FUNCTIONS: Final = frozenset({"$web_search", "googleSearch", "google_search", "googleSearchRetrieval"})
 """Names of functions that some gateways run themselves."""
-_TOOLS_OF_CLIENTS: Final = frozenset({"function", "custom"})
+_OF_CLIENTS: Final = re.compile(
+    r"function|custom|namespace|tool_search|local_shell|shell|apply_patch|(?:bash|text_editor|computer|memory)(?:_\w+)?"
+)
+"""Types of tools whose calls the client itself answers."""
+_SHOWN_WHEN_USED: Final = re.compile(r"code_interpreter|code_execution\w*|image_generation|mcp\w*")
+"""Types of tools that leave an item or a block of their own in an answer for which they ran."""
 _HARMLESS_PLUGINS: Final = frozenset({"file-parser", "response-healing", "moderation"})
 _OFF: Final = frozenset({"off", "none", "disabled", "false", "no"})
 _SWITCHES: Final = ("enabled", "enable", "mode", "type")
@@ -63,16 +68,22 @@ _OF_THE_REQUEST: Final = frozenset({"char_location", "page_location", "content_b
 _REMOTE: Final = re.compile(r"[a-z][a-z0-9+.-]{0,30}://", re.IGNORECASE)
 
 
+def is_offered(tools: object, *, shows_use: bool = False) -> bool:
+    """Whether a tool is offered that the provider runs. `shows_use`: the dialect's answers say which of them were used,
+    so that those that do not search are judged by the answer."""
+    if not isinstance(tools, list | tuple):
+        return False
+    there = [tool for tool in tools if _is_run_there(tool)]
+    return any([not (shows_use and _may_be_unused(tool)) for tool in there])
+
+
 def is_asked(model: str, settings: Mapping[str, Any], models: Iterable[str] = (), fields: Iterable[str] = ()) -> bool:
     """Whether a request makes its provider search. `settings` in the words of `Facts`; `models` and `fields` add to
     the tables above."""
     named = model.lower()
     if is_one_of(named, MODELS) or is_one_of(named, models):
         return True
-    if any([_is_on(name, settings[name]) for name in FIELDS.union(fields) & settings.keys()]):
-        return True
-    tools = settings.get("tools")
-    return isinstance(tools, list) and any([_is_run_there(tool) for tool in tools])
+    return any([_is_on(name, settings[name]) for name in FIELDS.union(fields) & settings.keys()])
 
 
 def _is_on(name: str, value: Any) -> bool:
@@ -104,7 +115,11 @@ def _is_run_there(tool: Any) -> bool:
             "functionDeclarations",
             "function_declarations",
         }
-    return tool["type"] not in _TOOLS_OF_CLIENTS and "input_schema" not in tool
+    return _OF_CLIENTS.fullmatch(str(tool["type"])) is None and "input_schema" not in tool
+
+
+def _may_be_unused(tool: Any) -> bool:
+    return isinstance(tool, dict) and _SHOWN_WHEN_USED.fullmatch(str(tool.get("type"))) is not None
 
 
 def is_shown(answer: Answer) -> bool:

@@ -56,7 +56,7 @@ def test_a_plain_first_question_may_be_matched_by_meaning() -> None:
         ({"previous_response": True}, ("none", "previous_response")),
         ({"background": True}, ("none", "background")),
         ({"web_search": True}, ("none", "web_search")),
-        ({"tool_results": True}, ("none", "tool_results")),
+        ({"tool_results": True}, ("exact", "tool_results")),
         ({"remote_urls": True, "has_images": True}, ("none", "remote_urls")),
         ({"has_images": True}, ("exact", "images")),
         ({"has_audio": True}, ("exact", "audio")),
@@ -365,6 +365,13 @@ def test_edge_cookies_are_named_in_lower_case() -> None:
         ({"finish_reason": ""}, "truncated"),
         ({"finish_reason": "end_turn"}, None),
         ({"message": {"content": "x", "tool_calls": [{}]}}, "tool_calls"),
+        ({"message": {"content": "x", "annotations": [{"type": "url_citation"}]}}, "citations"),
+        ({"message": {"content": "x", "annotations": []}}, None),
+        ({"extra": {"citations": ["https://x"]}}, "citations"),
+        ({"choice": {"groundingMetadata": {"webSearchQueries": ["x"]}}}, "citations"),
+        ({"choice": {"groundingMetadata": {}}}, None),
+        ({"choice": {"content": [{"citations": [{"type": "web_search_result_location"}]}]}}, "citations"),
+        ({"choice": {"content": [{"citations": [{"type": "char_location"}]}]}}, None),
         ({"message": {"content": "x", "function_call": {"name": "f"}}}, "tool_calls"),
         ({"message": {"content": "x", "refusal": "no"}}, "refusal"),
         ({"message": {"content": "x", "refusal": None}}, None),
@@ -418,12 +425,12 @@ def test_json_that_was_asked_for_must_be_json() -> None:
 CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
 
 
-def test_a_tool_call_is_kept_only_where_the_operator_wants_it() -> None:
+def test_a_tool_call_is_kept_unless_the_operator_wants_none() -> None:
     called = replace(ANSWER, message={"content": None, "tool_calls": [CALL]}, finish_reason="tool_calls")
     broken = {**CALL, "function": {"name": "weather", "arguments": '{"city'}}
-    wanted = replace(RULES, cache_tool_calls=True)
+    wanted = RULES
     for rules, answer, expected in (
-        (RULES, called, "tool_calls"),
+        (replace(RULES, cache_tool_calls=False), called, "tool_calls"),
         (wanted, called, None),
         (wanted, replace(called, message={"content": None, "tool_calls": [broken]}), "tool_calls"),
         (wanted, replace(called, finish_reason="length"), "finish_length"),

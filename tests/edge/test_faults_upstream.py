@@ -255,7 +255,7 @@ ODD_STREAMS = {
     "a named event": [ROLE, b"event: surprise\n" + ONE, STOP, DONE],
     "an error after text": [ROLE, ONE, event({"error": {"message": "overloaded", "code": "x"}}), DONE],
     "an error alone": [event({"error": {"message": "overloaded", "type": "server_error", "code": None}})],
-    "a tool call": [ROLE, chunk({"tool_calls": [{"index": 0, "id": "c", "function": {"name": "f"}}]}), STOP, DONE],
+    "a tool call without a name": [ROLE, chunk({"tool_calls": [{"index": 0, "id": "c", "function": {}}]}), STOP, DONE],
     "invalid UTF-8": [ROLE, b'data: {"choices":[{"delta":{"content":"\xff"}}]}\n\n', STOP, DONE],
     "another finish": [ROLE, ONE, chunk({}, "length"), DONE],
 }
@@ -295,12 +295,13 @@ async def test_an_unusual_spelling_is_relayed_verbatim_however_it_is_cut(ibid: R
 # --- what may be kept: 30 answers, streamed and whole ---------------------------------------------------------------
 
 TOOL = [{"index": 0, "id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+CUT_TOOL = [{**TOOL[0], "function": {"name": "f", "arguments": '{"city'}}]
 NOT_KEPT: dict[str, Reply] = {
     **{f"finish {word}": Chat(finish_reason=word) for word in (
         "length", "content_filter", "tool_calls", "function_call", "max_tokens", "pause_turn", "refusal", "tool_use",
         "incomplete", "", "something_new",
     )},
-    "tool calls that say stop": Chat(message={"tool_calls": TOOL}),
+    "tool calls that are cut": Chat(message={"tool_calls": CUT_TOOL}),
     "a function call that says stop": Chat(message={"function_call": {"name": "f", "arguments": "{}"}}),
     "a refusal that says stop": Chat(message={"refusal": "I cannot help with that."}),
     "no text": Chat(text=""),

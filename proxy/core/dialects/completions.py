@@ -17,6 +17,7 @@ from proxy.core.dialects.fields import (
     INTEGER,
     NUMBER,
     OBJECT,
+    SESSION_FIELDS,
     STRING,
     Types,
     limit_of,
@@ -57,7 +58,7 @@ _TYPES: Types = {
     "top_p": NUMBER,
     "user": STRING,
 }
-KNOWN_FIELDS = frozenset(_TYPES) | {"model", "n", "logprobs", CACHE_TWIN}
+KNOWN_FIELDS = frozenset(_TYPES) | SESSION_FIELDS | {"model", "n", "logprobs", CACHE_TWIN}
 _ELSEWHERE = DELIVERY_FIELDS | {"model", "prompt", "max_tokens"}  # of `Facts`
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -33,6 +35,30 @@ def model_in(body: Mapping[str, Any]) -> str | None:
     """The model a body names; "" where it leaves that to a server that has but one, None for what is no name."""
     model = body.get("model")
     return model if isinstance(model, str) else "" if model is None else None
+
+
+_SESSION = re.compile(r"[_\-:.]session(?:_id)?[_\-:=.].*", re.DOTALL)
+
+
+def person_in(user: str) -> str:
+    """Whom an end user's id names, less the session that agents write into it: Claude Code's
+    `user_…_account_…_session_…`, and its later spelling as an object."""
+    if user.startswith("{"):
+        try:
+            told = json.loads(user)
+        except (ValueError, RecursionError):
+            told = None
+        if isinstance(told, dict) and any(["session" in name for name in told]):
+            kept = {name: value for name, value in told.items() if "session" not in name}
+            return json.dumps(kept, sort_keys=True, separators=(",", ":"))
+    return user[: found.start()] if (found := _SESSION.search(user)) and found.start() else user
+
+
+SESSION_FIELDS: Final = frozenset(
+    {"client_metadata", "session_id", "trace", "trace_id", "turn_id", "request_id", "litellm_session_id",
+     "litellm_trace_id"}
+)  # fmt: skip
+"""Fields that only name a session, a turn or a trace: Codex's, OpenRouter's, LiteLLM's."""
 
 
 def whole(value: Any) -> int | None:

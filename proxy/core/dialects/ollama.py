@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from proxy.core.answer import to_json
+from proxy.core.dialects.callids import named_in_order
 from proxy.core.dialects.dialect import Loads, Recording, Spoken, StreamFilter, Template, UsageMode, is_plain
 from proxy.core.dialects.fields import CACHE_TWIN, Types, limit_of, mistyped, model_in
 from proxy.core.dialects.ollama_answer import LineFilter, find_usage, record, render
 from proxy.core.errors import BadRequest, IbidError
 from proxy.core.facts import Facts
 from proxy.core.model import Answer, Usage
-from proxy.core.search import is_remote
+from proxy.core.search import is_offered, is_remote
 
 NDJSON = "application/x-ndjson"
 
@@ -77,6 +78,9 @@ def read(body: Mapping[str, Any], operation: Literal["chat", "generate"]) -> Fac
         settings["response_format"] = {"type": "json_object"}
     prompt, context = _split(messages)
     roles = [message["role"] for message in messages]
+    has_calls = "tool" in roles or any([message.get("tool_calls") for message in messages])
+    if has_calls:
+        context = named_in_order(context)
     temperature, seed = settings.get("temperature"), settings.get("seed")
     return Facts(
         model=model,
@@ -89,8 +93,9 @@ def read(body: Mapping[str, Any], operation: Literal["chat", "generate"]) -> Fac
         temperature=temperature if isinstance(temperature, int | float) else None,
         seed=seed if isinstance(seed, int) else None,
         has_tools=bool(body.get("tools")),
-        tool_results="tool" in roles or any([message.get("tool_calls") for message in messages]),
+        tool_results=has_calls,
         has_images=any([message.get("images") for message in messages]) or bool(body.get("images")),
+        web_search=is_offered(body.get("tools")),
         remote_urls=is_remote({"images": [m.get("images") for m in [*messages, body]]}),
         logprobs=bool(body.get("logprobs") or body.get("top_logprobs")),
         output_limit=limit_of(limit),

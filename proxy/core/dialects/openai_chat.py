@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from proxy.core.dialects.callids import named_in_order
 from proxy.core.dialects.dialect import Recording, Spoken, StreamFilter, Template, UsageMode
 from proxy.core.dialects.fields import (
     ARRAY,
@@ -19,11 +20,13 @@ from proxy.core.dialects.fields import (
     INTEGER,
     NUMBER,
     OBJECT,
+    SESSION_FIELDS,
     STRING,
     Types,
     limit_of,
     mistyped,
     model_in,
+    person_in,
     whole,
     without_twin,
 )
@@ -34,7 +37,7 @@ from proxy.core.errors import BadRequest, IbidError
 from proxy.core.facts import Facts
 from proxy.core.jsontext import add_member, members, set_member
 from proxy.core.model import Answer, Usage
-from proxy.core.search import is_remote
+from proxy.core.search import is_offered, is_remote
 
 MESSAGE_LIMIT = 2048
 CHOICE_LIMIT = 128
@@ -49,6 +52,7 @@ DELIVERY_FIELDS = frozenset(
         "prompt_cache_retention",
         "user",  # in `end_user`
         "safety_identifier",
+        *SESSION_FIELDS,
         CACHE_TWIN,
     }
 )
@@ -86,15 +90,19 @@ _TYPES: Types = {
     "verbosity": STRING,
     "web_search_options": OBJECT,
 }
-KNOWN_FIELDS = frozenset(_TYPES) | {
-    "messages",
-    "model",
-    "moderation",
-    "n",
-    "prompt_cache_options",
-    "prompt_cache_retention",
-    CACHE_TWIN,
-}
+KNOWN_FIELDS = (
+    frozenset(_TYPES)
+    | SESSION_FIELDS
+    | {
+        "messages",
+        "model",
+        "moderation",
+        "n",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        CACHE_TWIN,
+    }
+)
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _ASKING = frozenset({"system", "developer", "user"})
 _CALLS = ("tool_calls", "function_call")
@@ -118,6 +126,9 @@ def read(body: Mapping[str, Any]) -> Facts:
     check_types(body, _TYPES)
     prompt, context = split_prompt(messages)
     roles = [message["role"] for message in messages]
+    has_calls = "tool" in roles or "function" in roles or any([m.get(c) for m in messages for c in _CALLS])
+    if has_calls:
+        context = named_in_order(context)
     users = roles.count("user")
     parts = [part for message in messages if isinstance(message.get("content"), list) for part in message["content"]]
     kinds = {part["type"] for part in parts}
@@ -135,8 +146,8 @@ def read(body: Mapping[str, Any]) -> Facts:
         n=choices_of(body),
         seed=body.get("seed"),
         has_tools=bool(body.get("tools") or body.get("functions")),
-        tool_results="tool" in roles or "function" in roles or any([m.get(c) for m in messages for c in _CALLS]),
-        web_search=body.get("web_search_options") is not None,
+        tool_results=has_calls,
+        web_search=is_offered(body.get("tools")),
         has_images="image_url" in kinds,
         has_audio="input_audio" in kinds or any([message.get("audio") for message in messages]),
         has_files="file" in kinds,
@@ -293,7 +304,7 @@ def end_user_of(body: Mapping[str, Any]) -> str:
     """Whom a body names, under any of its three names; "" for nobody."""
     metadata = body.get("metadata") or {}
     named = (body.get("user"), body.get("safety_identifier"), metadata.get("user_id"))
-    people = list(dict.fromkeys(name for name in named if isinstance(name, str) and name))
+    people = list(dict.fromkeys(person_in(name) for name in named if isinstance(name, str) and name))
     return people[0] if len(people) == 1 else json.dumps(people) if people else ""
 
 

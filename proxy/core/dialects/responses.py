@@ -11,8 +11,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from proxy.core import search
 from proxy.core.answer import to_json
 from proxy.core.dialects import responses_input as said
+from proxy.core.dialects.callids import named_in_order
 from proxy.core.dialects.dialect import Recording, Spoken, StreamFilter, Template, UsageMode, is_plain
 from proxy.core.dialects.fields import (
     ARRAY,
@@ -21,6 +23,7 @@ from proxy.core.dialects.fields import (
     INTEGER,
     NUMBER,
     OBJECT,
+    SESSION_FIELDS,
     STRING,
     Types,
     limit_of,
@@ -50,6 +53,7 @@ DELIVERY_FIELDS = frozenset(
         "prompt_cache_retention",
         "user",  # in `end_user`
         "safety_identifier",
+        *SESSION_FIELDS,
         CACHE_TWIN,
     }
 )
@@ -83,15 +87,19 @@ _TYPES: Types = {
     "truncation": STRING,
     "user": STRING,
 }
-KNOWN_FIELDS = frozenset(_TYPES) | {
-    "access_programs",
-    "background_options",
-    "image",
-    "model",
-    "moderation",
-    "prompt_cache_retention",
-    CACHE_TWIN,
-}
+KNOWN_FIELDS = (
+    frozenset(_TYPES)
+    | SESSION_FIELDS
+    | {
+        "access_programs",
+        "background_options",
+        "image",
+        "model",
+        "moderation",
+        "prompt_cache_retention",
+        CACHE_TWIN,
+    }
+)
 _STATE = ("previous_response_id", "conversation")
 _ELSEWHERE = DELIVERY_FIELDS | {
     "model",
@@ -118,6 +126,9 @@ def read(body: Mapping[str, Any]) -> Facts:
     items = said.items_of(body)
     messages = said.messages_of(body, items)
     prompt, context = split_prompt(messages) if items else (None, tuple(messages))
+    has_calls = any([said.is_tool_item(item) for item in items])
+    if has_calls:
+        context = named_in_order(context)
     kinds = [said.kind_of(item) for item in items]
     roles = [message["role"] for message in messages]
     parts = said.parts_of(items)
@@ -136,12 +147,13 @@ def read(body: Mapping[str, Any]) -> Facts:
         wants_usage=True,  # its streams always tell
         temperature=body.get("temperature"),
         has_tools=bool(tools),
-        tool_results=any([said.is_tool_item(item) for item in items]),
-        web_search=any([said.runs_at_the_provider(tool) for tool in tools]),
+        tool_results=has_calls,
+        web_search=search.is_offered(tools, shows_use=True),
         has_images="input_image" in content,
         has_audio="input_audio" in content,
         has_files="input_file" in content,
-        remote_urls=bool(body.get("prompt")) or any([said.is_remote(part) for part in parts]),
+        remote_urls=bool(body.get("prompt"))
+        or any([said.is_remote(part) for part in [*parts, *said.outputs_of(items)]]),
         logprobs=bool(body.get("top_logprobs")) or _LOGPROBS in include,
         keeps_id=keeps_id,
         background=body.get("background") is True,

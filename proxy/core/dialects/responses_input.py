@@ -12,7 +12,6 @@ from typing import Any
 from proxy.core import search
 from proxy.core.dialects.openai_chat import invalid_type
 
-_CLIENT_TOOLS = frozenset({"function", "custom"})  # whose calls the client itself answers
 STATE_ITEM = "item_reference"  # stands for an item that the upstream keeps
 _SILENT_ITEMS = frozenset({"reasoning", "compaction"})  # of the conversation, opaque, no output of a tool
 _TEXTS = frozenset({"input_text", "output_text"})
@@ -69,6 +68,18 @@ def parts_of(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The content parts of all messages."""
     contents = [item["content"] for item in items if kind_of(item) == "message"]
     return [part for content in contents if isinstance(content, list) for part in content]
+
+
+def outputs_of(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The content parts that tools gave back."""
+    outputs = [item.get("output") for item in items]
+    return [
+        part
+        for output in outputs
+        if isinstance(output, list)
+        for part in output
+        if isinstance(part, dict) and isinstance(part.get("type"), str)
+    ]
 
 
 def is_tool_item(item: Mapping[str, Any]) -> bool:
@@ -152,12 +163,6 @@ def text_settings(text: Mapping[str, Any]) -> dict[str, Any]:
     if rest.get("verbosity") is not None:
         said["verbosity"] = rest.pop("verbosity")
     return {**said, "text": rest} if rest else said
-
-
-def runs_at_the_provider(tool: object) -> bool:
-    """Web search, code execution, remote servers and the like: what they find changes."""
-    kind = tool.get("type") if isinstance(tool, dict) else None
-    return not isinstance(kind, str) or kind not in _CLIENT_TOOLS
 
 
 def neutral_tool(tool: Any) -> Any:
