@@ -54,7 +54,10 @@ DROPPED_HEADERS = OWN_HEADERS | {
     b"x-original-url",
     b"x-rewrite-url",
 }
-"""Addressed to ibid, or of its own address. Every other header travels, as it would without ibid."""
+"""Addressed to ibid, or of its own address. Every other header travels, as it would without ibid, but for these:"""
+
+_LEADS_ELSEWHERE = re.compile(rb"x-(?:host|upstream)|.*[-_](?:custom-host|target-url|api-base|base-url|proxy-url)")
+"""Names by which gateways are told to which host they shall go, with whatever key they were sent."""
 
 DELIVERY_HEADERS = frozenset(
     {
@@ -160,7 +163,9 @@ class HeaderRules:
     def travels(self, name: bytes) -> bool:
         if name in NEVER_FORWARDED or name in self.dropped or name.startswith(NEVER_FORWARDED_PREFIXES):
             return False
-        return name not in DROPPED_HEADERS or name in self.kept
+        if name in self.kept:
+            return True
+        return name not in DROPPED_HEADERS and _LEADS_ELSEWHERE.fullmatch(name) is None
 
     def is_delivery(self, name: bytes) -> bool:
         """Whether a header that travels says nothing of what is asked."""

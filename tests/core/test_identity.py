@@ -111,7 +111,7 @@ def test_a_credential_of_any_scheme_and_length_is_one_tenant(scheme: bytes, size
 
 
 TRAVELS_AND_COUNTS = [
-    "Helicone-Auth", "X-Portkey-Custom-Host", "X-Custom", "OpenAI-Organization", "anthropic-beta",
+    "Helicone-Auth", "X-Custom", "OpenAI-Organization", "anthropic-beta",
     "cf-aig-authorization",
     "x-portkey-api-key", "X-Goog-User-Project", "Range", "If-None-Match", "x-session-token",
     "chatgpt-account-id",
@@ -126,7 +126,8 @@ TRAVELS_ONLY = [
     "Helicone-Session-Path", "sentry-trace", "baggage", "Access-Control-Request-Headers", "Ocp-Apim-Subscription-Key",
 ]  # fmt: skip
 STAYS = [
-    "Host", "Accept-Encoding", "Content-Encoding", "Content-Length", "Transfer-Encoding", "TE", "Proxy-Authorization",
+    "X-Portkey-Custom-Host", "Helicone-Target-Url", "x-litellm-api-base", "X-Host", "Host", "Accept-Encoding",
+    "Content-Encoding", "Content-Length", "Transfer-Encoding", "TE", "Proxy-Authorization",
     "Cookie", "Forwarded", "X-Forwarded-Host", "X-Original-URL", "Cache-Control", "Pragma", "X-Cache-Mode", "x-plan",
     "x-deadline", "x-cache-user", "cf-aig-skip-cache", "Helicone-Cache-Enabled", "Prefer", "Sec-WebSocket-Key",
     "Upgrade",

@@ -236,7 +236,7 @@ async def test_no_admin_handler_answers_on_the_client_port(ibid: Running, target
     await ibid.settled()
     reply = await ibid.ask(b'{"confirm":"flush"}', target=target, credential=f"Authorization: Bearer {'a' * 32}")
     assert ibid.up.requests[-1].path == target, "an ordinary path, passed on"
-    assert reply.headers["x-upstream"] == ibid.app.pipeline.forwarder._upstream.route("/", {}, None)
+    assert reply.headers["x-upstream"] == ibid.app.pipeline.forwarder._upstream.route(target, {}, None)
     assert (await ibid.ask()).is_hit, "nothing was flushed"
 
 
@@ -353,9 +353,8 @@ async def test_a_body_that_could_be_read_in_two_ways_is_refused(ibid: Running, n
 
 
 BAD_FIELDS: dict[str, tuple[dict[str, Any], str, str]] = {
-    "no model": ({"model": None}, "invalid_type", "model"),
+    "model list": ({"model": ["m"]}, "invalid_type", "model"),
     "model number": ({"model": 5}, "invalid_type", "model"),
-    "model empty": ({"model": ""}, "invalid_type", "model"),
     "messages null": ({"messages": None}, "invalid_type", "messages"),
     "no message": ({"messages": []}, "invalid_type", "messages"),
     "10,000 messages": ({"messages": [{"role": "user", "content": "a"}] * 10_000}, "invalid_type", "messages"),
