@@ -340,6 +340,7 @@ class Rules:
     cache_tool_calls: bool = option(
         True, "exact hits whose answer is a tool call, with new ids: a repeated question repeats the call"
     )
+    cache_refusals: bool = option(False, "keep answers that refuse in plain words, a short no in five languages")
     semantic: bool = option(True, "look for reworded questions at all")
     min_words: int = option(3, "shorter prompts say too little to compare")
     near_floor: float = option(0.80, "similarity from which a miss is listed as a near-miss", between=(0.0, 1.0))

@@ -16,6 +16,7 @@ from proxy.core import search
 from proxy.core.facts import Facts
 from proxy.core.model import Answer, Controls, Eligibility, Level, Rules, Usage
 from proxy.core.query import Query
+from proxy.core.refusals import is_refusal
 from proxy.core.words import READ_LIMIT_CHARS, Reading, read_prompt
 
 FORMATS = ("float", "base64")
@@ -356,6 +357,8 @@ def _answer_against(answer: Answer, rules: Rules) -> str | None:
         return "empty"
     if _is_longer(content, rules.answer_limit_bytes):
         return "too_large"
+    if not rules.cache_refusals and is_refusal(content):
+        return "refusal"
     return None
 
 

@@ -375,6 +375,7 @@ def test_edge_cookies_are_named_in_lower_case() -> None:
         ({"message": {"content": "x", "function_call": {"name": "f"}}}, "tool_calls"),
         ({"message": {"content": "x", "refusal": "no"}}, "refusal"),
         ({"message": {"content": "x", "refusal": None}}, None),
+        ({"message": {"content": "I'm sorry, but I can't assist with that."}}, "refusal"),
         ({"message": {"content": "x", "audio": {"id": "a"}}}, "audio_output"),
         ({"message": {"content": ""}}, "empty"),
         ({"message": {"content": " \n\u00a0"}}, "empty"),
