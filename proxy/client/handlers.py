@@ -116,6 +116,7 @@ class ClientHandler:
         self.keys = key_ring
         self._clock = clock
         self._cors = cors or Cors()
+        self.header_rules = header_rules
         self._callers = Callers(secret, key_ring, header_rules, limits.memo_bytes, anonymous=anonymous, keyless=keyless)
         self._targets: Memo[str, Target] = Memo(limits.memo_bytes)
         self._queries: Memo[tuple[Target, Caller, bytes], Query] = Memo(limits.memo_bytes)

@@ -205,6 +205,45 @@ async def test_a_server_of_one_model_needs_no_name_and_is_found_exactly(
     assert (await ibid.ask(body, target=target)).is_hit
 
 
+# --- the way there ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [10, 2_000_000])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_upstream_behind_a_proxy_is_asked_through_it(
+    tmp_path: Path, up: ScriptedUpstream, stream: bool, size: int
+) -> None:
+    address = up.url.replace("http://", "http://user:secret@")
+    toml = f'[forward]\nproxy = "{address}"\n[cache]\nsemantic = false\n'
+    body = question(stream=stream, filler="x" * size)
+    async with serving(tmp_path, up, toml, url="http://llm-provider.test:8000") as ibid:
+        assert (await ibid.ask(body)).status == 200
+        (seen,) = up.requests
+        assert (seen.header("host"), seen.path) == ("llm-provider.test:8000", "/v1/chat/completions")
+        assert seen.header("proxy-authorization") == "Basic " + base64.b64encode(b"user:secret").decode()
+        assert seen.header("authorization") == f"Bearer {KEY}"
+        await ibid.settled()
+        assert (await ibid.ask(body)).is_hit
+        models = await ibid.ask(b"", method="GET", target="/v1/models", content_type=None)
+        assert models.status == 200
+
+
+async def test_a_proxy_that_is_not_there_is_an_upstream_that_is_not(tmp_path: Path, up: ScriptedUpstream) -> None:
+    toml = '[forward]\nproxy = "http://127.0.0.1:9"\n[cache]\nsemantic = false\n'
+    async with serving(tmp_path, up, toml, url="https://llm-provider.test") as ibid:
+        reply = await ibid.ask()
+        assert (reply.status, reply.code) == (502, "upstream_unreachable")
+
+
+async def test_a_tunnel_that_is_refused_is_too(tmp_path: Path, up: ScriptedUpstream) -> None:
+    toml = f'[forward]\nproxy = "{up.url}"\n[cache]\nsemantic = false\n'
+    async with serving(tmp_path, up, toml, url="https://llm-provider.test") as ibid:
+        up.script(Body(403, b"no"))
+        reply = await ibid.ask()
+        assert (reply.status, reply.code) == (502, "upstream_unreachable")
+        assert up.requests[0].method == "CONNECT"
+
+
 # --- names of models, cookies, search -------------------------------------------------------------------------------
 
 

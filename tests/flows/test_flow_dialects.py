@@ -243,9 +243,7 @@ async def test_a_reworded_question_is_answered_from_the_cache(name: str, tmp_pat
 
 @every
 @streamed
-async def test_a_tool_call_is_kept_unless_the_operator_wants_none(
-    name: str, stream: bool, tmp_path: Path
-) -> None:
+async def test_a_tool_call_is_kept_unless_the_operator_wants_none(name: str, stream: bool, tmp_path: Path) -> None:
     asked = "call for the weather in Paris"
     async with served(tmp_path / "off", {**EXACT_ONLY["cache"], "cache_tool_calls": False}) as (up, ibid):
         client = CLIENTS[name](ibid.url)
