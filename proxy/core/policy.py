@@ -243,6 +243,8 @@ They say nothing about the answer, so they do not keep it from being stored; no 
 """
 _COOKIE_NAME = re.compile(r"(?:^|,\s*|\n\s*)([!#$%&'*+\-.^_`|~0-9A-Za-z]+)=")
 _DIRECTIVE = re.compile(r'([A-Za-z-]+)(?:\s*=\s*(?:"(?:[^"\\]|\\.)*"|[^\s,"]*))?')
+_VARIANT = re.compile(r":(?:latest|free|nitro|floor|extended|thinking|exacto)$")
+"""Ollama's tag of what is asked without one, and OpenRouter's ways to reach one and the same model."""
 _SNAPSHOT = re.compile(r"-(?:\d{4}-\d\d-\d\d|\d{8}|\d{6}|\d{4}|\d{3}|latest)")
 
 
@@ -382,11 +384,12 @@ def _is_json(content: object) -> bool:
 
 
 def _is_model(asked: str, answered: str, also: Collection[str]) -> bool:
-    """Whether an answer's `model` is the one asked: itself, its dated snapshot, an alias, or not said."""
+    """Whether an answer's `model` is the one asked: itself, its dated snapshot, an alias, or not said. Of a server that
+    was asked for whatever it has, any is."""
     if not asked or not answered or answered == asked or answered in also or "*" in also:
         return True
-    wanted = asked.rpartition("/")[2].lower().removesuffix("-latest")
-    given = answered.rpartition("/")[2].lower()
+    wanted = _VARIANT.sub("", asked.rpartition("/")[2].lower().removesuffix("-latest"))
+    given = answered.rpartition("/")[2].lower().removesuffix(":latest")
     return given == wanted or (given.startswith(wanted) and _SNAPSHOT.fullmatch(given[len(wanted) :]) is not None)
 
 

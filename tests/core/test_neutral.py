@@ -100,6 +100,15 @@ def test_a_member_that_was_empty_may_still_come_to_say_something() -> None:
     assert answer.message["reasoning_content"] == "so"
 
 
+@pytest.mark.parametrize("odd", [{"delta": []}, {"delta": None}, {"index": None, "delta": {}}])
+def test_an_empty_choice_says_nothing(odd: dict[str, Any]) -> None:
+    said = event({"model": "m", "choices": [{"index": 0, "finish_reason": None, **odd}]})
+    raw = said + chat({"content": "Lyon"}) + said + chat({}, "stop") + said + event("[DONE]")
+    answer = recorded("/v1/chat/completions", raw, is_stream=True).answer
+    assert answer is not None
+    assert answer.message["content"] == "Lyon"
+
+
 def test_what_is_not_understood_is_refused_as_ever() -> None:
     raw = chat_stream(lambda i: {"mystery": f"part {i}"})
     assert recorded("/v1/chat/completions", raw, is_stream=True).refusal_reason == "unknown_delta"

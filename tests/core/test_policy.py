@@ -386,6 +386,8 @@ def test_edge_cookies_are_named_in_lower_case() -> None:
         ({"model": "gpt-4o-mini-audio"}, "model_mismatch"),
         ({"model": "gpt-4o-mini"}, None),
         ({"model": "openai/GPT-4o-mini"}, None),
+        ({"model": "gpt-4o-mini:latest"}, None),
+        ({"model": "gpt-4o-mini:8b"}, "model_mismatch"),
         ({"model": ""}, None),
     ],
 )
@@ -402,6 +404,23 @@ def test_an_answer_that_fills_its_limit_is_taken_for_a_cut_one(
 ) -> None:
     answer = replace(ANSWER, usage=None if tokens is None else Usage(10, tokens))
     assert kept(answer, replace(QUERY, output_limit=limit)) == reason
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered", "is_kept"),
+    [
+        ("meta/llama-3:free", "meta/llama-3", True),
+        ("meta/llama-3:nitro", "llama-3-2024-07-18", True),
+        ("llama3:latest", "llama3", True),
+        ("llama3", "llama3:latest", True),
+        ("llama3:8b", "llama3:70b", False),
+        ("", "anything", True),
+    ],
+)
+def test_a_way_to_reach_a_model_is_no_other_model(asked: str, answered: str, is_kept: bool) -> None:
+    found = kept(replace(ANSWER, model=answered), replace(QUERY, model=asked))
+    assert found == (None if is_kept else "model_mismatch")
+    assert kept(replace(ANSWER, model=answered), replace(QUERY, model="x", is_placed=True)) is None
 
 
 def test_the_recorders_reason_stands() -> None:

@@ -45,7 +45,7 @@ def _read_whole(body: bytes, loads: Loads) -> Answer | str:
 def _only_choice(choices: object) -> dict[str, Any] | None:
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         return None
-    return choices[0] if choices[0].get("index", 0) == 0 else None
+    return choices[0] if choices[0].get("index") in (None, 0) else None
 
 
 def _read_stream(body: bytes, loads: Loads) -> Answer | str:

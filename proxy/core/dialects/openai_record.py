@@ -79,7 +79,7 @@ def read_whole(raw: bytes, loads: Loads = json.loads, limit_bytes: int = LINE_LI
         return "choices"
     choice = choices[0]
     message = choice.get("message")
-    if not isinstance(message, dict) or choice.get("index", 0) != 0:
+    if not isinstance(message, dict) or choice.get("index") not in (None, 0):
         return "garbage"
     return _storable(
         message=message,
@@ -365,13 +365,13 @@ class Recorder:
             self._read_choice(choices, len(data))
         if choices and usage is None and self._finish is None and self.refusal_reason is None:
             delta = choices[0].get("delta")
-            if delta and delta.keys() == {"content"} and delta["content"]:
+            if isinstance(delta, dict) and delta.keys() == {"content"} and delta["content"]:
                 self._learn(data)
         return None
 
     def _read_choice(self, choices: list[Any], size: int) -> None:
         choice = choices[0]
-        if len(choices) != 1 or type(choice) is not dict or choice.get("index", 0) != 0:
+        if len(choices) != 1 or type(choice) is not dict or choice.get("index") not in (None, 0):
             return self._refuse("choices")
         delta = choice.get("delta")
         if type(delta) is dict:
@@ -383,7 +383,7 @@ class Recorder:
                         self._take(value, [len(value)])
                 elif name != "content" or value is not None:
                     self._merge(name, value, size)
-        elif delta is not None:
+        elif not is_neutral(delta):
             return self._refuse("garbage")
         for name, value in choice.items():
             if name not in _CHOICE_FIELDS and (value is not None or name not in self._choice):
