@@ -26,7 +26,6 @@ FIELDS: Final = frozenset(
         "search_options",
         "forced_search",
         "data_sources",  # Azure
-        "dataSources",
         "web_search",  # Zhipu, Baidu, Tencent
         "enable_web_search",
         "enable_enhancement",
@@ -83,7 +82,17 @@ def is_asked(model: str, settings: Mapping[str, Any], models: Iterable[str] = ()
     named = model.lower()
     if is_one_of(named, MODELS) or is_one_of(named, models):
         return True
-    return any([_is_on(name, settings[name]) for name in FIELDS.union(fields) & settings.keys()])
+    more = frozenset(map(_bare, fields))
+    said = [(_bare(name), value) for name, value in settings.items()]
+    return any([_is_on(name, value) for name, value in said if name in _BARE or name in more])
+
+
+def _bare(name: str) -> str:
+    """A field's name however it is written: Gemini takes `enable_search` and `enableSearch`."""
+    return name.replace("_", "").lower()
+
+
+_BARE: Final = frozenset(map(_bare, FIELDS))
 
 
 def _is_on(name: str, value: Any) -> bool:

@@ -49,7 +49,7 @@ def test_other_fields_of_the_last_message_stay_in_the_context():
     "last",
     [
         {"role": "assistant", "content": "x"},
-        {"role": "tool", "content": "x", "tool_call_id": "1"},
+        {"role": "tool", "content": "x", "tool_call_id": "call 0"},
         {"role": "wizard", "content": "x"},
         image("data:image/png;base64,AA"),
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
@@ -78,7 +78,7 @@ def test_without_plain_user_text_at_the_end_nothing_is_compared(last):
         ({"top_logprobs": 2}, "logprobs", True),
         ({"store": True}, "store", True),
         ({"store": False}, "store", False),
-        ({"web_search_options": {}}, "web_search", True),
+        ({"tools": [{"type": "browser_search"}]}, "web_search", True),
         ({"modalities": ["text", "audio"]}, "audio_output", True),
         ({"modalities": ["text"]}, "audio_output", False),
         ({"response_format": {"type": "json_object"}}, "response_format", "json_object"),
