@@ -222,14 +222,14 @@ async def open_upstreams(settings: Settings) -> Upstreams:
             forward.idle_timeout_s,
             memo_bytes=settings.limits.memo_bytes,
         ),
-        extra_headers=parts.extra_headers(settings),
+        header_rules=parts.header_rules(settings),
     )
     await upstreams.start()
     return upstreams
 
 
 def upstream_address(name: str, settings: UpstreamSettings) -> UpstreamAddress:
-    return UpstreamAddress(name, settings.base_url, settings.dialect, settings.models, settings.key)
+    return UpstreamAddress(name, settings.base_url, settings.dialect, settings.models, settings.key, settings.proxy)
 
 
 def open_token(settings: Settings, log_writer: logs.LogWriter | None) -> tuple[str, Path | None]:

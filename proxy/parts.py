@@ -18,8 +18,10 @@ from proxy.batch.lines import Lines
 from proxy.client.handlers import ClientHandler
 from proxy.core.answer import decode_answer
 from proxy.core.contrast import Noise
+from proxy.core.cors import Cors
 from proxy.core.dialects.routes import Routes
 from proxy.core.errors import CacheFault, ConfigError
+from proxy.core.identity import HeaderRules
 from proxy.core.model import Answer
 from proxy.core.purse import Purse
 from proxy.core.rates import writes_cost_extra
@@ -102,7 +104,7 @@ def make_ground(settings: Settings, edges: Edges, work: Work, secret: bytes) -> 
         hot=HotRows(settings.cache.hot_bytes),
         meaning=Meaning(),
         routes=routes,
-        reader=Reader(routes, edges.upstreams, settings.rules, settings.limits, steering, extra_headers(settings)),
+        reader=Reader(routes, edges.upstreams, settings.rules, settings.limits, steering, header_rules(settings)),
         ring=ring,
         books=Books(ledger, edges.prices, edges.telemetry, Purse(settings.rules.learning_share)),
         model_aliases=aliases_of(settings.forward.model_aliases),
@@ -194,7 +196,6 @@ def make_embeddings(ground: Ground, pipeline: Pipeline) -> Embeddings:
         telemetry=edges.telemetry,
         tasks=ground.work.requests,
         usage_on_hit=settings.cache.usage_on_hit,
-        model_aliases=ground.model_aliases,
     )
 
 
@@ -211,7 +212,8 @@ def make_handler(ground: Ground, pipeline: Pipeline, embeddings: Embeddings) -> 
         limits=settings.limits,
         secret=ground.secret,
         key_ring=ground.ring,
-        extra_headers=extra_headers(settings),
+        header_rules=header_rules(settings),
+        cors=Cors(settings.server.cors_origins),
         anonymous=settings.server.anonymous,
         keyless=settings.server.listen.host in LOOPBACK_NAMES,
     )
@@ -271,9 +273,11 @@ def keyed(settings: Settings) -> set[str]:
     return {name for name, one in settings.upstreams.items() if one.key is not None or one.dialect == "ollama"}
 
 
-def extra_headers(settings: Settings) -> frozenset[str]:
-    """Headers beyond the allow-list that reach the upstream, and so are part of the scope."""
-    return frozenset(name.lower() for name in settings.forward.extra_headers)
+def header_rules(settings: Settings) -> HeaderRules:
+    """What the operator says of clients' headers."""
+    forward = settings.forward
+    named = (forward.extra_headers, forward.delivery_headers, forward.drop_headers)
+    return HeaderRules(*[frozenset([name.lower().encode("latin-1", "ignore") for name in names]) for names in named])
 
 
 def aliases_of(pairs: Sequence[str]) -> dict[str, set[str]]:

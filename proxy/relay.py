@@ -183,8 +183,15 @@ class Relay:
         return self
 
     def last_words(self, error: IbidError) -> bytes:
-        """What tells the client in the stream that it broke; b"" where the dialect cannot say it."""
+        """What tells the client in the stream that it broke; b"" where the dialect cannot say it, or not there."""
+        if self.is_within:
+            return b""
         return self.dialect.stream_error(error, after=-1 if self._filter is None else self._filter.number)
+
+    @property
+    def is_within(self) -> bool:
+        """What was given last ends inside an event."""
+        return self._filter is not None and self._filter.is_within
 
     def close(self, outcome: str) -> None:
         """`outcome`: "ok", "error" or "cancelled"."""

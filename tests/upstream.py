@@ -147,7 +147,8 @@ class ScriptedUpstream:
 
     async def __aenter__(self) -> ScriptedUpstream:
         self._runner = web.ServerRunner(
-            web.Server(self._handle, access_log=None, handler_cancellation=True), shutdown_timeout=1.0
+            web.Server(self._handle, access_log=None, handler_cancellation=True, auto_decompress=False),
+            shutdown_timeout=1.0,
         )
         await self._runner.setup()
         site = web.TCPSite(self._runner, self._host, self._port)
@@ -177,7 +178,7 @@ class ScriptedUpstream:
         if request.path == "/__meter":
             return web.json_response(self.meter.__dict__)
         try:
-            body = await request.read()
+            body = await request.content.read()  # `request.read` has a limit
         except (ConnectionError, asyncio.CancelledError):
             self._leave()
             raise

@@ -48,14 +48,18 @@ class Explainer:
         if target.dialect is None or target.dialect.operation == "embedding":
             raise BadRequest(f"no question is asked on {path[:80]!r}", code="invalid_value", param="path")
         raw_headers = tuple((name.encode(), value.encode()) for name, value in headers.items())
-        caller = Caller(
-            tenant or await self._only_tenant(),
-            raw_headers,
-            identity.scope_headers(raw_headers),
-            is_json=True,
-            is_retry=False,
-        )
-        query = self._handler.read_query(target, caller, body)
+        owner = tenant or await self._only_tenant()
+
+        def read(headers: tuple[tuple[bytes, bytes], ...]) -> Query:
+            counted = identity.scope_headers(headers, self._handler.header_rules)
+            caller = Caller(owner, headers, counted, is_json=True, is_retry=False)
+            return self._handler.read_query(target, caller, body)
+
+        query = read(raw_headers)
+        parted = {
+            read(tuple([line for line in raw_headers if line[0].lower() != name.encode()])).scope: name
+            for name, _ in identity.scope_headers(raw_headers, self._handler.header_rules)
+        }
         now_ms = int(time.time() * 1000)
         exact = await self._store.entries.find(query.fingerprint)
         opinion, note = await self._opinion(query, now_ms)
@@ -93,7 +97,7 @@ class Explainer:
             "candidates": []
             if opinion is None
             else [_shown(judged, opinion, judge.feature_names) for judged in opinion.judged],
-            "key_diff": await self._key_diff(query),
+            "key_diff": await self._key_diff(query, parted),
         }
 
     async def _cost(
@@ -155,8 +159,9 @@ class Explainer:
             if judged.candidate.entry_id in kept and opinion.may_ask:
                 await self._pipeline.finder.ask_guard(judged, opinion, asked, kept[judged.candidate.entry_id])
 
-    async def _key_diff(self, query: Query) -> list[dict[str, Any]]:
-        """Entries of the same tenant with the same prompt that this request's scope keeps apart, and what differs."""
+    async def _key_diff(self, query: Query, parted: Mapping[bytes, str]) -> list[dict[str, Any]]:
+        """Entries of the same tenant with the same prompt that this request's scope keeps apart, and what differs.
+        `parted`: the scopes that the request would have without one of its headers, and its name."""
         if not query.prompt:
             return []
         page = await self._store.entries.search(Filters(q=query.prompt[:200]), limit=TWINS)
@@ -173,6 +178,8 @@ class Explainer:
                 "operation": (draft.operation, query.dialect.operation),
                 "namespace": (draft.namespace, query.controls.namespace),
             }
+            if draft.scope in parted:  # and in nothing else
+                pairs["header"] = ("", parted[draft.scope])
             differs = {name: {"entry": a, "request": b} for name, (a, b) in pairs.items() if a != b}
             found.append({"entry": entry.id, "differs": differs or "earlier messages, settings, headers or end user"})
         return found

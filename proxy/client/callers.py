@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from proxy.core import identity
+from proxy.core.identity import HeaderRules
 from proxy.core.memo import Memo, size_of
 from proxy.money.keys import Grant, KeyRing
 from proxy.request.reading import Caller, Target
@@ -23,7 +24,7 @@ class Callers:
         self,
         secret: bytes,
         keys: KeyRing,
-        extra_headers: frozenset[str],
+        header_rules: HeaderRules,
         memo_bytes: int,
         *,
         anonymous: bool = False,
@@ -31,7 +32,7 @@ class Callers:
     ) -> None:
         self._secret = secret
         self._keys = keys
-        self._extra_headers = extra_headers
+        self._header_rules = header_rules
         self._anonymous = anonymous
         self._keyless = keyless
         # What decides who asks: the header block, the credentials in the query, and whether none is allowed.
@@ -57,12 +58,19 @@ class Callers:
         return Caller(
             identity.tenant_of(self._secret, who) if grant is None else grant.live.tenant,
             headers if grant is None else identity.without_credentials(headers),
-            identity.scope_headers(headers, self._extra_headers),
-            is_json=said.get(b"content-type", b"").partition(b";")[0].strip().lower() == b"application/json",
+            identity.scope_headers(headers, self._header_rules),
+            is_json=_may_be_json(said.get(b"content-type", b"")),
             is_retry=said.get(b"x-stainless-retry-count", b"0") not in (b"", b"0"),
             grant=grant,
             is_deferring=b"respond-async" in said.get(b"prefer", b""),
+            origin=said.get(b"origin", b"").decode("latin-1"),
         )
+
+    def of_preflight(self, headers: Lines) -> Caller:
+        """Nobody yet: a browser that asks whether it may ask."""
+        tenant = identity.tenant_of(self._secret, identity.ANONYMOUS)
+        origin = next((value.decode("latin-1") for name, value in headers if name.lower() == b"origin"), "")
+        return Caller(tenant, identity.without_credentials(headers), (), is_json=False, is_retry=False, origin=origin)
 
     def remember(self, headers: Lines, target: Target, caller: Caller) -> None:
         """Call it for one whose request was answered: of a refused one nothing is kept."""
@@ -78,10 +86,23 @@ class Callers:
         grant = self._keys.grant_of(key_id) if key_id else None
         caller = self._of_lines.get((tenant, headers, grant))
         if caller is None:
-            scope_headers = identity.scope_headers(headers, self._extra_headers)
+            scope_headers = identity.scope_headers(headers, self._header_rules)
             caller = Caller(tenant, headers, scope_headers, is_json=True, is_retry=False, grant=grant)
             self._of_lines.put((tenant, headers, grant), caller, 2 * _size_of_lines(headers) + CALLER_BYTES)
         return caller
+
+
+_JSON_OR_UNSAID = frozenset(
+    {b"", b"application/json", b"text/json", b"text/plain", b"application/x-www-form-urlencoded",
+     b"application/octet-stream", b"binary/octet-stream"}
+)  # fmt: skip
+"""JSON, and what programs say that say nothing of it: curl's `-d` alone makes a form of it. Model servers look at the
+body."""
+
+
+def _may_be_json(content_type: bytes) -> bool:
+    media = content_type.partition(b";")[0].strip().lower()
+    return media in _JSON_OR_UNSAID or media.endswith(b"+json")
 
 
 def _size_of_lines(headers: Iterable[tuple[bytes, bytes]]) -> int:

@@ -84,7 +84,7 @@ class Delivery:
         await response.prepare(request)
         try:
             while piece := await relay.next():
-                await live.write(piece)
+                await live.write(piece, is_within=relay.is_within)
         except UpstreamError as error:
             relay.close("error")
             if not relay.is_stream:
@@ -157,7 +157,7 @@ class Delivery:
                 outcome = "error"
                 raise UpstreamError("The upstream refused the request.", code="upstream_error", status=relay.status)
             while piece := await relay.next():
-                await live.write(piece)
+                await live.write(piece, is_within=relay.is_within)
             outcome = "ok"
         except UpstreamError:
             outcome = "error"
@@ -174,23 +174,28 @@ class Delivery:
 class LiveStream:
     """A response being written piece by piece, and when it last said something."""
 
-    __slots__ = ("_heartbeat", "_spoke_s", "_writing", "response")
+    __slots__ = ("_heartbeat", "_is_within", "_spoke_s", "_writing", "response")
 
     def __init__(self, response: web.StreamResponse, heartbeat: bytes | None) -> None:
         self.response = response
         self._heartbeat = heartbeat
         self._spoke_s = time.monotonic()
         self._writing = False
+        self._is_within = False
 
-    async def write(self, piece: bytes) -> None:
+    async def write(self, piece: bytes, *, is_within: bool = False) -> None:
+        """`is_within`: the piece ends inside an event."""
         self._writing = True
         await self.response.write(piece)
         self._writing = False
+        self._is_within = is_within
         self._spoke_s = time.monotonic()
 
     def beat(self, now_s: float) -> None:
         """The dialect's heartbeat when nothing was said for HEARTBEAT_S; only ever between two events."""
-        if self._heartbeat is not None and not self._writing and now_s - self._spoke_s >= HEARTBEAT_S:
+        if self._heartbeat is None or self._writing or self._is_within:
+            return
+        if now_s - self._spoke_s >= HEARTBEAT_S:
             self._spoke_s = now_s
             asyncio.ensure_future(self.response.write(self._heartbeat)).add_done_callback(_swallow_connection_loss)
 

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -24,15 +24,27 @@ from aiohttp.hdrs import METH_POST
 from proxy.client.admission import Admission
 from proxy.client.callers import Callers, Lines
 from proxy.client.delivery import Delivery
-from proxy.client.incoming import address_of, body_at_hand, check_head, error_response, query_of, read_body, target_of
-from proxy.client.passing import Passing, PassThrough, is_free, passing, tells_cost
+from proxy.client.incoming import (
+    Unread,
+    address_of,
+    body_at_hand,
+    check_head,
+    error_response,
+    query_of,
+    read_body,
+    resumed,
+    target_of,
+)
+from proxy.client.passing import ENCODED, TOO_LARGE, Passing, PassThrough, is_free, passing, tells_cost
 from proxy.client.sockets import is_websocket
 from proxy.client.wire import answer_at_once
 from proxy.core.arrival import Arrival, Room
 from proxy.core.batches import Place
+from proxy.core.cors import Cors, is_preflight
 from proxy.core.dialects.dialect import Dialect
-from proxy.core.dialects.routes import Routes
+from proxy.core.dialects.routes import Routes, family_of
 from proxy.core.errors import BadRequest, CacheFault, IbidError
+from proxy.core.identity import BUILT_IN, HeaderRules
 from proxy.core.memo import Memo, size_of
 from proxy.core.model import Limits
 from proxy.core.plan import Lane
@@ -41,7 +53,7 @@ from proxy.money.books import Books
 from proxy.money.keys import Grant, KeyRing
 from proxy.ports import Upstream
 from proxy.records import Client
-from proxy.relay import Relay, Replay
+from proxy.relay import Head, Relay, Replay
 from proxy.request.embeddings import Embeddings
 from proxy.request.pipeline import Pipeline
 from proxy.request.reading import Caller, Reader, Target
@@ -83,9 +95,10 @@ class ClientHandler:
         limits: Limits,
         secret: bytes,
         key_ring: KeyRing,
-        extra_headers: frozenset[str] = frozenset(),
+        header_rules: HeaderRules = BUILT_IN,
         anonymous: bool = False,
         keyless: bool = False,
+        cors: Cors | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.admission = Admission(limits.in_flight, limits.queued, limits.queue_timeout_s)
@@ -103,9 +116,9 @@ class ClientHandler:
         self._limits = limits
         self.keys = key_ring
         self._clock = clock
-        self._callers = Callers(
-            secret, key_ring, extra_headers, limits.memo_bytes, anonymous=anonymous, keyless=keyless
-        )
+        self._cors = cors or Cors()
+        self.header_rules = header_rules
+        self._callers = Callers(secret, key_ring, header_rules, limits.memo_bytes, anonymous=anonymous, keyless=keyless)
         self._targets: Memo[str, Target] = Memo(limits.memo_bytes)
         self._queries: Memo[tuple[Target, Caller, bytes], Query] = Memo(limits.memo_bytes)
         self._id_prefix = os.urandom(10).hex()
@@ -123,13 +136,18 @@ class ClientHandler:
                     self.keys.let_go(request_id)
         except IbidError as error:
             self._telemetry.refused(error.code)
-            return error_response(error, request_id, self._speech_of(request))
+            return self._refused(request, error, request_id)
         except (ConnectionError, asyncio.CancelledError):
             raise
         except Exception:
             log.exception("a request failed inside ibid", extra={"request_id": request_id})
-            broken = IbidError("Something failed inside ibid.")
-            return error_response(broken, request_id, self._speech_of(request))
+            return self._refused(request, IbidError("Something failed inside ibid."), request_id)
+
+    def _refused(self, request: web.BaseRequest, error: IbidError, request_id: str) -> web.StreamResponse:
+        response = error_response(error, request_id, self._speech_of(request))
+        if (origin := request.headers.get("origin")) is not None:
+            response.headers.extend(self._cors.granted(family_of(request.path, {}), origin))
+        return response
 
     def _speech_of(self, request: web.BaseRequest) -> Dialect:
         target = self._targets.get(request.raw_path)
@@ -144,6 +162,8 @@ class ClientHandler:
         started_s = time.perf_counter()
         headers = request.raw_headers
         target = self._targets.get(request.raw_path) or self._read_target(request)
+        if is_preflight(request.method, request.headers):
+            return await self._preflight(request, request_id, started_s, target)
         caller = self._callers.find(headers, target) or self._callers.read(headers, target)
         if target.dialect is None:
             return await self._pass(request, request_id, started_s, target, caller)
@@ -153,8 +173,11 @@ class ClientHandler:
             raise BadRequest("Content-Type must be application/json.", code="unsupported_media_type", status=415)
         body = body_at_hand(request, self._limits)
         if body is None:
-            with self._place(request, caller) as arrival:
-                body = await read_body(request, self._limits, arrival)
+            try:
+                with self._place(request, caller) as arrival:
+                    body = await read_body(request, self._limits, arrival)
+            except Unread as error:  # to be looked at, not to be asked
+                return await self._pass(request, request_id, started_s, target, caller, unread=error)
         query = self._queries.get((target, caller, body))
         is_new = query is None
         if query is None:
@@ -173,6 +196,8 @@ class ClientHandler:
         if replay is not None and replay.paced is None:
             if is_new:
                 self._remember(request, target, caller, body, query)
+            if caller.origin:
+                replay = self._granted_hit(replay, target, caller.origin)
             return answer_at_once(request, replay)
         if not self.admission.try_enter():
             await self.admission.enter()
@@ -181,6 +206,8 @@ class ClientHandler:
                 asked = asyncio.ensure_future(self._ask(query, client))
                 return await self._delivery.patiently(request, query, request_id, asked)
             reply = replay or await self._reply(query, client, spent)
+            if caller.origin:
+                reply = self._granted(reply, target, caller.origin)
             if is_new and (isinstance(reply, Replay) or reply.status < 400):
                 self._remember(request, target, caller, body, query)
             if isinstance(reply, Relay):
@@ -197,6 +224,27 @@ class ClientHandler:
         if query.batch is not None:
             return await self._embeddings.answer(query, client)
         return await self._pipeline.answer(query, client)
+
+    def _granted(self, reply: Replay | Relay, target: Target, origin: str) -> Replay | Relay:
+        """The same as a page of this origin may read it."""
+        if isinstance(reply, Relay):
+            reply.headers = self._cors.carried(family_of(target.path, {}), origin, reply.headers)
+            return reply
+        return self._granted_hit(reply, target, origin)
+
+    def _granted_hit(self, reply: Replay, target: Target, origin: str) -> Replay:
+        granted = self._cors.granted(family_of(target.path, {}), origin)
+        return reply._replace(head=Head([*reply.head.pairs, *granted], reply.head.id_header)) if granted else reply
+
+    async def _preflight(
+        self, request: web.BaseRequest, request_id: str, started_s: float, target: Target
+    ) -> web.StreamResponse:
+        if (told := self._cors.preflight(request.headers)) is not None:
+            return web.Response(status=204, headers=told)
+        caller = self._callers.of_preflight(request.raw_headers)
+        wanted = request.headers.get("access-control-request-headers", "").lower().split(",")
+        names = {name.strip(): "" for name in wanted}  # the request itself will have them
+        return await self._pass(request, request_id, started_s, target._replace(place=None), caller, names)
 
     @contextlib.asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
@@ -230,18 +278,31 @@ class ClientHandler:
             raise spent from None
 
     async def _pass(
-        self, request: web.BaseRequest, request_id: str, started_s: float, target: Target, caller: Caller
+        self,
+        request: web.BaseRequest,
+        request_id: str,
+        started_s: float,
+        target: Target,
+        caller: Caller,
+        names: Mapping[str, str] | None = None,
+        unread: Unread | None = None,
     ) -> web.StreamResponse:
-        """A request that no dialect claims. Its body passes while it is answered, so it takes a turn at once, and a
-        place beside it until its body is whole."""
+        """A request that no dialect claims, or one that is not read. Its body passes
+        while it is answered, so it takes a turn at once, and a place beside it until its body is whole."""
         asked = passing(
             request, request_id=request_id, path=target.path, path_qs=target.path_qs, tenant=caller.tenant,
             headers=caller.headers, started_s=started_s, key_id=caller.key_id, team=caller.team,
-        )  # fmt: skip
+        )._replace(names=names)  # fmt: skip
+        if caller.origin:
+            family = family_of(target.path, {} if names is None else names)
+            asked = asked._replace(carry=partial(self._cors.carried, family, caller.origin))
         with contextlib.nullcontext() if request.content.is_eof() else self._place(request, caller) as arrival:
+            if unread is not None:
+                verdict = TOO_LARGE if unread.status == 413 else ENCODED
+                asked = asked._replace(body=resumed(request, self._limits, arrival, unread.begun), verdict=verdict)
             async with self._turn():
                 response = await self._pass_on(request, target, caller.grant, asked._replace(arrival=arrival))
-        if response.status < 400:
+        if response.status < 400 and names is None:
             self._remember_caller(request, target, caller)
         return response
 

@@ -152,11 +152,36 @@ async def read_body(request: web.BaseRequest, limits: Limits, arrival: Arrival |
     codings = [c for c in codings if c not in ("", "identity")]
     if len(codings) > 1 or (codings and codings[0] not in ("gzip", "x-gzip", "deflate")):
         message = f"Content-Encoding {', '.join(codings)[:80]!r} is not supported; use gzip, deflate or none."
-        raise BadRequest(message, code="unsupported_encoding", status=415)
+        raise Unread(message, code="unsupported_encoding", status=415)
     if (request.content_length or 0) > limits.body_bytes:
-        _refuse_size(limits)
+        raise _too_large(limits)
     body = await _collect(request, limits, arrival or Arrival(limits))
     return _decode(codings[0], body, limits) if codings else body
+
+
+class Unread(BadRequest):
+    """A body that is not read here, because of its size or its coding; `begun` is what was taken of it, as it came.
+    An upstream may still read it."""
+
+    begun = b""
+
+
+def _too_large(limits: Limits, begun: bytes = b"") -> Unread:
+    message = f"The request body is larger than {limits.body_bytes} bytes."
+    error = Unread(message, code="request_too_large", status=413)
+    error.begun = begun
+    return error
+
+
+async def resumed(
+    request: web.BaseRequest, limits: Limits, arrival: Arrival | None, begun: bytes
+) -> AsyncIterator[bytes]:
+    """A body of which a part was taken already, as it was sent."""
+    if begun:
+        yield begun
+    if not request.content.at_eof():
+        async for piece in _stream(request, arrival or Arrival(limits)):
+            yield piece
 
 
 def body_stream(
@@ -189,7 +214,7 @@ async def _collect(request: web.BaseRequest, limits: Limits, arrival: Arrival) -
     while chunk := await _next(request, arrival):
         size += len(chunk)
         if size > limits.body_bytes:
-            _refuse_size(limits)
+            raise _too_large(limits, b"".join([*pieces, chunk]))
         arrival.hold(len(chunk), loop.time())
         pieces.append(chunk)
     arrival.leave()
@@ -235,15 +260,10 @@ def _decode(coding: str, body: bytes, limits: Limits) -> bytes:
     except zlib.error as error:
         raise BadRequest("The request body is not valid for its Content-Encoding.", code="invalid_encoding") from error
     if len(plain) > limits.body_bytes:
-        _refuse_size(limits)
+        raise _too_large(limits, body)
     if not unpacker.eof or unpacker.unused_data:
         raise BadRequest("The encoded request body is cut or has bytes after its end.", code="invalid_encoding")
     return plain
-
-
-def _refuse_size(limits: Limits) -> NoReturn:
-    message = f"The request body is larger than {limits.body_bytes} bytes."
-    raise BadRequest(message, code="request_too_large", status=413)
 
 
 def _end(timeout: asyncio.Timeout) -> None:

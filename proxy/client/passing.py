@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import IO, Final, NamedTuple
 from urllib.parse import parse_qs, unquote
@@ -34,7 +34,7 @@ from proxy.core.dialects import anthropic_record, gemini_answer, ollama_answer, 
 from proxy.core.dialects.dialect import JSON
 from proxy.core.dialects.routes import family_of
 from proxy.core.errors import BadRequest, UpstreamError
-from proxy.core.model import Call, Limits, Outcome, Usage
+from proxy.core.model import Bypass, Call, Limits, Outcome, Usage
 from proxy.core.multipart import Form, boundary_of
 from proxy.money.books import PASSED, Books
 from proxy.ports import Upstream
@@ -53,6 +53,8 @@ _TOLD: Final = re.compile(
     r"|:(?:countTokens|generateContent|streamGenerateContent)$"
 )
 _READ: Final = frozenset({"application/json", "text/event-stream", "application/x-ndjson"})
+TOO_LARGE: Final = Bypass("body_too_large")  # to be read
+ENCODED: Final = Bypass("body_encoding")  # in a coding that is not read here
 _USAGES: Final[Mapping[str, tuple[Callable[[bytes], Usage | None], ...]]] = {
     "anthropic": (anthropic_record.find_usage,),
     "gemini": (gemini_answer.find_usage,),
@@ -77,6 +79,9 @@ class Passing(NamedTuple):
     admit: Callable[[str, str | None], None] | None = None  # told upstream and model; raises unless its key may ask
     is_held_to_models: bool = False  # the model must be known before it is let in
     arrival: Arrival | None = None  # of a body that was not whole when the request was read
+    names: Mapping[str, str] | None = None  # headers that decide whose path it is, where not the request's own
+    verdict: Bypass = PASSED
+    carry: Callable[[Iterable[tuple[str, str]]], list[tuple[str, str]]] = list  # an answer's headers to the client's
 
 
 class Glance:
@@ -112,9 +117,10 @@ class PassThrough:
         """Raises IbidError while nothing has been said to the client."""
         with ExitStack() as spools:
             model = None if is_free(request) else ""
-            if asked.is_held_to_models or self._upstream.is_divided(asked.path, request.headers):
+            names = request.headers if asked.names is None else asked.names
+            if asked.is_held_to_models or self._upstream.is_divided(asked.path, names):
                 model, asked = await self._find_model(request, asked, spools)
-            upstream = self._upstream.route(asked.path, request.headers, model)
+            upstream = self._upstream.route(asked.path, names, model)
             if asked.admit is not None:
                 asked.admit(upstream, model)
             return await self._send(request, asked, upstream)
@@ -168,7 +174,8 @@ class PassThrough:
         answer = await self._upstream.open(entry.upstream, request.method, asked.path_qs, asked.headers, body)
         entry.status = answer.status
         entry.first_byte_s = time.perf_counter()
-        response = web.StreamResponse(status=answer.status, headers=[*answer.headers, *self._verdict(asked, entry)])
+        carried = asked.carry(answer.headers)
+        response = web.StreamResponse(status=answer.status, headers=[*carried, *self._verdict(asked, entry)])
         glance = Glance() if answer.status == 200 and answer.content_type in _READ else None
         left_bytes = answer.content_length
         last = b""
@@ -211,7 +218,7 @@ class PassThrough:
 
     @staticmethod
     def _verdict(asked: Passing, entry: _Entry) -> list[tuple[str, str]]:
-        return [*passed_headers(asked.request_id, entry.upstream, entry.status), ("Server", SERVER)]
+        return [*passed_headers(asked.verdict, asked.request_id, entry.upstream, entry.status), ("Server", SERVER)]
 
 
 async def _model_in_form(body: bytes | AsyncIterator[bytes] | None, boundary: bytes, spool: IO[bytes]) -> str:
@@ -296,7 +303,7 @@ class _Entry:
             upstream=self.upstream,
             outcome=self.word,
             cache_status="BYPASS",
-            reason=PASSED.reason,
+            reason=asked.verdict.reason,
             status=self.status,
             usage=self.usage,
             usage_basis=basis,

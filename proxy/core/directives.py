@@ -36,6 +36,8 @@ TAGS_MAX = 16
 
 _NAMES = frozenset(asked.name.encode() for asked in ASKED) - {b"prefer"}  # which is read where answers are deferred
 _PEERS: Mapping[bytes, str] = {name.encode(): meaning for name, meaning in PEERS.items()}
+OWN_HEADERS = _NAMES | _PEERS.keys()
+"""What is said to ibid, and to nobody behind it."""
 
 _DURATION = re.compile(r"([0-9]{1,9})([smhd]?)")
 _DEADLINE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhd])")
@@ -43,6 +45,7 @@ _DIRECTIVE = re.compile(r'\s*([!#$%&\'*+\-.^_`|~0-9A-Za-z]+)(?:\s*=\s*("(?:[^"\\
 _SECONDS = re.compile(r"[0-9]{1,18}")
 _FRACTION = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,18})?(?:[eE]-?[0-9]{1,2})?|\.[0-9]{1,18}")
 _NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
+_SAMPLE = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@=-]{0,63}")
 _PACES: Mapping[str, Pace] = {"instant": "instant", "recorded": "recorded"}
 _PACE = re.compile(r"([0-9]{1,5}(?:\.[0-9]{1,3})?)(?:/s)?")
@@ -198,6 +201,10 @@ def _read_header(param: str, text: str, wishes: _Wishes) -> None:
             if _USER.fullmatch(text) is None:
                 _refuse(param, "1 to 256 printable characters")
             wishes.only("user", text, param)
+        case "x-cache-sample":
+            if _SAMPLE.fullmatch(text) is None:
+                _refuse(param, "1 to 64 letters, digits and ._:-")
+            wishes.only("sample", text, param)
         case "x-plan":
             _read_plan(text, param, wishes)
         case "x-deadline":

@@ -33,7 +33,7 @@ def scope_of(
     """32 bytes: tenant, end user, upstream's place, operation, namespace, headers, query, model, context, settings.
 
     `headers` as of `identity.scope_headers`; `query` is the target's query string as received. Of the controls only
-    namespace and user take part. The prompt does not.
+    namespace, sample and user take part. The prompt does not.
     """
     parts = [
         "scope",
@@ -43,7 +43,7 @@ def scope_of(
         controls.user,
         upstream,
         operation,
-        controls.namespace,
+        [controls.namespace, controls.sample] if controls.sample else controls.namespace,
         headers,
         query,
         facts.model,

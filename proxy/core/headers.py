@@ -35,6 +35,7 @@ ASKED: Final[tuple[Asked, ...]] = (
     Asked("x-cache-namespace: docs", '"namespace": "docs"', "a separate part of the cache"),
     Asked("x-cache-tags: doc:42,team:a", '"tags": ["doc:42"]', "up to 16 marks to purge by; the ledger has the first"),
     Asked("x-cache-max-error: 0.005", "", "a tighter `max_error_rate` for this request; a looser one has no effect"),
+    Asked("x-cache-sample: 3", "", "which of several answers to one question; each is kept under its own name"),
     Asked("x-cache-user: u1", "", "the end user: nobody else is served this answer"),
     Asked(
         "x-cache-pace: recorded", "", "a streamed hit as fast as it first came, `instant`, or so many tokens a second"

@@ -51,6 +51,7 @@ class Controls:
     tags: tuple[str, ...] = ()
     max_error: float | None = None
     user: str = ""
+    sample: str = ""  # which of several answers to one question; each is kept under its own name
     explain: bool = False
     shadow: bool = False
     refresh: bool = False
@@ -336,11 +337,15 @@ class Rules:
     semantic_temperature_max: float = option(
         0.3, "explicit temperature above this: exact only, the client wants variety", between=(0.0, 2.0)
     )
+    exact_temperature_max: float = option(
+        1.0, "explicit temperature above this: never served, the client wants another sample", between=(0.0, 2.0)
+    )
     cache_seeded: bool = option(False, "exact hits even for a request that gives a seed")
     cache_tools: bool = option(True, "exact hits for requests that carry tools and were answered in text")
     cache_tool_calls: bool = option(
-        False, "exact hits whose answer is a tool call, with new ids: a repeated question repeats the call"
+        True, "exact hits whose answer is a tool call, with new ids: a repeated question repeats the call"
     )
+    cache_refusals: bool = option(False, "keep answers that refuse in plain words, a short no in five languages")
     semantic: bool = option(True, "look for reworded questions at all")
     min_words: int = option(3, "shorter prompts say too little to compare")
     near_floor: float = option(0.80, "similarity from which a miss is listed as a near-miss", between=(0.0, 1.0))
@@ -357,5 +362,9 @@ class Rules:
         True, "ask the pair guard about every semantic hit; false serves more, and more of it wrong"
     )
     alpha: float = option(0.1, "chance that the bound on the error rate is ever too low", between=(0.001, 0.5))
+    search_models: tuple[str, ...] = option(
+        (), "more models that search at their provider, with * and ?, lower case; never stored, as the known ones"
+    )
+    search_fields: tuple[str, ...] = option((), "more request fields that make a provider search; never stored")
     answer_limit_bytes: int = option(MIB, "longer answers are not stored")
     prompt_limit_bytes: int = option(256 * 1024, "longer prompts are not looked up")

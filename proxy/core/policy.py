@@ -12,9 +12,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import date
 from typing import Any
 
+from proxy.core import search
 from proxy.core.facts import Facts
 from proxy.core.model import Answer, Controls, Eligibility, Level, Rules, Usage
 from proxy.core.query import Query
+from proxy.core.refusals import is_refusal
 from proxy.core.words import READ_LIMIT_CHARS, Reading, read_prompt
 
 FORMATS = ("float", "base64")
@@ -54,14 +56,14 @@ def _forbidding(facts: Facts, controls: Controls, rules: Rules) -> Iterator[str]
         yield "previous_response"
     if facts.background:
         yield "background"
-    if facts.web_search:
+    if facts.web_search or _searches(facts, rules):
         yield "web_search"  # freezes data
-    if facts.tool_results:
-        yield "tool_results"  # would repeat side effects
     if facts.remote_urls:
         yield "remote_urls"  # what is behind an address may change
-    if facts.has_tools and not rules.cache_tools:
+    if (facts.has_tools or facts.tool_results) and not rules.cache_tools:
         yield "tools"
+    if facts.temperature is not None and facts.temperature > rules.exact_temperature_max and not controls.sample:
+        yield "temperature"  # a wish for another sample
     if facts.seed is not None and not rules.cache_seeded:
         yield "seed"  # a given sample was asked for
     if facts.prompt is not None and _is_longer(facts.prompt, rules.prompt_limit_bytes):
@@ -76,7 +78,7 @@ def _limiting(facts: Facts, controls: Controls, rules: Rules, reading: Reading |
     """Reasons against semantic matching; what is left is found by its exact identity only."""
     if not rules.semantic:
         yield "semantic_off"
-    if controls.exact_only:
+    if controls.exact_only or controls.sample:
         yield "exact_only"
     if _is_sampled(facts, rules):
         yield "temperature"
@@ -84,6 +86,8 @@ def _limiting(facts: Facts, controls: Controls, rules: Rules, reading: Reading |
         yield "seed"
     if facts.has_tools:
         yield "tools"
+    if facts.tool_results:
+        yield "tool_results"  # a conversation like any other, to the byte
     if facts.has_images:
         yield "images"
     if facts.has_audio:
@@ -111,6 +115,11 @@ def _limiting(facts: Facts, controls: Controls, rules: Rules, reading: Reading |
         yield reading.odd
     if reading.injection:
         yield "injection"
+
+
+def _searches(facts: Facts, rules: Rules) -> bool:
+    is_embedding = bool(facts.encoding_format)  # some models of that are called after searching
+    return not is_embedding and search.is_asked(facts.model, facts.settings, rules.search_models, rules.search_fields)
 
 
 def _is_sampled(facts: Facts, rules: Rules) -> bool:
@@ -219,15 +228,27 @@ _FINISHES = {
     "pause_turn": "finish_other",
 }
 EDGE_COOKIES = frozenset(
-    {"__cf_bm", "_cfuvid", "__cflb", "__cfruid", "awsalb", "awsalbcors", "awsalbtg", "awsalbtgcors", "arraffinity",
-     "arraffinitysamesite"}
+    {"__cf_bm", "__cflb", "__cfruid", "__cfwaitingroom", "_cfuvid", "cf_clearance",  # Cloudflare
+     "arraffinity", "arraffinitysamesite", "aslbsa", "aslbsacors", "tipmix", "x-ms-routing-name",  # Azure
+     "applicationgatewayaffinity", "applicationgatewayaffinitycors",
+     "gclb", "gcilb",  # Google
+     "acw_tc", "aliyungf_tc", "tgw_l7_route", "hwwafsesid", "hwwafsestime", "x-oracle-bmc-lbs-route",  # other clouds
+     "ingresscookie", "route", "serverid", "srv_id", "srvid", "srv", "server_id", "srvname", "backend", "sticky",
+     "stickysession", "lb", "lbcookie", "lb-cookie", "do-lb", "routeid", "balanceid", "x-contour-session-affinity",
+     "heroku-session-affinity", "citrix_ns_id", "ak_bmsc", "bm_sv", "bm_sz", "bm_mi", "_abck"}
 )  # fmt: skip
-"""Set by a network edge on every response to tell connections apart (api.openai.com does), not by who answers.
+EDGE_COOKIE_PREFIXES = (
+    "awsalb", "awselb", "bigipserver", "nsc_", "incap_ses_", "visid_incap_", "nlbi_", "akaalb_", "dtcookie",
+)  # fmt: skip
+"""Set by a network edge on every response to tell connections apart (api.openai.com does), or by a balancer to keep to
+one server (ingress-nginx, HAProxy, Apache, F5, Citrix, Imperva, Akamai, the clouds' own), not by who answers.
 
 They say nothing about the answer, so they do not keep it from being stored; no cookie is ever stored or replayed.
 """
 _COOKIE_NAME = re.compile(r"(?:^|,\s*|\n\s*)([!#$%&'*+\-.^_`|~0-9A-Za-z]+)=")
 _DIRECTIVE = re.compile(r'([A-Za-z-]+)(?:\s*=\s*(?:"(?:[^"\\]|\\.)*"|[^\s,"]*))?')
+_VARIANT = re.compile(r":(?:latest|free|nitro|floor|extended|thinking|exacto)$")
+"""Ollama's tag of what is asked without one, and OpenRouter's ways to reach one and the same model."""
 _SNAPSHOT = re.compile(r"-(?:\d{4}-\d\d-\d\d|\d{8}|\d{6}|\d{4}|\d{3}|latest)")
 
 
@@ -263,7 +284,7 @@ def storable(
         return "finish_length"
     if query.wants_json and not answer.message.get("tool_calls") and not _is_json(answer.message.get("content")):
         return "invalid_json"
-    if not _is_model(query.model, answer.model, (aliases or {}).get(query.model, ())):
+    if not query.is_placed and not _is_model(query.model, answer.model, (aliases or {}).get(query.model, ())):
         return "model_mismatch"
     return None
 
@@ -288,7 +309,7 @@ def storable_vectors(
         return "too_large"
     if ttl_s(query.eligibility, query.controls, rules) <= 0:
         return "ttl_zero"
-    if not _is_model(query.model, model, (aliases or {}).get(query.model, ())):
+    if not query.is_placed and not _is_model(query.model, model, (aliases or {}).get(query.model, ())):
         return "model_mismatch"
     return None
 
@@ -313,9 +334,13 @@ def _header_against(header: Callable[[str], str | None]) -> str | None:
     cookies = header("set-cookie")
     if cookies is not None:
         names = _COOKIE_NAME.findall(cookies)
-        if not names or not all(name.lower() in EDGE_COOKIES for name in names):
+        if not names or not all(_is_of_an_edge(name.lower()) for name in names):
             return "set_cookie"
     return None
+
+
+def _is_of_an_edge(cookie: str) -> bool:
+    return cookie in EDGE_COOKIES or cookie.startswith(EDGE_COOKIE_PREFIXES)
 
 
 def _answer_against(answer: Answer, rules: Rules) -> str | None:
@@ -327,6 +352,8 @@ def _answer_against(answer: Answer, rules: Rules) -> str | None:
         return "refusal"
     if message.get("audio"):
         return "audio_output"
+    if search.is_shown(answer):
+        return "citations"  # of what was found
     if calls and answer.finish_reason in FINISHED | {"tool_calls"}:
         return None if _calls_are_readable(calls) else "tool_calls"
     if answer.finish_reason not in FINISHED:
@@ -336,6 +363,8 @@ def _answer_against(answer: Answer, rules: Rules) -> str | None:
         return "empty"
     if _is_longer(content, rules.answer_limit_bytes):
         return "too_large"
+    if not rules.cache_refusals and is_refusal(content):
+        return "refusal"
     return None
 
 
@@ -346,7 +375,8 @@ def _fills(answer: Answer, output_limit: int | None) -> bool:
 
 
 def _calls_are_readable(calls: Any) -> bool:
-    return all(_is_json(call["function"]["arguments"] or "{}") for call in calls)
+    functions = [call.get("function") for call in calls]
+    return all([isinstance(f, dict) and _is_json(f.get("arguments") or "{}") for f in functions])
 
 
 def _is_json(content: object) -> bool:
@@ -358,11 +388,12 @@ def _is_json(content: object) -> bool:
 
 
 def _is_model(asked: str, answered: str, also: Collection[str]) -> bool:
-    """Whether an answer's `model` is the one asked: itself, its dated snapshot, an alias, or not said."""
-    if not answered or answered == asked or answered in also or "*" in also:
+    """Whether an answer's `model` is the one asked: itself, its dated snapshot, an alias, or not said. Of a server that
+    was asked for whatever it has, any is."""
+    if not asked or not answered or answered == asked or answered in also or "*" in also:
         return True
-    wanted = asked.rpartition("/")[2].lower().removesuffix("-latest")
-    given = answered.rpartition("/")[2].lower()
+    wanted = _VARIANT.sub("", asked.rpartition("/")[2].lower().removesuffix("-latest"))
+    given = answered.rpartition("/")[2].lower().removesuffix(":latest")
     return given == wanted or (given.startswith(wanted) and _SNAPSHOT.fullmatch(given[len(wanted) :]) is not None)
 
 

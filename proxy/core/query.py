@@ -47,6 +47,7 @@ class Query:
     tier: str = "default"  # service tier the client asked for
     has_tools: bool = False
     path_qs: str = ""  # the target as it goes upstream
+    is_placed: bool = False  # the path names the model: whatever answers there is what was asked
     form: int = 0  # equal for two queries whose hits on one entry differ in nothing but their ids and times
     key_id: str | None = None  # of the virtual key that asks
     team: str = ""  # its project

@@ -37,9 +37,11 @@ from proxy.lanes.predict import MECHANISM as PREDICTED
 from proxy.lanes.predict import Predictor
 from proxy.lanes.prefixes import PrefixMarks
 from proxy.lanes.proof import Proof
+from proxy.lanes.usage import REFUSALS, UsageAsking, refusal_of
 from proxy.records import Fetch
 from proxy.settings.lanes import LaneSettings
 from proxy.upstreams.attempt import Attempt, LocalResponse, Peeked, whole_of
+from proxy.upstreams.decoding import readable
 from proxy.upstreams.sending import Sending, headers_for, to_other, with_member
 
 ACTING: Final = frozenset(
@@ -79,6 +81,7 @@ class Forwarder:
         self._prefixes = prefixes
         self._purges = purges
         self._chat = OpenAIChat()
+        self._usage = UsageAsking()
 
     async def open(self, fetch: Fetch) -> ports.UpstreamResponse:
         """The response the client is given, its head arrived. Raises UpstreamError, BadRequest."""
@@ -154,6 +157,20 @@ class Forwarder:
 
     async def _open(self, fetch: Fetch, attempt: Attempt) -> ports.UpstreamResponse:
         fetch.attempts.append(attempt)
+        asked = attempt.sending = self._usage.adapted(attempt.sending, fetch.asked)
+        response = await self._call(fetch, attempt)
+        if response.status not in REFUSALS or (plain := self._usage.plainly(asked, fetch.asked)) is asked:
+            return response
+        may_be_ours, refusal = await refusal_of(response)
+        if not may_be_ours:
+            return refusal
+        attempt.sending = plain
+        response = await self._call(fetch, attempt)
+        if response.status < 400:
+            self._usage.learn(asked.upstream)
+        return response
+
+    async def _call(self, fetch: Fetch, attempt: Attempt) -> ports.UpstreamResponse:
         sending = attempt.sending
         headers = headers_for(sending, fetch.client.headers)
         response = await self._upstream.open(
@@ -162,7 +179,12 @@ class Forwarder:
         attempt.first_byte_s = time.perf_counter()
         attempt.status = response.status
         attempt.response = response
-        return response
+        try:
+            attempt.response = await readable(response)
+        except BaseException:
+            response.abort()
+            raise
+        return attempt.response
 
     async def _cloud(self, fetch: Fetch, lanes: frozenset[Lane]) -> ports.UpstreamResponse:
         """The client's call with what the plan adds to it. What an upstream refuses because of it is asked plainly."""

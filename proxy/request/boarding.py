@@ -6,12 +6,14 @@ import time
 from functools import partial
 
 from proxy.core import policy
+from proxy.core.dialects.dialect import is_streamed
 from proxy.core.errors import BadRequest, UpstreamError
 from proxy.core.model import Level, Miss
 from proxy.core.plan import Lane
 from proxy.core.query import Query
 from proxy.lanes.forwarding import ACTING
 from proxy.lanes.route import Choice
+from proxy.ports import UpstreamResponse
 from proxy.records import Fetch, Lookup
 from proxy.relay import Ending, Relay, Replay
 from proxy.request.collapse import Flight, Seat
@@ -21,6 +23,7 @@ from proxy.request.landing import Landing
 from proxy.request.parts import Parts
 from proxy.request.serving import Server
 from proxy.request.settle import Request, Settler
+from proxy.upstreams.decoding import codings_of
 
 
 class Boarding:
@@ -116,11 +119,11 @@ class Boarding:
         request.flight = flight
         try:
             response = await flight.head()
+            is_stream = request.query.stream and response.status == 200 and await _is_streamed(request, response, seat)
         except BaseException:
             seat.leave()
             raise
         query, dialect = request.query, request.query.dialect
-        is_stream = query.stream and response.status == 200 and response.content_type == dialect.stream_type
         request.headers = forward_headers(request, flight.context, response.status, query.plan.text)
         request.headers += response.headers
         return Relay(
@@ -136,6 +139,15 @@ class Boarding:
 
 def _may_share(query: Query) -> bool:
     return query.controls.read and query.eligibility.level is not Level.NONE and Lane.COLLAPSE in query.plan.lanes
+
+
+async def _is_streamed(request: Request, response: UpstreamResponse, seat: Seat[Fetch]) -> bool:
+    """Whether there is a stream to filter, whatever it is called."""
+    dialect = request.query.dialect
+    if codings_of(response):
+        return False  # nobody here can read it
+    is_called_one = response.content_type == dialect.stream_type
+    return is_called_one or is_streamed(dialect, response.content_type, await seat.peek())
 
 
 def _same_bytes(one: Query, other: Query) -> bool:

@@ -208,16 +208,25 @@ class Seat(Generic[Context]):
     """A place in a flight, a client's or that of whoever reads on for none. Whoever joins must `leave`, whatever
     happens in between."""
 
-    __slots__ = ("flight", "is_client", "position")
+    __slots__ = ("_first", "flight", "is_client", "position")
 
     def __init__(self, flight: Flight[Context], is_client: bool = True) -> None:
         self.flight = flight
         self.is_client = is_client
         self.position = 0
+        self._first = b""
 
     async def next(self) -> bytes:
         """The bytes this client has not had yet; b"" at a clean end. Raises UpstreamError where the body broke."""
+        if self._first:
+            piece, self._first = self._first, b""
+            return piece
         return await self.flight.next_for(self)
+
+    async def peek(self) -> bytes:
+        """The first bytes, which `next` gives again. Raises UpstreamError where the body broke."""
+        self._first = self._first or await self.flight.next_for(self)
+        return self._first
 
     async def whole(self) -> bytes:
         """The complete body. Raises UpstreamError where it broke."""

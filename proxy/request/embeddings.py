@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -40,6 +40,7 @@ from proxy.request.heads import forward_headers, hit_head
 from proxy.request.pipeline import Pipeline
 from proxy.request.settle import Request
 from proxy.tasks import Tasks
+from proxy.upstreams.decoding import readable
 from proxy.watch.telemetry import Telemetry
 
 STORED_AT_ONCE = 128
@@ -78,7 +79,6 @@ class Embeddings:
         telemetry: Telemetry,
         tasks: Tasks,
         usage_on_hit: UsageMode = "original",
-        model_aliases: Mapping[str, Collection[str]] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._pipeline = pipeline
@@ -88,7 +88,6 @@ class Embeddings:
         self._telemetry = telemetry
         self._tasks = tasks
         self._usage_on_hit = usage_on_hit
-        self._model_aliases = model_aliases or {}
         self._clock = clock
         self._plain: set[tuple[str, str]] = set()  # upstreams and models that were seen to refuse base64
 
@@ -290,6 +289,7 @@ class Embeddings:
         try:
             response = await self._upstream.open(query.upstream, "POST", client.path_qs, headers, sent.body)
             fetch.first_byte_s = time.perf_counter()
+            response = await readable(response)
             while piece := await response.read_some():
                 pieces.append(piece)
                 size_bytes += len(piece)
@@ -363,6 +363,8 @@ class Embeddings:
     def _keep_if_storable(
         self, fetch: Fetch, response: ports.UpstreamResponse | Told, missing: Sequence[bytes], answered: Answered
     ) -> None:
+        query = fetch.query
+        self._pipeline.naming.see(query.upstream, query.model, answered.model)
         reason = policy.storable_vectors(
             answered.model,
             fetch.query,
@@ -370,7 +372,7 @@ class Embeddings:
             status=response.status,
             row_bytes=len(answered.vectors[0]),
             header=response.header,
-            aliases=self._model_aliases,
+            aliases=self._pipeline.names_of(query),
         )
         if reason is None:
             _ = self._tasks.spawn(self._keep(fetch, missing, answered), "store")

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from proxy.core import freshness
 from proxy.core.dialects.dialect import JSON
 from proxy.core.directives import stale_headers, verdict_headers
-from proxy.core.model import Entry, Hit
+from proxy.core.model import Bypass, Entry, Hit
 from proxy.core.query import Query
 from proxy.lanes.forwarding import STALE_IF_ERROR
-from proxy.money.books import COLLAPSED, PASSED
+from proxy.money.books import COLLAPSED
 from proxy.records import Client, Fetch
 from proxy.relay import Head
 from proxy.request.settle import Request
@@ -68,9 +68,9 @@ def forward_headers(request: Request, fetch: Fetch, status: int, plan: str = "")
     )
 
 
-def passed_headers(request_id: str, upstream: str, status: int) -> list[tuple[str, str]]:
-    """Of a reply to what no dialect claims."""
-    return verdict_headers(PASSED, request_id=request_id, upstream=upstream, fwd_status=status)
+def passed_headers(verdict: Bypass, request_id: str, upstream: str, status: int) -> list[tuple[str, str]]:
+    """Of a reply to what no dialect claims, or what could not be read."""
+    return verdict_headers(verdict, request_id=request_id, upstream=upstream, fwd_status=status)
 
 
 def _content_type(query: Query) -> tuple[str, str]:

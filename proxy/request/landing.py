@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from proxy import ports
 from proxy.core import policy
-from proxy.core.dialects.dialect import Recording
+from proxy.core.dialects.dialect import Recording, is_streamed
 from proxy.core.model import Answer, Level
 from proxy.core.pace import has_pace, runs_of, texts_of
 from proxy.core.plan import Lane
@@ -36,7 +36,8 @@ class Landing:
         """The upstream call ended, one way or the other."""
         fetch, response = flight.context, flight.response
         status = 0 if response is None else response.status
-        is_stream = response is not None and response.content_type == fetch.asked.dialect.stream_type
+        start = b"" if flight.trimmed or not flight.pieces else flight.pieces[0]
+        is_stream = response is not None and is_streamed(fetch.asked.dialect, response.content_type, start)
         self._read(flight, status, is_stream=is_stream)
         self._count_calls(flight, status, is_stream=is_stream)
         if self._parts.finisher is not None:
@@ -98,15 +99,18 @@ class Landing:
         sending = fetch.sending if fetch.attempt is None else fetch.attempt.sending
         if fetch.stand_in or (sending.is_other and ROUTED not in sending.shaped_by):
             return "other_model"  # whose answer is not the one that is asked for under this scope
+        answer = None if recording is None else recording.answer
+        if answer is not None:
+            self._parts.naming.see(sending.upstream, sending.model, answer.model)
         return (
             policy.storable(
-                None if recording is None else recording.answer or recording.refusal_reason,
+                None if recording is None else answer or recording.refusal_reason,
                 fetch.query,
                 self._parts.rules,
                 status=response.status,
                 size_bytes=flight.size_bytes,
                 header=response.header,
-                aliases=self._parts.model_aliases,
+                aliases=self._parts.names_of(fetch.query),
             )
             or ""
         )

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from proxy import ports
 from proxy.core.dialects.dialect import UsageMode
 from proxy.core.model import Rules
+from proxy.core.naming import Naming
 from proxy.core.pace import Pace
+from proxy.core.query import Query
 from proxy.hot import HotRows
 from proxy.judging.audits import Auditor
 from proxy.lanes.forwarding import Forwarder
@@ -45,6 +47,12 @@ class Parts:
     pace: Pace = "instant"
     finisher: Finisher | None = None
     model_aliases: Mapping[str, Collection[str]] = field(default_factory=dict)
+    naming: Naming = field(default_factory=Naming)
     semantic_misses_per_min: int = 0
     clock: Callable[[], float] = time.time
     flights: dict[bytes, Flight[Fetch]] = field(init=False, default_factory=dict)  # that others may join
+
+    def names_of(self, query: Query) -> Mapping[str, Collection[str]]:
+        """With which names its upstream may answer a question's model: those that were configured, and those learnt."""
+        configured = self.model_aliases.get(query.model, ())
+        return {query.model: (*configured, *self.naming.of(query.upstream, query.model))}

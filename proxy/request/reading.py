@@ -19,6 +19,7 @@ from proxy.core.dialects.routes import Routes, family_of, keys_in, without_key
 from proxy.core.directives import controls_of
 from proxy.core.errors import BadRequest
 from proxy.core.facts import Facts
+from proxy.core.identity import BUILT_IN, HeaderRules
 from proxy.core.memo import Memo, size_of
 from proxy.core.model import Controls, Level, Limits, Rules
 from proxy.core.plan import (
@@ -62,7 +63,9 @@ class Target(NamedTuple):
 class Caller:
     """What a header block says. Compared by identity: one object per distinct block."""
 
-    __slots__ = ("controls", "grant", "headers", "is_deferring", "is_json", "is_retry", "scope_headers", "tenant")
+    __slots__ = (
+        "controls", "grant", "headers", "is_deferring", "is_json", "is_retry", "origin", "scope_headers", "tenant",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -74,7 +77,9 @@ class Caller:
         is_retry: bool,
         grant: Grant | None = None,
         is_deferring: bool = False,
+        origin: str = "",
     ) -> None:
+        self.origin = origin  # of the web page that asks, if it is one
         self.is_deferring = is_deferring  # wants its answer later
         self.controls: Controls | None = None  # read with the first body that leaves them to the headers
         self.tenant = tenant
@@ -117,14 +122,14 @@ class Reader:
         rules: Rules,
         limits: Limits,
         steering: Steering | None = None,
-        extra_headers: frozenset[str] = frozenset(),
+        header_rules: HeaderRules = BUILT_IN,
     ) -> None:
         self._routes = routes
         self._upstream = upstream
         self._rules = rules
         self._limits = limits
         self._steering = steering or Steering()
-        self._extra_headers = extra_headers
+        self._header_rules = header_rules
         self._forms: Memo[tuple[object, ...], int] = Memo(limits.memo_bytes)
         self._numbers = itertools.count(1)
 
@@ -166,7 +171,7 @@ class Reader:
         caller = Caller(
             query.tenant,
             headers,
-            identity.scope_headers(headers, self._extra_headers),
+            identity.scope_headers(headers, self._header_rules),
             is_json=True,
             is_retry=False,
         )
@@ -272,6 +277,7 @@ class Reader:
             tier=_TIERS.get(tier, tier) if isinstance(tier, str) else "default",
             has_tools=facts.has_tools,
             path_qs=target.path_qs,
+            is_placed=bool(target.model),
             form=self._form_of((*asked, plan.lanes, caller.key_id)),
             key_id=caller.key_id,
             team=caller.team,

@@ -27,6 +27,7 @@ from proxy.core.plan import (
 from proxy.settings.environment import overlay
 from proxy.settings.file import Document, Fail, converted
 from proxy.settings.lanes import LANES, AliasSettings, LaneSettings, PolicySettings
+from proxy.settings.proxies import OFF, proxy_for
 from proxy.settings.sections import (
     DEFAULT_UPSTREAMS,
     POLICY,
@@ -75,12 +76,13 @@ def load(flags: Flags, environ: Mapping[str, str]) -> Settings:
     top = frozenset({"data_dir", "prices", "upstream", "lane", "alias", POLICY, *SECTIONS})
     document.known("", document.values, top)
     document.known("prices", document.table("prices"), frozenset({"override"}))
+    forward = _forward(document)
     settings = Settings(
         data_dir=_data_dir(document, environ),
         server=_server(document, flags, environ),
         limits=_section(document, "limits", Limits),
-        upstreams=_upstreams(document, flags, environ),
-        forward=_section(document, "forward", Forward),
+        upstreams=_upstreams(document, flags, environ, forward.proxy),
+        forward=forward,
         rules=_section(document, "cache", Rules),
         cache=_section(document, "cache", Cache),
         stream=_section(document, "stream", Stream),
@@ -156,7 +158,24 @@ def _server(document: Document, flags: Flags, environ: Mapping[str, str]) -> Ser
     return server
 
 
-def _upstreams(document: Document, flags: Flags, environ: Mapping[str, str]) -> Mapping[str, UpstreamSettings]:
+def _forward(document: Document) -> Forward:
+    forward = _section(document, "forward", Forward)
+    if forward.proxy and forward.proxy != OFF and not _is_proxy(forward.proxy):
+        document.fail("forward", "proxy", "must be http://HOST:PORT, or off")
+    return forward
+
+
+def _is_proxy(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
+def _upstreams(
+    document: Document, flags: Flags, environ: Mapping[str, str], proxy: str | None
+) -> Mapping[str, UpstreamSettings]:
     """The built-in upstreams, changed and added to by the file; `--upstream` is the address of all built-in ones."""
     found = {**DEFAULT_UPSTREAMS, **_named_tables(document, "upstream", UpstreamSettings, DEFAULT_UPSTREAMS)}
     for name, upstream in found.items():
@@ -174,6 +193,9 @@ def _upstreams(document: Document, flags: Flags, environ: Mapping[str, str]) -> 
             _named("--upstream" if flags.upstream else "IBID_UPSTREAM")(problem)
         own = () if flags.upstream else [name for name in found if f"upstream.{name}.base_url" in document.variables]
         found |= {name: dataclasses.replace(found[name], base_url=one) for name in DEFAULT_UPSTREAMS.keys() - own}
+    for name, upstream in found.items():
+        if (way := proxy_for(upstream.base_url, proxy, environ)) is not None:
+            found[name] = dataclasses.replace(upstream, proxy=way)
     return types.MappingProxyType(found)
 
 

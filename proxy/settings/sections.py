@@ -48,6 +48,9 @@ class Server:
     listen: Address = option(Address("127.0.0.1", 4141), "client listener; the loopback until you decide otherwise")
     admin: Address = option(Address("127.0.0.1", 4142), "admin listener: metrics, ledger, purges; keep it private")
     anonymous: bool = option(False, "serve clients without a credential, all as one tenant; loopback listener only")
+    cors_origins: tuple[str, ...] = option(
+        (), "web origins that may read answers, or *; others as their upstream allows it"
+    )
     keys_only: bool = option(False, "serve keys made by `ibid keys` only; any other credential, or none, is 401")
     workers: int = option(1, "event loops sharing the client port; more than 1 is not supported yet", least=1)
     memory_bytes: int = option(
@@ -68,6 +71,7 @@ class UpstreamSettings:
     )
     key_env: str | None = option(None, "environment variable of the key it is sent; unset: the client's own")
     key: str | None = field(default=None, repr=False, metadata={"environment_only": True})
+    proxy: str | None = field(default=None, repr=False, metadata={"environment_only": True})
     batch: Literal["auto", "off"] = option("auto", "auto: use its batch API if it has one; off: ordinary calls only")
     prices_as: str | None = option(None, "provider whose list prices apply; unset: the one of the upstream's name")
 
@@ -78,8 +82,19 @@ class Forward:
 
     connect_timeout_s: float = option(5.0, "TCP and TLS; a dead address must fail fast", least=0.001)
     first_byte_timeout_s: float = option(600.0, "from request to response head; a long whole answer", least=0.001)
-    idle_timeout_s: float = option(120.0, "longest silence inside a response body", least=0.001)
-    extra_headers: tuple[str, ...] = option((), "request headers beyond the allow-list that reach the upstream")
+    idle_timeout_s: float = option(
+        600.0, "longest silence inside a response body; the SDKs bear as much of a model that thinks", least=0.001
+    )
+    proxy: str | None = option(
+        None,
+        "http proxy to all upstreams; off: none; unset: HTTP_PROXY, HTTPS_PROXY, NO_PROXY, never for the loopback",
+        is_secret=True,
+    )
+    extra_headers: tuple[str, ...] = option((), "request headers that reach the upstream though ibid drops them")
+    delivery_headers: tuple[str, ...] = option(
+        (), "more request headers that reach the upstream but do not keep requests apart"
+    )
+    drop_headers: tuple[str, ...] = option((), "more request headers that do not reach the upstream")
     model_aliases: tuple[str, ...] = option((), "asked=answered: other names an upstream answers with, * for any")
 
 

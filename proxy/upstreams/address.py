@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from proxy.core.errors import BadRequest, ConfigError
 from proxy.core.identity import CREDENTIALS
 from proxy.core.memo import Memo
 from proxy.upstreams.breaker import Breaker
+
+log = logging.getLogger(__name__)
 
 MEMO_BYTES = 8 * 1024 * 1024
 URL_BYTES = 2048
@@ -36,6 +39,7 @@ class UpstreamAddress:
     dialect: str  # "openai" | "anthropic" | "gemini" | "ollama"
     models: tuple[str, ...] = ()  # patterns of `fnmatch`; none: what no other upstream of the dialect names
     key: str | None = field(default=None, repr=False)  # sent instead of the client's own
+    proxy: str | None = field(default=None, repr=False)  # HTTP proxy on the way
 
 
 DEFAULTS = (
@@ -51,12 +55,13 @@ _KEY_HEADERS = {"anthropic": (b"x-api-key", b""), "gemini": (b"x-goog-api-key", 
 class Address:
     """Where an upstream is, and the URL of a path there. Raises ConfigError for a base that is not plain http(s)."""
 
-    __slots__ = ("_host", "_is_complete", "_known", "_root", "breaker", "key", "models", "name", "place")
+    __slots__ = ("_host", "_is_complete", "_known", "_root", "breaker", "key", "models", "name", "place", "proxy")
 
     def __init__(self, configured: UpstreamAddress, breaker: Breaker, memo_bytes: int = MEMO_BYTES) -> None:
         self.name = configured.name
         self.models = configured.models
         self.breaker = breaker
+        self.proxy = _proxy_of(configured)
         self.key: tuple[bytes, bytes] | None = None
         if configured.key is not None:
             name, prefix = _KEY_HEADERS.get(configured.dialect, (b"authorization", b"Bearer "))
@@ -110,3 +115,17 @@ class Address:
         if (url.scheme, url.raw_host, url.port) != self._host or url.raw_user is not None:
             raise BadRequest("Unknown request URL.", code="unknown_url", status=404)
         return url
+
+
+def _proxy_of(configured: UpstreamAddress) -> URL | None:
+    """None, and a word about it, for one of a kind that cannot be used: SOCKS."""
+    if configured.proxy is None:
+        return None
+    try:
+        url = URL(configured.proxy if "://" in configured.proxy else f"http://{configured.proxy}")
+    except ValueError:
+        url = URL()
+    if url.scheme in ("http", "https") and url.raw_host:
+        return url
+    log.warning("the proxy of the environment cannot be used", extra={"upstream": configured.name})
+    return None

@@ -20,7 +20,7 @@ from yarl import URL
 from proxy.aiohttp_internals import CLOSING, IDEMPOTENT_METHODS, HttpProcessingError, serialize_headers
 from proxy.core.dialects.routes import family_of
 from proxy.core.errors import BadRequest, ConfigError, UpstreamError
-from proxy.core.identity import forwardable
+from proxy.core.identity import BUILT_IN, HeaderRules, forwardable
 from proxy.core.memo import Memo, size_of
 from proxy.core.patterns import is_one_of
 from proxy.upstreams.address import DEFAULTS, MEMO_BYTES, Address, UpstreamAddress
@@ -32,6 +32,9 @@ WRITTEN_AT_ONCE_BYTES = 1 << 20  # above it aiohttp warns of a stalled loop
 ROUTES_KEPT = 1024
 PATTERN_BYTES = 8192
 """Of a pattern, but for the texts in it."""
+HEAD_LINE_BYTES = 64 * 1024
+HEAD_LINES = 256
+"""Of what an upstream answers: content security policies and ids of rate limits run long, and curl takes more."""
 NAME_CHARS = 200  # of a model; where a longer one leads is not remembered
 
 _IDENTITY = ("Accept-Encoding", "identity")
@@ -59,9 +62,9 @@ class _Pattern:
         url: URL,
         received: Sequence[tuple[bytes, bytes]],
         is_bodiless: bool,
-        extra: frozenset[str],
+        rules: HeaderRules,
     ) -> None:
-        headers = [*forwardable(received, extra), _IDENTITY]
+        headers = [*forwardable(received, rules), _IDENTITY]
         data = None if is_bodiless else b""
         self.request = request = aiohttp.ClientRequest(
             method, url, headers=headers, data=data, session=session, loop=asyncio.get_running_loop()
@@ -93,14 +96,14 @@ class Upstreams:
         addresses: Sequence[UpstreamAddress] = DEFAULTS,
         limits: UpstreamLimits | None = None,
         *,
-        extra_headers: frozenset[str] = frozenset(),
+        header_rules: HeaderRules = BUILT_IN,
         tick_s: float = 0.5,
         now: Callable[[], float] | None = None,
     ) -> None:
         """`now`: monotonic seconds for the breakers; the loop's when None."""
         self.loop = asyncio.get_running_loop()
         self._limits = limits or UpstreamLimits()
-        self._extra_headers = extra_headers
+        self._header_rules = header_rules
         self._tick_s = tick_s
         self._addresses: dict[str, Address] = {}
         self._by_dialect: dict[str, list[UpstreamAddress]] = {}
@@ -129,6 +132,9 @@ class Upstreams:
             timeout=self._timeout,
             auto_decompress=False,
             trust_env=False,
+            max_line_size=HEAD_LINE_BYTES,
+            max_field_size=HEAD_LINE_BYTES,
+            max_headers=HEAD_LINES,
         )
         self._timer = self.loop.call_later(self._tick_s, self._tick)
 
@@ -193,7 +199,7 @@ class Upstreams:
     ) -> OpenResponse:
         """Send and wait for the head. See `ports.Upstream.open`; also raises BadRequest for a path that is none."""
         address = self._addresses[upstream]
-        if address.key is not None:
+        if address.key is not None and method != hdrs.METH_OPTIONS:  # a preflight has no credential
             headers, path_qs = address.with_key(headers, path_qs)
         url = address.url_of(path_qs)
         breaker = address.breaker
@@ -203,7 +209,7 @@ class Upstreams:
         waiting = _Waiting(task, self.loop.time())
         self._opening.add(waiting)
         try:
-            opened = await self._send(method, url, headers, body, on_sent)
+            opened = await self._send(method, url, headers, body, on_sent, address.proxy)
         except UpstreamError:
             breaker.failed(is_probe)
             raise
@@ -236,12 +242,12 @@ class Upstreams:
         address = self._addresses[upstream]
         if address.key is not None:
             headers, path_qs = address.with_key(headers, path_qs)
-        sent = [line for line in forwardable(headers, self._extra_headers) if line[0].lower() != "content-type"]
+        sent = [line for line in forwardable(headers, self._header_rules) if line[0].lower() != "content-type"]
         try:
             async with asyncio.timeout(self._limits.connect_s + self._limits.idle_s):
                 return await self._session.ws_connect(
                     address.url_of(path_qs), headers=sent, protocols=protocols, autoping=False, autoclose=False,
-                    max_msg_size=16 << 20,
+                    max_msg_size=16 << 20, proxy=address.proxy,
                 )  # fmt: skip
         except aiohttp.WSServerHandshakeError as error:
             message = "The upstream refused the WebSocket."
@@ -257,6 +263,7 @@ class Upstreams:
         headers: Sequence[tuple[bytes, bytes]],
         body: bytes | AsyncIterable[bytes] | None,
         on_sent: Callable[[], None] | None,
+        proxy: URL | None,
     ) -> OpenResponse:
         """One request, tried a second time only when not one byte of it was sent, or when it may be repeated and its
         connection, kept alive, had ended (RFC 9112 §9.3.1)."""
@@ -264,11 +271,12 @@ class Upstreams:
         for is_last in (False, True):
             try:
                 is_long = whole is not None and len(whole) > WRITTEN_AT_ONCE_BYTES
-                if source is None and not is_long:
+                if source is None and not is_long and proxy is None:
                     return await self._exchange(method, url, headers, whole, on_sent)
                 if on_sent is not None:
                     on_sent()
-                return await self._upload(method, url, headers, source or io.BytesIO(whole or b""))
+                data = source or (None if whole is None else io.BytesIO(whole))
+                return await self._upload(method, url, headers, data, proxy)
             except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
                 if source is not None and source.error is not None:
                     raise source.error from None
@@ -293,7 +301,7 @@ class Upstreams:
         key = (method, url, tuple(headers), body is None)
         pattern = self._patterns.get(key)
         if pattern is None:
-            pattern = _Pattern(self._session, *key, self._extra_headers)
+            pattern = _Pattern(self._session, *key, self._header_rules)
         try:
             connection = await self._session.connector.connect(pattern.request, [], self._timeout)
         except TimeoutError as error:
@@ -305,8 +313,9 @@ class Upstreams:
             if transport is None or transport.is_closing():
                 raise aiohttp.ClientConnectionResetError(CLOSING)
             protocol.set_response_params(
-                skip_payload=method == hdrs.METH_HEAD, read_until_eof=True, auto_decompress=False
-            )
+                skip_payload=method == hdrs.METH_HEAD, read_until_eof=True, auto_decompress=False,
+                max_line_size=HEAD_LINE_BYTES, max_field_size=HEAD_LINE_BYTES, max_headers=HEAD_LINES,
+            )  # fmt: skip
             transport.write(pattern.head if body is None else b"%b%d\r\n\r\n%b" % (pattern.head, len(body), body))
             if on_sent is not None:
                 on_sent()
@@ -321,16 +330,24 @@ class Upstreams:
             raise
 
     async def _upload(
-        self, method: str, url: URL, received: Sequence[tuple[bytes, bytes]], body: _Upload | io.BytesIO
+        self,
+        method: str,
+        url: URL,
+        received: Sequence[tuple[bytes, bytes]],
+        body: _Upload | io.BytesIO | None,
+        proxy: URL | None = None,
     ) -> OpenResponse:
-        """Send piece by piece. A stream is passed on as it came, with what the client said of its length and coding."""
+        """Send piece by piece, or through a proxy. A stream is passed on as it came, with what the client said of its
+        length and coding."""
         assert self._session is not None
-        headers = [*forwardable(received, self._extra_headers), _IDENTITY]
+        headers = [*forwardable(received, self._header_rules), _IDENTITY]
         if isinstance(body, _Upload):
             for name, value in received:
                 if (described := _OF_A_STREAM.get(name.lower())) is not None:
                     headers.append((described, value.decode("ascii", "replace")))
-        response = await self._session.request(method, url, headers=headers, data=body, allow_redirects=False)
+        response = await self._session.request(
+            method, url, headers=headers, data=body, allow_redirects=False, proxy=proxy
+        )
         return OpenResponse(self, response.status, response, response.content, response.connection, response)
 
     def forget(self, response: OpenResponse) -> None:
@@ -379,7 +396,7 @@ def _may_repeat(error: Exception, method: str) -> bool:
 
 
 def _fault(error: Exception) -> UpstreamError:
-    if isinstance(error, aiohttp.ConnectionTimeoutError | aiohttp.ClientConnectorError):
+    if isinstance(error, aiohttp.ConnectionTimeoutError | aiohttp.ClientConnectorError | aiohttp.ClientHttpProxyError):
         return UpstreamError("The upstream cannot be reached.", code="upstream_unreachable")
     if isinstance(error, aiohttp.ClientResponseError | HttpProcessingError):
         return UpstreamError("The upstream answered outside HTTP.", code="upstream_incomplete")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from proxy.client.callers import Callers, Lines
 from proxy.core.dialects.routes import CHAT_PATH, Routes
 from proxy.core.errors import BadRequest
+from proxy.core.identity import HeaderRules
 from proxy.core.keys import Key, digest_of
 from proxy.core.model import Limits, Rules
 from proxy.money.keys import KeyRing
@@ -68,7 +69,7 @@ def test_the_memory_says_what_a_fresh_reader_says_and_no_two_sets_of_credentials
     ring = KeyRing(cast(Any, None), cast(Any, None), clock=lambda: 1.0)
 
     def callers() -> Callers:
-        return Callers(SECRET, ring, frozenset(), 1 << 20, anonymous=anonymous, keyless=True)
+        return Callers(SECRET, ring, HeaderRules(), 1 << 20, anonymous=anonymous, keyless=True)
 
     for number in range(2):
         ring._take(key_of(number))

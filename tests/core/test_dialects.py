@@ -16,10 +16,8 @@ from hypothesis import strategies as st
 
 from proxy.core.dialects.anthropic_record import COUNTED_LAST
 from proxy.core.dialects.dialect import Dialect, rfc3339
-from proxy.core.dialects.responses_filter import EVENT_LINE_BYTES
 from proxy.core.dialects.routes import CHAT_PATH, Routes, family_of, keys_in, without_key
-from proxy.core.errors import BadRequest, Busy, UpstreamError
-from proxy.core.eventstream import LINE_LIMIT_BYTES
+from proxy.core.errors import BadRequest, Busy
 from proxy.core.fingerprint import fingerprint_of, scope_of
 from proxy.core.model import Answer, Usage
 
@@ -96,14 +94,12 @@ REFUSED = {
 }
 INCOMPLETE = {
     ("anthropic", "cut_mid_event"), ("anthropic", "error_mid_stream"), ("anthropic", "stop_without_reason"),
-    ("anthropic", "without_stop"), ("gemini", "cut_mid_event"), ("gemini", "error_mid_stream"),
+    ("gemini", "cut_mid_event"), ("gemini", "error_mid_stream"),
     ("gemini", "without_finish"), ("ollama", "cut_mid_line"), ("ollama", "error_mid_stream"),
     ("ollama", "without_done"), ("completions", "done_without_finish"), ("completions", "error_mid_stream"),
-    ("completions", "without_done"), ("responses", "cut_mid_event"), ("responses", "error_mid_stream"),
-    ("responses", "without_completed"),
+    ("responses", "cut_mid_event"), ("responses", "error_mid_stream"), ("responses", "without_completed"),
 }  # fmt: skip
 KEPT_UPSTREAM = {"kept", "kept_call", "kept_without_word", "summary"}  # answers that the upstream knows by their ids
-LINE_LIMITS = {"responses": EVENT_LINE_BYTES}
 FILES = sorted(path for name in REFUSED for path in (TRANSCRIPTS / name).iterdir())
 KEPT = [path for path in FILES if path.stem not in REFUSED[path.parent.name]]
 named = pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -205,16 +201,6 @@ def test_the_relay_passes_every_event_as_it_came_however_it_was_cut(path: Path, 
         assert passed == raw
     else:
         assert raw.startswith(passed)
-
-
-@pytest.mark.parametrize("name", sorted(REFUSED))
-def test_a_line_without_end_is_an_upstream_error(name: str) -> None:
-    relay = DIALECTS[name].filter(wants_usage=True, n=1)
-    for _ in range(64):
-        relay.feed(b"x" * (LINE_LIMITS.get(name, LINE_LIMIT_BYTES) // 64))
-    with pytest.raises(UpstreamError) as caught:
-        relay.feed(b"x")
-    assert caught.value.code == "upstream_protocol_error"
 
 
 @given(raw=st.binary(max_size=300))

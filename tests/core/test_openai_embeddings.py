@@ -74,8 +74,6 @@ def test_inputs_are_read_in_their_order(asked, inputs):
         (ask([[1, 2.0]]), "input[0][1]", "invalid_type"),
         (ask(["a"] * (INPUT_LIMIT + 1)), "input", "invalid_value"),
         (ask([[1]] * (INPUT_LIMIT + 1)), "input", "invalid_value"),
-        ({"input": "a"}, "model", "invalid_type"),
-        (ask("a", model=""), "model", "invalid_type"),
         (ask("a", model=3), "model", "invalid_type"),
         (ask("a", dimensions=0), "dimensions", "invalid_value"),
         (ask("a", dimensions="8"), "dimensions", "invalid_value"),

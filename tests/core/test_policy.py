@@ -56,7 +56,7 @@ def test_a_plain_first_question_may_be_matched_by_meaning() -> None:
         ({"previous_response": True}, ("none", "previous_response")),
         ({"background": True}, ("none", "background")),
         ({"web_search": True}, ("none", "web_search")),
-        ({"tool_results": True}, ("none", "tool_results")),
+        ({"tool_results": True}, ("exact", "tool_results")),
         ({"remote_urls": True, "has_images": True}, ("none", "remote_urls")),
         ({"has_images": True}, ("exact", "images")),
         ({"has_audio": True}, ("exact", "audio")),
@@ -365,9 +365,17 @@ def test_edge_cookies_are_named_in_lower_case() -> None:
         ({"finish_reason": ""}, "truncated"),
         ({"finish_reason": "end_turn"}, None),
         ({"message": {"content": "x", "tool_calls": [{}]}}, "tool_calls"),
+        ({"message": {"content": "x", "annotations": [{"type": "url_citation"}]}}, "citations"),
+        ({"message": {"content": "x", "annotations": []}}, None),
+        ({"extra": {"citations": ["https://x"]}}, "citations"),
+        ({"choice": {"groundingMetadata": {"webSearchQueries": ["x"]}}}, "citations"),
+        ({"choice": {"groundingMetadata": {}}}, None),
+        ({"choice": {"content": [{"citations": [{"type": "web_search_result_location"}]}]}}, "citations"),
+        ({"choice": {"content": [{"citations": [{"type": "char_location"}]}]}}, None),
         ({"message": {"content": "x", "function_call": {"name": "f"}}}, "tool_calls"),
         ({"message": {"content": "x", "refusal": "no"}}, "refusal"),
         ({"message": {"content": "x", "refusal": None}}, None),
+        ({"message": {"content": "I'm sorry, but I can't assist with that."}}, "refusal"),
         ({"message": {"content": "x", "audio": {"id": "a"}}}, "audio_output"),
         ({"message": {"content": ""}}, "empty"),
         ({"message": {"content": " \n\u00a0"}}, "empty"),
@@ -378,6 +386,8 @@ def test_edge_cookies_are_named_in_lower_case() -> None:
         ({"model": "gpt-4o-mini-audio"}, "model_mismatch"),
         ({"model": "gpt-4o-mini"}, None),
         ({"model": "openai/GPT-4o-mini"}, None),
+        ({"model": "gpt-4o-mini:latest"}, None),
+        ({"model": "gpt-4o-mini:8b"}, "model_mismatch"),
         ({"model": ""}, None),
     ],
 )
@@ -394,6 +404,23 @@ def test_an_answer_that_fills_its_limit_is_taken_for_a_cut_one(
 ) -> None:
     answer = replace(ANSWER, usage=None if tokens is None else Usage(10, tokens))
     assert kept(answer, replace(QUERY, output_limit=limit)) == reason
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered", "is_kept"),
+    [
+        ("meta/llama-3:free", "meta/llama-3", True),
+        ("meta/llama-3:nitro", "llama-3-2024-07-18", True),
+        ("llama3:latest", "llama3", True),
+        ("llama3", "llama3:latest", True),
+        ("llama3:8b", "llama3:70b", False),
+        ("", "anything", True),
+    ],
+)
+def test_a_way_to_reach_a_model_is_no_other_model(asked: str, answered: str, is_kept: bool) -> None:
+    found = kept(replace(ANSWER, model=answered), replace(QUERY, model=asked))
+    assert found == (None if is_kept else "model_mismatch")
+    assert kept(replace(ANSWER, model=answered), replace(QUERY, model="x", is_placed=True)) is None
 
 
 def test_the_recorders_reason_stands() -> None:
@@ -418,12 +445,12 @@ def test_json_that_was_asked_for_must_be_json() -> None:
 CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
 
 
-def test_a_tool_call_is_kept_only_where_the_operator_wants_it() -> None:
+def test_a_tool_call_is_kept_unless_the_operator_wants_none() -> None:
     called = replace(ANSWER, message={"content": None, "tool_calls": [CALL]}, finish_reason="tool_calls")
     broken = {**CALL, "function": {"name": "weather", "arguments": '{"city'}}
-    wanted = replace(RULES, cache_tool_calls=True)
+    wanted = RULES
     for rules, answer, expected in (
-        (RULES, called, "tool_calls"),
+        (replace(RULES, cache_tool_calls=False), called, "tool_calls"),
         (wanted, called, None),
         (wanted, replace(called, message={"content": None, "tool_calls": [broken]}), "tool_calls"),
         (wanted, replace(called, finish_reason="length"), "finish_length"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from proxy.core.model import Limits
 from tests.edge.faults_app import (
     BEARER,
     KEY,
@@ -25,8 +26,10 @@ from tests.edge.faults_app import (
     serving,
     up,
 )
+from tests.edge.faults_wire import whole
 from tests.edge.rawclient import RawClient
-from tests.upstream import Json, ScriptedUpstream
+from tests.upstream import Json, Raw, ScriptedUpstream
+from tests.waiting import until
 
 __all__ = ["ibid", "up"]  # fixtures
 
@@ -47,37 +50,71 @@ async def refused(ibid: Running, raw: bytes, status: int, code: str, param: str 
 # --- size, encoding, framing, path ----------------------------------------------------------------------------------
 
 
-async def test_a_body_over_the_limit_is_refused_before_and_while_it_arrives(ibid: Running) -> None:
-    declared = request(b"").replace(b"Content-Length: 0", b"Content-Length: 4194305")
-    chunk = b"100000\r\n" + b"x" * MIB + b"\r\n"
-    chunked = request(b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + chunk * 5
-    for raw in (declared, chunked):
-        client = await RawClient.connect(ibid.port)
-        await client.send(raw)
-        reply = await client.answer()
-        assert (reply.status, reply.code, reply.headers["connection"]) == (413, "request_too_large", "close")
-        client.close()
-    assert ibid.asked == 0
+def large(size: int, **fields: Any) -> bytes:
+    url = "data:image/png;base64," + "QUJD" * (size // 4)
+    parts = [{"type": "text", "text": "What is on it?"}, {"type": "image_url", "image_url": {"url": url}}]
+    return json.dumps({"model": "gpt-4o-mini", "messages": [{"role": "user", "content": parts}], **fields}).encode()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("way", ["declared", "chunked", "gzip"])
+async def test_a_body_over_the_limit_is_forwarded_unread(ibid: Running, way: str, stream: bool) -> None:
+    body = large(9 * MIB, stream=stream)
+    raw = request(body)
+    if way == "gzip":
+        raw = request(gzip.compress(body, 1), "Content-Encoding: gzip")
+        ibid.up.script(Json(200, whole()))  # it can read it, this one cannot
+    if way == "chunked":
+        head = request(b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+        raw = head + b"".join([b"%x\r\n%b\r\n" % (len(p), p) for p in (body[:MIB], body[MIB:])]) + b"0\r\n\r\n"
+    reply = await ibid.send(raw)
+    assert (reply.status, reply.whole) == (200, True)
+    assert "detail=body_too_large" in reply.headers["cache-status"]
+    (seen,) = ibid.up.requests
+    assert (gzip.decompress(seen.body) if way == "gzip" else seen.body) == body
+    assert seen.header("content-encoding") == ("gzip" if way == "gzip" else None)
+    assert await ibid.stored() == 0
+
+
+async def test_it_is_forwarded_while_it_arrives(ibid: Running) -> None:
+    head = request(b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+    client = await RawClient.connect(ibid.port)
+    await client.send(head + b"500000\r\n" + b"x" * 5 * MIB + b"\r\n")
+    await until(lambda: ibid.handlers[0].admission.free < Limits().in_flight)
+    client.close()
 
 
 @pytest.mark.parametrize(
     ("coding", "body", "status", "code"),
     [
-        ("gzip", gzip.compress(bytes(64 * MIB)), 413, "request_too_large"),
-        ("deflate", zlib.compress(bytes(64 * MIB)), 413, "request_too_large"),
-        ("gzip, gzip", gzip.compress(gzip.compress(b"{}")), 415, "unsupported_encoding"),
-        ("br", b"{}", 415, "unsupported_encoding"),
-        ("zstd", b"{}", 415, "unsupported_encoding"),
-        ("rot13", b"{}", 415, "unsupported_encoding"),
         ("gzip", b"not gzip at all", 400, "invalid_encoding"),
         ("gzip", gzip.compress(question())[:-4], 400, "invalid_encoding"),
     ],
-    ids=["gzip bomb", "deflate bomb", "twice", "br", "zstd", "unknown", "bad gzip", "cut gzip"],
+    ids=["bad gzip", "cut gzip"],
 )
 async def test_an_encoded_body_is_read_within_the_limit_or_refused(
     ibid: Running, coding: str, body: bytes, status: int, code: str
 ) -> None:
     await refused(ibid, request(body, f"Content-Encoding: {coding}"), status, code)
+
+
+UNREAD = {
+    "gzip bomb": ("gzip", gzip.compress(bytes(64 * MIB)), "body_too_large"),
+    "deflate bomb": ("deflate", zlib.compress(bytes(64 * MIB)), "body_too_large"),
+    "twice": ("gzip, gzip", gzip.compress(gzip.compress(b"{}")), "body_encoding"),
+    "br": ("br", b"{}", "body_encoding"),
+    "zstd": ("zstd", b"{}", "body_encoding"),
+    "unknown": ("rot13", b"{}", "body_encoding"),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+async def test_an_encoded_body_that_is_not_read_goes_on_as_it_came(ibid: Running, name: str) -> None:
+    coding, body, reason = UNREAD[name]
+    ibid.up.script(Raw(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"))
+    reply = await ibid.send(request(body, f"Content-Encoding: {coding}"))
+    assert (reply.status, reply.body, reply.headers["x-cache-reason"]) == (200, b"{}", reason)
+    assert ibid.up.requests[0].header("content-encoding") == coding
 
 
 async def test_a_gzipped_question_is_the_same_question(ibid: Running) -> None:
@@ -199,7 +236,7 @@ async def test_no_admin_handler_answers_on_the_client_port(ibid: Running, target
     await ibid.settled()
     reply = await ibid.ask(b'{"confirm":"flush"}', target=target, credential=f"Authorization: Bearer {'a' * 32}")
     assert ibid.up.requests[-1].path == target, "an ordinary path, passed on"
-    assert reply.headers["x-upstream"] == ibid.app.pipeline.forwarder._upstream.route("/", {}, None)
+    assert reply.headers["x-upstream"] == ibid.app.pipeline.forwarder._upstream.route(target, {}, None)
     assert (await ibid.ask()).is_hit, "nothing was flushed"
 
 
@@ -220,10 +257,18 @@ async def test_an_expectation_is_met_and_an_upgrade_ignored(ibid: Running) -> No
 
 
 @pytest.mark.parametrize(
-    "media", [None, "text/plain", "application/x-www-form-urlencoded", "application/jsonp", "json"]
+    "media", ["multipart/form-data; boundary=x", "application/xml", "application/jsonp", "json", "image/png"]
 )
-async def test_a_body_that_is_not_called_json_is_refused(ibid: Running, media: str | None) -> None:
+async def test_a_body_that_is_called_something_else_is_refused(ibid: Running, media: str) -> None:
     await refused(ibid, request(question(), content_type=media), 415, "unsupported_media_type")
+
+
+@pytest.mark.parametrize("media", [None, "text/plain", "application/x-www-form-urlencoded", "application/vnd.x+json"])
+async def test_a_body_whose_name_says_nothing_is_json(ibid: Running, media: str | None) -> None:
+    assert (await ibid.ask(content_type=media)).status == 200
+    assert ibid.up.requests[0].body == question()
+    await ibid.settled()
+    assert (await ibid.ask()).is_hit, "the same question, whatever it is called"
 
 
 async def test_json_with_a_charset_is_json(ibid: Running) -> None:
@@ -234,10 +279,9 @@ CREDENTIALS = {
     "absent": None,
     "empty": "Authorization:",
     "no key": "Authorization: Bearer",
-    "other scheme": f"Authorization: Basic {KEY}",
+    "no scheme": f"Authorization: {KEY}",
     "twice": f"{BEARER}\r\n{BEARER}",
     "twice, another": f"{BEARER}\r\nAuthorization: Bearer sk-other",
-    "5 kB": BEARER + "x" * 5000,
     "SQL": f"Authorization: Bearer {KEY}' OR 1=1--",
     "quote": f'x-api-key: {KEY}"',
     "two keys": f"Authorization: Bearer {KEY} {KEY}",
@@ -309,9 +353,8 @@ async def test_a_body_that_could_be_read_in_two_ways_is_refused(ibid: Running, n
 
 
 BAD_FIELDS: dict[str, tuple[dict[str, Any], str, str]] = {
-    "no model": ({"model": None}, "invalid_type", "model"),
+    "model list": ({"model": ["m"]}, "invalid_type", "model"),
     "model number": ({"model": 5}, "invalid_type", "model"),
-    "model empty": ({"model": ""}, "invalid_type", "model"),
     "messages null": ({"messages": None}, "invalid_type", "messages"),
     "no message": ({"messages": []}, "invalid_type", "messages"),
     "10,000 messages": ({"messages": [{"role": "user", "content": "a"}] * 10_000}, "invalid_type", "messages"),

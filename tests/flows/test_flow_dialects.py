@@ -243,17 +243,15 @@ async def test_a_reworded_question_is_answered_from_the_cache(name: str, tmp_pat
 
 @every
 @streamed
-async def test_a_tool_call_is_forwarded_and_kept_only_where_the_operator_wants_it(
-    name: str, stream: bool, tmp_path: Path
-) -> None:
+async def test_a_tool_call_is_kept_unless_the_operator_wants_none(name: str, stream: bool, tmp_path: Path) -> None:
     asked = "call for the weather in Paris"
-    async with served(tmp_path / "off", EXACT_ONLY["cache"]) as (up, ibid):
+    async with served(tmp_path / "off", {**EXACT_ONLY["cache"], "cache_tool_calls": False}) as (up, ibid):
         client = CLIENTS[name](ibid.url)
         seen = [await ask(ibid, client, asked, stream=stream) for _ in range(2)]
         assert [said.headers["x-cache"] for said in seen] == ["MISS", "MISS"]
         direct = await CLIENTS[name](up.url).ask(asked, stream=stream)
         assert alike(seen[0]) == alike(direct)
-    async with served(tmp_path / "on", {**EXACT_ONLY["cache"], "cache_tool_calls": True}) as (up, ibid):
+    async with served(tmp_path / "on", EXACT_ONLY["cache"]) as (up, ibid):
         client = CLIENTS[name](ibid.url)
         seen = [await ask(ibid, client, asked, stream=stream) for _ in range(3)]
         assert [said.headers["x-cache"] for said in seen] == ["MISS", "HIT", "HIT"]

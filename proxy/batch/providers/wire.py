@@ -12,6 +12,7 @@ import orjson
 from proxy.batch.providers.provider import Handed, NoBatchApi, RawHeaders, Refused, Result
 from proxy.core.errors import UpstreamError
 from proxy.ports import Upstream
+from proxy.upstreams.decoding import readable
 
 NO_SUCH_API: Final = frozenset({404, 405, 501})
 REPLY_LIMIT_BYTES: Final = 4 * 1024 * 1024
@@ -42,6 +43,7 @@ class Wire:
         response = await self.upstream.open(name, method, path, [*_sendable(headers), *also], body)
         raw = b""
         try:
+            response = await readable(response)
             while piece := await response.read_some():
                 raw += piece
                 if len(raw) > REPLY_LIMIT_BYTES:
@@ -81,6 +83,7 @@ class Wire:
         try:
             if response.status != 200:
                 raise UpstreamError(f"The upstream answered {response.status} for the results of a batch.")
+            response = await readable(response)
             while piece := await response.read_some():
                 rest += piece
                 if b"\n" in piece:

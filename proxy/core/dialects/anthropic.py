@@ -13,6 +13,7 @@ from proxy.core.answer import to_json
 from proxy.core.dialects.anthropic_filter import MessageFilter
 from proxy.core.dialects.anthropic_record import find_usage, record
 from proxy.core.dialects.anthropic_replay import render_stream, render_whole
+from proxy.core.dialects.callids import named_in_order
 from proxy.core.dialects.dialect import Recording, Spoken, StreamFilter, Template, UsageMode, is_plain
 from proxy.core.dialects.fields import (
     ARRAY,
@@ -23,11 +24,15 @@ from proxy.core.dialects.fields import (
     OBJECT,
     STRING,
     Types,
+    limit_of,
     mistyped,
+    model_in,
+    person_in,
 )
 from proxy.core.errors import BadRequest, IbidError
 from proxy.core.facts import Facts
 from proxy.core.model import Answer, Usage
+from proxy.core.search import is_offered
 
 MESSAGE_LIMIT = 100_000  # the provider's own
 
@@ -85,15 +90,18 @@ _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 def read(body: Mapping[str, Any]) -> Facts:
     """What the request says. Raises BadRequest (invalid_type) naming the parameter."""
-    model = body.get("model")
-    if not isinstance(model, str) or not model:
-        raise _invalid_type("model", "a non-empty string")
+    model = model_in(body)
+    if model is None:
+        raise _invalid_type("model", "a string")
     if (wrong := mistyped(body, _TYPES)) is not None:
         raise _invalid_type(*wrong)
     messages = _messages(body.get("messages"))
     kinds = {block["type"] for message in messages for block in _blocks(message)}
     system = _system(body.get("system"))
+    has_calls = any([kind.endswith(("tool_use", "tool_result")) for kind in kinds])
     neutral = [*system, *(_neutral(message) for message in messages)]
+    if has_calls:
+        neutral = [dict(message) for message in named_in_order(neutral)]
     *earlier, last = neutral
     content = last["content"]
     asks = last["role"] == "user" and isinstance(content, str)
@@ -110,12 +118,12 @@ def read(body: Mapping[str, Any]) -> Facts:
         wants_usage=True,  # its streams always tell
         temperature=body.get("temperature"),
         has_tools=bool(tools),
-        tool_results=not kinds.isdisjoint(("tool_use", "tool_result")),
-        web_search=bool(body.get("mcp_servers")) or any([_runs_at_the_provider(tool) for tool in tools]),
+        tool_results=has_calls,
+        web_search=is_offered(tools, shows_use=True),
         has_images="image" in kinds,
         has_files="document" in kinds or body.get("container") is not None,
         remote_urls=any([_is_remote(block) for message in messages for block in _blocks(message)]),
-        output_limit=body.get("max_tokens"),
+        output_limit=limit_of(body.get("max_tokens")),
         has_stops=bool(body.get("stop_sequences")),
         opaque=isinstance(thinking, dict) and thinking.get("type") != "disabled",
         response_format="json_schema" if _wants_json(body.get("output_config")) else None,
@@ -163,10 +171,16 @@ def _blocks(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 # -- the same in OpenAI's words ---------------------------------------------------------------------------------------
 
 
+_BILLING = "x-anthropic-billing-header:"
+"""What Claude Code writes into its first system block: its version, and a checksum that is another in every request."""
+
+
 def _system(system: object) -> list[dict[str, Any]]:
     if not system:
         return []
     _check_content(system, "system")
+    if isinstance(system, list):
+        system = [block for block in system if not str(block.get("text", "")).startswith(_BILLING)]
     return [{"role": "system", "content": _content(system)}]
 
 
@@ -228,14 +242,12 @@ def _tool_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
 # -- facts ------------------------------------------------------------------------------------------------------------
 
 
-def _runs_at_the_provider(tool: object) -> bool:
-    """Web search, code execution and the like: what they find changes."""
-    return not isinstance(tool, dict) or ("input_schema" not in tool and tool.get("type", "custom") != "custom")
-
-
 def _is_remote(block: Mapping[str, Any]) -> bool:
-    source = block.get("source")
-    return isinstance(source, dict) and source.get("type") in ("url", "file")
+    """A block of what is behind an address, or the result of a tool that holds one."""
+    source, inner = block.get("source"), block.get("content")
+    if isinstance(source, dict) and source.get("type") in ("url", "file"):
+        return True
+    return isinstance(inner, list) and any([_is_remote(part) for part in inner if isinstance(part, dict)])
 
 
 def _wants_json(config: object) -> bool:
@@ -244,10 +256,12 @@ def _wants_json(config: object) -> bool:
 
 def _end_user(body: Mapping[str, Any]) -> str:
     user = (body.get("metadata") or {}).get("user_id")
-    return user if isinstance(user, str) else ""
+    return person_in(user) if isinstance(user, str) else ""
 
 
 def _unknown(body: Mapping[str, Any], messages: list[dict[str, Any]]) -> Iterator[str]:
+    if not body.get("model"):
+        yield "model"
     if not body.keys() <= KNOWN_FIELDS:
         yield from sorted(body.keys() - KNOWN_FIELDS)
     for i, message in enumerate(messages):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 
-from proxy.core.eventstream import EventSplitter
+from proxy.core.eventstream import EventSplitter, Fragment, is_cut
 
-_STOPPED = re.compile(rb'"stop_reason"\s*:\s*"')
+_STOPPED = re.compile(rb'"stop_reason"\s*:\s*"[^"]')
 
 
 class MessageFilter:
     """Every event passes as it came. `message_stop` is withheld when no stop reason came before it, because a client
-    would take it for success."""
+    would take it for success. A body that ends between two events needs none once the stop reason is there."""
 
     number = -1
     __slots__ = ("_done", "_has_reason", "_splitter", "failed")
@@ -26,6 +27,10 @@ class MessageFilter:
     def complete(self) -> bool:
         return self._done
 
+    @property
+    def is_within(self) -> bool:
+        return self._splitter.is_within
+
     def feed(self, chunk: bytes) -> bytes:
         passed = b"".join([block for block in self._splitter.feed(chunk) if self._passes(block)])
         if self._splitter.bom:
@@ -33,11 +38,15 @@ class MessageFilter:
         return passed
 
     def end(self) -> bytes:
-        """A last event without its blank line says nothing to any SDK, so it is not the end of an answer either."""
-        return self._splitter.end() if self._done else b""
+        """A last event without its blank line says nothing to any SDK, but it may be the one that nobody misses."""
+        rest = self._splitter.end()
+        if not self._done and not is_cut(rest, json.loads):
+            self._passes(rest)
+            self._done = self._has_reason
+        return rest if self._done else b""
 
     def _passes(self, block: bytes) -> bool:
-        if b"message_delta" in block and _STOPPED.search(block):
+        if (b"message_delta" in block or isinstance(block, Fragment)) and _STOPPED.search(block):
             self._has_reason = True
         elif b"message_stop" in block and _kind(block) == b"message_stop":
             self._done = self._has_reason

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from proxy.core.dialects.dialect import Loads, Recording
-from proxy.core.dialects.recording import is_sayable, objects_under, read_object, recorded
+from proxy.core.dialects.recording import cached_in, details_of, is_sayable, objects_under, read_object, recorded
 from proxy.core.errors import UpstreamError
 from proxy.core.eventstream import LINE_LIMIT_BYTES, EventDecoder
 from proxy.core.model import Answer, Usage
@@ -48,8 +48,9 @@ def read_usage(raw: object) -> Usage | None:
     """Token counters of a `usage` object, cache reads and writes counted into the input; None when it holds none."""
     if not isinstance(raw, dict):
         return None
-    written, read = raw.get("cache_creation_input_tokens") or 0, raw.get("cache_read_input_tokens") or 0
-    counts: tuple[Any, ...] = (raw.get("input_tokens"), raw.get("output_tokens"), read, written)
+    read, written = cached_in(raw, details_of(raw, "prompt_tokens_details"))
+    asked, said = raw.get("input_tokens", raw.get("inputTokens")), raw.get("output_tokens", raw.get("outputTokens"))
+    counts: tuple[Any, ...] = (asked, said, read, written)
     if any(type(count) is not int or count < 0 for count in counts):
         return None
     return Usage(counts[0] + read + written, counts[1], read, written)
@@ -168,7 +169,9 @@ class Recorder:
         try:
             for event in self._decoder.feed_named(chunk):
                 self._read(event.data)
-        except (UpstreamError, ValueError, RecursionError):
+        except UpstreamError:
+            self._refuse("too_large")
+        except (ValueError, RecursionError):
             self._refuse("garbage")
         if self._length > self._limit:
             self._refuse("too_large")

@@ -11,7 +11,19 @@ from typing import Any
 
 from proxy.core.dialects.completions_answer import record, render_stream, render_whole
 from proxy.core.dialects.dialect import Recording, Spoken, StreamFilter, Template, UsageMode
-from proxy.core.dialects.fields import BOOLEAN, CACHE_TWIN, INTEGER, NUMBER, OBJECT, STRING, Types
+from proxy.core.dialects.fields import (
+    BOOLEAN,
+    CACHE_TWIN,
+    INTEGER,
+    NUMBER,
+    OBJECT,
+    SESSION_FIELDS,
+    STRING,
+    Types,
+    limit_of,
+    model_in,
+    whole,
+)
 from proxy.core.dialects.openai_chat import (
     DELIVERY_FIELDS,
     check_types,
@@ -46,7 +58,7 @@ _TYPES: Types = {
     "top_p": NUMBER,
     "user": STRING,
 }
-KNOWN_FIELDS = frozenset(_TYPES) | {"model", "n", "logprobs", CACHE_TWIN}
+KNOWN_FIELDS = frozenset(_TYPES) | SESSION_FIELDS | {"model", "n", "logprobs", CACHE_TWIN}
 _ELSEWHERE = DELIVERY_FIELDS | {"model", "prompt", "max_tokens"}  # of `Facts`
 
 
@@ -55,9 +67,9 @@ def read(body: Mapping[str, Any]) -> Facts:
 
     Where the answer repeats the prompt or has to lead up to a suffix, the very same text alone is the same question.
     """
-    model = body.get("model")
-    if not isinstance(model, str) or not model:
-        raise invalid_type("model", "a non-empty string")
+    model = model_in(body)
+    if model is None:
+        raise invalid_type("model", "a string")
     check_types(body, _TYPES)
     prompt = _plain(body.get("prompt"))
     is_text = isinstance(prompt, str) and not body.get("echo") and not body.get("suffix")
@@ -70,14 +82,14 @@ def read(body: Mapping[str, Any]) -> Facts:
         prompt=prompt if is_text else None,
         context=() if is_text else ({"prompt": prompt},),
         settings=settings,
-        unknown=tuple(sorted(body.keys() - KNOWN_FIELDS)),
+        unknown=(*([] if model else ["model"]), *sorted(body.keys() - KNOWN_FIELDS)),
         stream=body.get("stream") is True,
         wants_usage=(body.get("stream_options") or {}).get("include_usage") is True,
         temperature=body.get("temperature"),
-        n=max(choices_of(body), body.get("best_of") or 1) * _prompts(prompt),
+        n=max(choices_of(body), whole(body.get("best_of")) or 1) * _prompts(prompt),
         seed=body.get("seed"),
         logprobs=not (logprobs is None or logprobs is False),  # 0 asks for those of the text itself
-        output_limit=body.get("max_tokens"),
+        output_limit=limit_of(body.get("max_tokens")),
         has_stops=bool(body.get("stop")),
         end_user=end_user_of(body),
         first_turn=True,

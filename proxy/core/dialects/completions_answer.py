@@ -13,9 +13,9 @@ from proxy.core.answer import to_json
 from proxy.core.dialects.dialect import Loads, Recording, Template, UsageMode
 from proxy.core.dialects.openai_record import find_usage, read_usage
 from proxy.core.dialects.openai_replay import counted, split, to_text
-from proxy.core.dialects.recording import is_sayable, read_object, recorded
+from proxy.core.dialects.recording import is_neutral, is_sayable, read_object, recorded
 from proxy.core.errors import UpstreamError
-from proxy.core.eventstream import DONE, EventDecoder
+from proxy.core.eventstream import EventDecoder, is_done
 from proxy.core.model import Answer
 
 SEAM = '"id":"cmpl-{id}","created":{created}'
@@ -45,7 +45,7 @@ def _read_whole(body: bytes, loads: Loads) -> Answer | str:
 def _only_choice(choices: object) -> dict[str, Any] | None:
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         return None
-    return choices[0] if choices[0].get("index", 0) == 0 else None
+    return choices[0] if choices[0].get("index") in (None, 0) else None
 
 
 def _read_stream(body: bytes, loads: Loads) -> Answer | str:
@@ -53,13 +53,13 @@ def _read_stream(body: bytes, loads: Loads) -> Answer | str:
     said: dict[str, Any] = {}  # what the chunks say, the last word of each field
     last: dict[str, Any] = {}  # likewise of the choice
     texts: list[Any] = []
-    is_done = False
+    has_ended = False
     try:
         for data in [*decoder.feed(body), *decoder.end()]:
-            if is_done:
+            if has_ended:
                 return "data_after_done"
-            if data == DONE:
-                is_done = True
+            if is_done(data):
+                has_ended = True
                 continue
             chunk = loads(data)
             if not isinstance(chunk, dict):
@@ -67,18 +67,20 @@ def _read_stream(body: bytes, loads: Loads) -> Answer | str:
             if chunk.get("error") is not None:
                 return "error_event"
             said |= {name: value for name, value in chunk.items() if value is not None or name not in said}
-            if chunk.get("choices") == []:
+            if chunk.get("choices") == [] or (chunk.get("choices") is None and isinstance(chunk.get("usage"), dict)):
                 continue
             choice = _only_choice(chunk.get("choices"))
             if choice is None:
                 return "choices"
-            last |= {name: value for name, value in choice.items() if value is not None or name not in last}
-            texts.append(choice.get("text"))
-    except (UpstreamError, ValueError, RecursionError):
+            last |= {name: value for name, value in choice.items() if not is_neutral(value) or name not in last}
+            texts.append(choice.get("text") or "")
+    except UpstreamError:
+        return "too_large"
+    except (ValueError, RecursionError):
         return "garbage"
     if decoder.names - {b"message"}:
         return "unknown_event"
-    return _storable(said, last, texts, loads) if is_done else "truncated"
+    return _storable(said, last, texts, loads) if has_ended else "truncated"
 
 
 def _storable(whole: Mapping[str, Any], choice: Mapping[str, Any], texts: list[Any], loads: Loads) -> Answer | str:

@@ -117,7 +117,8 @@ def _is_object(text: str) -> bool:
 
 
 class StreamFilter(Protocol):
-    """Turns the upstream's stream into the client's, in whole events, and knows whether it came to its end."""
+    """Turns the upstream's stream into the client's, in whole events but for one of a MiB and more, and knows whether
+    it came to its end."""
 
     failed: bool  # the upstream itself sent an error
 
@@ -131,13 +132,31 @@ class StreamFilter(Protocol):
         """The marks that the answer is whole were seen; else the relay owes the client an error."""
         ...
 
+    @property
+    def is_within(self) -> bool:
+        """What passed last ends inside an event, one too long to be held: nothing may be said in between."""
+        ...
+
     def feed(self, chunk: bytes) -> bytes:
-        """Bytes for the client now, maybe none. Raises UpstreamError (upstream_protocol_error)."""
+        """Bytes for the client now, maybe none."""
         ...
 
     def end(self) -> bytes:
-        """Bytes still owed after a clean end."""
+        """Bytes still owed after a clean end, which may be what shows that the answer is whole."""
         ...
+
+
+_BEGINS_STREAM = re.compile(rb"\s*(?:\xef\xbb\xbf)?(?:data|event|id|retry)?:")
+
+
+def is_streamed(dialect: Dialect, content_type: str, start: bytes) -> bool:
+    """Whether a body is a stream of this dialect: by its media type, or, when a server calls it something else or
+    nothing, by its first bytes."""
+    if content_type == dialect.stream_type:
+        return True
+    if dialect.stream_type == EVENT_STREAM:
+        return _BEGINS_STREAM.match(start) is not None
+    return content_type != JSON and start.lstrip().startswith(b"{")
 
 
 class Spoken:

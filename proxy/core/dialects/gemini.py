@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from proxy.core.answer import to_json
+from proxy.core.dialects.callids import named_in_order
 from proxy.core.dialects.dialect import Recording, Spoken, StreamFilter, Template, UsageMode, is_plain
-from proxy.core.dialects.fields import CACHE_TWIN
+from proxy.core.dialects.fields import CACHE_TWIN, limit_of, whole
 from proxy.core.dialects.gemini_answer import CandidateFilter, find_usage, record, render
 from proxy.core.errors import BadRequest, IbidError
 from proxy.core.facts import Facts
@@ -64,12 +65,13 @@ def read(body: Mapping[str, Any], model: str, *, stream: bool) -> Facts:
     kinds = {name for part in parts for name in _camel(part)}
     config = _camel(body.get("generationConfig") or {})
     tools = [_camel(tool) for tool in body.get("tools") or () if isinstance(tool, dict)]
-    *earlier, last = [*_system(body.get("systemInstruction")), *messages]
+    has_calls = not kinds.isdisjoint(("functionCall", "functionResponse"))
+    told = [*_system(body.get("systemInstruction")), *messages]
+    *earlier, last = named_in_order(told) if has_calls else told
     asks = last["role"] == "user" and isinstance(last["content"], str)
     roles = [message["role"] for message in messages]
     settings, modalities = _settings(body, config), config.get("responseModalities") or ()
     wants_json = config.get("responseMimeType") == "application/json"
-    limit = config.get("maxOutputTokens")
     return Facts(
         model=model.removeprefix("models/"),
         prompt=last["content"] if asks else None,
@@ -79,17 +81,17 @@ def read(body: Mapping[str, Any], model: str, *, stream: bool) -> Facts:
         stream=stream,
         wants_usage=True,  # its streams always tell
         temperature=config.get("temperature"),
-        n=config.get("candidateCount") or 1,
+        n=whole(config.get("candidateCount")) or 1,
         seed=config.get("seed"),
         has_tools=bool(tools),
-        tool_results=not kinds.isdisjoint(("functionCall", "functionResponse")),
+        tool_results=has_calls,
         web_search=any([not tool.keys() <= {"functionDeclarations"} for tool in tools]),
         has_images="inlineData" in kinds,
         has_files="fileData" in kinds or bool(body.get("cachedContent")),
         remote_urls="fileData" in kinds,
         audio_output=any([str(kind).upper() != "TEXT" for kind in modalities]) or "speechConfig" in config,
         logprobs=bool(config.get("responseLogprobs") or config.get("logprobs")),
-        output_limit=limit if type(limit) is int else None,
+        output_limit=limit_of(config.get("maxOutputTokens")),
         has_stops=bool(config.get("stopSequences")),
         response_format="json_schema" if wants_json else None,
         first_turn=roles == ["user"],

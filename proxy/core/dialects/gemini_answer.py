@@ -14,9 +14,9 @@ from typing import Any
 from proxy.core.answer import to_json
 from proxy.core.dialects.dialect import Loads, Recording, Template, UsageMode
 from proxy.core.dialects.openai_replay import counted, escaped, split
-from proxy.core.dialects.recording import is_sayable, last_usage, recorded
+from proxy.core.dialects.recording import is_neutral, is_sayable, last_usage, recorded
 from proxy.core.errors import UpstreamError
-from proxy.core.eventstream import LINE_LIMIT_BYTES, EventDecoder, EventSplitter
+from proxy.core.eventstream import LINE_LIMIT_BYTES, EventDecoder, EventSplitter, is_cut
 from proxy.core.model import Answer, Usage
 
 SEAM = '"responseId":"{id}"'
@@ -24,7 +24,7 @@ _TOP_FIELDS = frozenset({"candidates", "usageMetadata", "modelVersion", "respons
 _CANDIDATE_FIELDS = frozenset({"content", "finishReason", "index"})
 _PART_KINDS = frozenset({"text", "functionCall", "thought", "thoughtSignature"})
 FINISHES = {"STOP": "stop", "MAX_TOKENS": "length"}
-_FINISHED = re.compile(rb'"finishReason"\s*:\s*"')
+_FINISHED = re.compile(rb'"finishReason"\s*:\s*"[^"]')
 
 
 def read_usage(raw: object) -> Usage | None:
@@ -56,7 +56,9 @@ def _assembled(body: bytes, is_stream: bool, loads: Loads) -> Answer | str:
         return "too_large"
     try:
         chunks = [loads(data) for data in EventDecoder().feed(body)] if is_stream else [loads(body)]
-    except (UpstreamError, ValueError, RecursionError):
+    except UpstreamError:
+        return "too_large"
+    except (ValueError, RecursionError):
         return "garbage"
     parts: list[dict[str, Any]] = []
     pieces: list[int] = []
@@ -65,7 +67,7 @@ def _assembled(body: bytes, is_stream: bool, loads: Loads) -> Answer | str:
     for chunk in chunks:
         if not isinstance(chunk, dict) or chunk.get("error") is not None:
             return "error_object" if isinstance(chunk, dict) else "garbage"
-        if "finishReason" in candidate and chunk.get("candidates"):
+        if candidate.get("finishReason") and chunk.get("candidates"):
             return "data_after_done"
         top |= chunk
         found = chunk.get("candidates") or []
@@ -81,8 +83,13 @@ def _assembled(body: bytes, is_stream: bool, loads: Loads) -> Answer | str:
 
 def _take(part: Any, parts: list[dict[str, Any]], pieces: list[int]) -> bool:
     """One more part; text goes on where the part before it was text of the same kind."""
-    if not isinstance(part, dict) or not part.keys() <= _PART_KINDS or not isinstance(part.get("text", ""), str):
+    if not isinstance(part, dict) or not isinstance(part.get("text", ""), str):
         return False
+    part = {name: value for name, value in part.items() if name in ("text", "functionCall") or not is_neutral(value)}
+    if not part.keys() <= _PART_KINDS:
+        return False
+    if not part:
+        return True
     if "text" in part and part.get("thought") is None and part["text"]:
         pieces.append(len(part["text"]))
     last = parts[-1] if parts else None
@@ -99,7 +106,7 @@ def _storable(
     loads: Loads,
 ) -> Answer | str:  # fmt: skip
     finish, model, usage = candidate.get("finishReason"), top.get("modelVersion", ""), top.get("usageMetadata")
-    if finish is None:
+    if not finish:
         return "blocked" if top.get("promptFeedback") else "truncated"
     if not isinstance(finish, str) or not isinstance(model, str) or not isinstance(usage, dict | None):
         return "garbage"
@@ -163,7 +170,11 @@ class CandidateFilter:
 
     @property
     def complete(self) -> bool:
-        return self._done
+        return self._done and not self._splitter.is_within
+
+    @property
+    def is_within(self) -> bool:
+        return self._splitter.is_within
 
     def feed(self, chunk: bytes) -> bytes:
         events = self._splitter.feed(chunk)
@@ -172,9 +183,11 @@ class CandidateFilter:
         return b"".join(events)
 
     def end(self) -> bytes:
-        """A last event without its blank line may be half of one, so it is not the end of an answer."""
+        """A last event without its blank line may be half of one; when it is whole, its clients read it."""
         rest = self._splitter.end()
-        return rest if self._done else b""
+        if not is_cut(rest, json.loads):
+            self._see(rest)
+        return rest if self._done or self.failed else b""
 
     def _see(self, event: bytes) -> None:
         if _FINISHED.search(event) or b'"blockReason"' in event:

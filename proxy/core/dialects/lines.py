@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from proxy.core.errors import UpstreamError
+from proxy.core.eventstream import HELD_BYTES, LINE_LIMIT_BYTES, MARK_BYTES, Fragment
 
-LINE_LIMIT_BYTES = 1024 * 1024
+__all__ = ["LINE_LIMIT_BYTES", "LineSplitter"]
 
 
 class LineSplitter:
-    """Cuts a stream into whole lines, each with its line end. CR LF ends a line too; blank lines are lines."""
+    """Cuts a stream into whole lines, each with its line end; a very long one into fragments, of which the last has
+    it. CR LF ends a line too; blank lines are lines."""
 
-    __slots__ = ("held",)
+    __slots__ = ("held", "is_within")
 
     def __init__(self) -> None:
         self.held = b""
+        self.is_within = False  # of a line whose first fragments were given already
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """Lines that became whole. Raises UpstreamError (upstream_protocol_error) for one over 1 MiB."""
+        """Lines that became whole, and fragments of one that is too long for it."""
         *lines, self.held = (self.held + chunk).split(b"\n")
-        if len(self.held) > LINE_LIMIT_BYTES or any([len(line) > LINE_LIMIT_BYTES for line in lines]):
-            raise UpstreamError("the upstream sent a line over 1 MiB", code="upstream_protocol_error")
-        return [line + b"\n" for line in lines]
+        whole = [line + b"\n" if len(line) < HELD_BYTES else Fragment(line + b"\n") for line in lines]
+        if self.is_within and whole:
+            whole[0] = Fragment(whole[0])
+            self.is_within = False
+        if self.is_within or len(self.held) > HELD_BYTES:
+            self.is_within = True
+            given, self.held = self.held[:-MARK_BYTES], self.held[-MARK_BYTES:]
+            if given:
+                whole.append(Fragment(given))
+        return whole
 
     def end(self) -> bytes:
         """What was left without its line end, when the stream ended cleanly: a whole line to every client."""
         held, self.held = self.held, b""
-        return held
+        return Fragment(held) if self.is_within else held

@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from proxy.core.answer import to_json
+from proxy.core.dialects.callids import named_in_order
 from proxy.core.dialects.dialect import Loads, Recording, Spoken, StreamFilter, Template, UsageMode, is_plain
-from proxy.core.dialects.fields import CACHE_TWIN, Types, mistyped
+from proxy.core.dialects.fields import CACHE_TWIN, Types, limit_of, mistyped, model_in
 from proxy.core.dialects.ollama_answer import LineFilter, find_usage, record, render
 from proxy.core.errors import BadRequest, IbidError
 from proxy.core.facts import Facts
 from proxy.core.model import Answer, Usage
+from proxy.core.search import is_offered, is_remote
 
 NDJSON = "application/x-ndjson"
 
@@ -58,9 +60,9 @@ _ROLES = frozenset({"system", "user", "assistant", "tool"})
 
 def read(body: Mapping[str, Any], operation: Literal["chat", "generate"]) -> Facts:
     """What the request says. Raises BadRequest (invalid_type) naming the parameter."""
-    model = body.get("model")
-    if not isinstance(model, str) or not model:
-        raise _invalid_type("model", "a non-empty string")
+    model = model_in(body)
+    if model is None:
+        raise _invalid_type("model", "a string")
     if (wrong := mistyped(body, _TYPES)) is not None:
         raise _invalid_type(*wrong)
     messages = _messages(body.get("messages")) if operation == "chat" else _asked(body)
@@ -76,6 +78,9 @@ def read(body: Mapping[str, Any], operation: Literal["chat", "generate"]) -> Fac
         settings["response_format"] = {"type": "json_object"}
     prompt, context = _split(messages)
     roles = [message["role"] for message in messages]
+    has_calls = "tool" in roles or any([message.get("tool_calls") for message in messages])
+    if has_calls:
+        context = named_in_order(context)
     temperature, seed = settings.get("temperature"), settings.get("seed")
     return Facts(
         model=model,
@@ -88,10 +93,12 @@ def read(body: Mapping[str, Any], operation: Literal["chat", "generate"]) -> Fac
         temperature=temperature if isinstance(temperature, int | float) else None,
         seed=seed if isinstance(seed, int) else None,
         has_tools=bool(body.get("tools")),
-        tool_results="tool" in roles or any([message.get("tool_calls") for message in messages]),
+        tool_results=has_calls,
         has_images=any([message.get("images") for message in messages]) or bool(body.get("images")),
+        web_search=is_offered(body.get("tools")),
+        remote_urls=is_remote({"images": [m.get("images") for m in [*messages, body]]}),
         logprobs=bool(body.get("logprobs") or body.get("top_logprobs")),
-        output_limit=limit if type(limit) is int and limit >= 0 else None,
+        output_limit=limit_of(limit),
         has_stops=bool(settings.get("stop")),
         response_format="json_schema" if body.get("format") else None,
         first_turn=roles.count("user") == 1 and {"system", "user"}.issuperset(roles) and not body.get("context"),
@@ -137,6 +144,8 @@ def _split(messages: list[dict[str, Any]]) -> tuple[str | None, tuple[Mapping[st
 
 
 def _unknown(body: Mapping[str, Any], messages: list[dict[str, Any]], known: frozenset[str]) -> Iterator[str]:
+    if not body.get("model"):
+        yield "model"
     yield from sorted(body.keys() - known)
     for i, message in enumerate(messages):
         if message["role"] not in _ROLES:

@@ -15,8 +15,8 @@ from typing import Any
 from proxy.core.dialects.dialect import Loads, Recording, Template, UsageMode
 from proxy.core.dialects.lines import LINE_LIMIT_BYTES, LineSplitter
 from proxy.core.dialects.openai_replay import split
-from proxy.core.dialects.recording import is_sayable, recorded, usage_of
-from proxy.core.errors import UpstreamError
+from proxy.core.dialects.recording import is_neutral, is_sayable, recorded, usage_of
+from proxy.core.eventstream import Fragment
 from proxy.core.model import Answer, Usage
 
 SEAM = '"created_at":"{date}"'
@@ -32,7 +32,8 @@ _DONE = re.compile(rb'"done"\s*:\s*true')
 
 def read_usage(line: Mapping[str, Any]) -> Usage | None:
     """Token counters of a last line; a prompt that was cached whole is told as no count at all."""
-    return usage_of(line.get("prompt_eval_count", 0), line.get("eval_count"))
+    asked, cached = line.get("prompt_eval_count", 0), line.get("prompt_eval_cached_count") or 0
+    return usage_of(asked, line.get("eval_count"), min(cached, asked) if type(asked) is type(cached) is int else 0)
 
 
 def find_usage(body: bytes) -> Usage | None:
@@ -62,6 +63,8 @@ def _assembled(body: bytes, loads: Loads) -> Answer | str:
     last: dict[str, Any] | None = None
     try:
         for raw in [*splitter.feed(body), splitter.end()]:
+            if isinstance(raw, Fragment):
+                return "too_large"
             if not raw.strip():
                 continue
             line = loads(raw)
@@ -70,7 +73,10 @@ def _assembled(body: bytes, loads: Loads) -> Answer | str:
             if not isinstance(line, dict) or line.get("error") is not None:
                 return "error_object" if isinstance(line, dict) else "garbage"
             message = line.get("message", line)
-            if not isinstance(message, dict) or ("message" in line and not message.keys() <= _MESSAGE_FIELDS):
+            if not isinstance(message, dict):
+                return "unknown_delta"
+            said = {name for name, value in message.items() if not is_neutral(value)}
+            if "message" in line and not said <= _MESSAGE_FIELDS:
                 return "unknown_delta"
             if message.get("images"):
                 return "image_output"
@@ -80,7 +86,7 @@ def _assembled(body: bytes, loads: Loads) -> Answer | str:
             if line.get("done") is True:
                 last = line
         content, thought = "".join(pieces), "".join(thoughts)
-    except (UpstreamError, ValueError, RecursionError, TypeError):
+    except (ValueError, RecursionError, TypeError):
         return "garbage"
     return "truncated" if last is None else _storable(last, content, thought, calls, pieces, loads)
 
@@ -88,7 +94,7 @@ def _assembled(body: bytes, loads: Loads) -> Answer | str:
 def _storable(
     last: Mapping[str, Any], content: str, thought: str, calls: list[Any], pieces: Iterable[str], loads: Loads
 ) -> Answer | str:
-    reason, model = last.get("done_reason", "stop"), last.get("model")
+    reason, model = last.get("done_reason") or "stop", last.get("model")
     if reason == "length":
         return "finish_length"
     if reason != "stop" or not isinstance(model, str):
@@ -147,7 +153,11 @@ class LineFilter:
 
     @property
     def complete(self) -> bool:
-        return self._done
+        return self._done and not self._splitter.is_within
+
+    @property
+    def is_within(self) -> bool:
+        return self._splitter.is_within
 
     def feed(self, chunk: bytes) -> bytes:
         lines = self._splitter.feed(chunk)
@@ -162,6 +172,9 @@ class LineFilter:
 
     def _see(self, line: bytes) -> None:
         if not (_DONE.search(line) or b'"error"' in line):
+            return
+        if isinstance(line, Fragment):
+            self._done = self._done or _DONE.search(line) is not None
             return
         try:
             said = json.loads(line)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from proxy.core.dialects.dialect import Loads
-from proxy.core.dialects.fields import BOOLEAN, CACHE_TWIN, INTEGER, OBJECT, Types, mistyped
+from proxy.core.dialects.fields import BOOLEAN, CACHE_TWIN, INTEGER, OBJECT, Types, mistyped, model_in
 from proxy.core.dialects.ollama import Ollama
 from proxy.core.dialects.openai_embeddings import OpenAIEmbeddings, Rows, counted, placed_lists
 from proxy.core.errors import BadRequest, IbidError
@@ -37,9 +37,9 @@ KNOWN_FIELDS = DELIVERY_FIELDS | _TYPES.keys() | {"model"}
 def read(body: Mapping[str, Any]) -> Facts:
     """What the request says. Raises BadRequest (invalid_type) naming the parameter. Without an input it loads a model
     and asks for nothing."""
-    model, said = body.get("model"), body.get("input")
-    if not isinstance(model, str) or not model:
-        raise _invalid_type("model", "a non-empty string")
+    model, said = model_in(body), body.get("input")
+    if model is None:
+        raise _invalid_type("model", "a string")
     if (wrong := mistyped(body, _TYPES)) is not None:
         raise _invalid_type(*wrong)
     inputs = [said] if isinstance(said, str) else said or []
@@ -54,7 +54,7 @@ def read(body: Mapping[str, Any]) -> Facts:
         prompt=None,
         context=(),
         settings=settings,
-        unknown=tuple(sorted(body.keys() - KNOWN_FIELDS)),
+        unknown=(*([] if model else ["model"]), *sorted(body.keys() - KNOWN_FIELDS)),
         inputs=() if said == "" else tuple(inputs),
         encoding_format="float",
     )

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from proxy.core.dialects.callids import named_in_order
 from proxy.core.dialects.dialect import Recording, Spoken, StreamFilter, Template, UsageMode
 from proxy.core.dialects.fields import (
     ARRAY,
@@ -19,9 +20,14 @@ from proxy.core.dialects.fields import (
     INTEGER,
     NUMBER,
     OBJECT,
+    SESSION_FIELDS,
     STRING,
     Types,
+    limit_of,
     mistyped,
+    model_in,
+    person_in,
+    whole,
     without_twin,
 )
 from proxy.core.dialects.openai_filter import UsageFilter
@@ -31,6 +37,7 @@ from proxy.core.errors import BadRequest, IbidError
 from proxy.core.facts import Facts
 from proxy.core.jsontext import add_member, members, set_member
 from proxy.core.model import Answer, Usage
+from proxy.core.search import is_offered, is_remote
 
 MESSAGE_LIMIT = 2048
 CHOICE_LIMIT = 128
@@ -45,6 +52,7 @@ DELIVERY_FIELDS = frozenset(
         "prompt_cache_retention",
         "user",  # in `end_user`
         "safety_identifier",
+        *SESSION_FIELDS,
         CACHE_TWIN,
     }
 )
@@ -82,15 +90,19 @@ _TYPES: Types = {
     "verbosity": STRING,
     "web_search_options": OBJECT,
 }
-KNOWN_FIELDS = frozenset(_TYPES) | {
-    "messages",
-    "model",
-    "moderation",
-    "n",
-    "prompt_cache_options",
-    "prompt_cache_retention",
-    CACHE_TWIN,
-}
+KNOWN_FIELDS = (
+    frozenset(_TYPES)
+    | SESSION_FIELDS
+    | {
+        "messages",
+        "model",
+        "moderation",
+        "n",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        CACHE_TWIN,
+    }
+)
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _ASKING = frozenset({"system", "developer", "user"})
 _CALLS = ("tool_calls", "function_call")
@@ -107,13 +119,16 @@ _PARTS = frozenset({"text", "refusal", "image_url", "input_audio", "file"})
 
 def read(body: Mapping[str, Any]) -> Facts:
     """What the request says. Raises BadRequest (invalid_type, invalid_value) naming the parameter."""
-    model = body.get("model")
-    if not isinstance(model, str) or not model:
-        raise invalid_type("model", "a non-empty string")
+    model = model_in(body)
+    if model is None:
+        raise invalid_type("model", "a string")
     messages = _messages(body.get("messages"))
     check_types(body, _TYPES)
     prompt, context = split_prompt(messages)
     roles = [message["role"] for message in messages]
+    has_calls = "tool" in roles or "function" in roles or any([m.get(c) for m in messages for c in _CALLS])
+    if has_calls:
+        context = named_in_order(context)
     users = roles.count("user")
     parts = [part for message in messages if isinstance(message.get("content"), list) for part in message["content"]]
     kinds = {part["type"] for part in parts}
@@ -131,8 +146,8 @@ def read(body: Mapping[str, Any]) -> Facts:
         n=choices_of(body),
         seed=body.get("seed"),
         has_tools=bool(body.get("tools") or body.get("functions")),
-        tool_results="tool" in roles or "function" in roles or any([m.get(c) for m in messages for c in _CALLS]),
-        web_search=body.get("web_search_options") is not None,
+        tool_results=has_calls,
+        web_search=is_offered(body.get("tools")),
         has_images="image_url" in kinds,
         has_audio="input_audio" in kinds or any([message.get("audio") for message in messages]),
         has_files="file" in kinds,
@@ -141,7 +156,7 @@ def read(body: Mapping[str, Any]) -> Facts:
         logprobs=body.get("logprobs") is True or bool(body.get("top_logprobs")),
         store=body.get("store") is True,
         response_format=_format(body.get("response_format")),
-        output_limit=min((body[name] for name in _LIMITS if body.get(name) is not None), default=None),
+        output_limit=limit_of(*[body.get(name) for name in _LIMITS]),
         has_stops=bool(body.get("stop")),
         end_user=end_user_of(body),
         first_turn=users == 1 and _ASKING.issuperset(roles),
@@ -179,6 +194,12 @@ def forward_body(raw: bytes, parsed: Mapping[str, Any]) -> bytes:
         _, start, end = members(raw)["stream_options"]
         return set_member(raw, "stream_options", set_member(raw[start:end], "include_usage", b"true"))
     return set_member(raw, "stream_options", _ASK_FOR_USAGE)
+
+
+def as_asked(body: bytes, asked: bytes) -> bytes:
+    """`body` without what `forward_body` added to what the client `asked`, whatever else was done to it since."""
+    own = members(asked).get("stream_options")
+    return set_member(body, "stream_options", None if own is None else asked[own[1] : own[2]])
 
 
 _KINDS = {"budget_exceeded": "insufficient_quota", "rate_limit_exceeded": "rate_limit_exceeded"}
@@ -228,10 +249,10 @@ def _check_part(part: object, path: str) -> None:
 
 def choices_of(body: Mapping[str, Any]) -> int:
     """`n`. Raises BadRequest (invalid_value)."""
-    n = body.get("n")
-    if n is None:
+    if body.get("n") is None:
         return 1
-    if type(n) is not int or not 1 <= n <= CHOICE_LIMIT:
+    n = whole(body["n"])
+    if n is None or not 1 <= n <= CHOICE_LIMIT:
         raise BadRequest(f"'n' must be an integer from 1 to {CHOICE_LIMIT}.", code="invalid_value", param="n")
     return n
 
@@ -254,6 +275,8 @@ def _plain(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unknown(body: Mapping[str, Any], messages: list[dict[str, Any]]) -> Iterator[str]:
+    if not body.get("model"):
+        yield "model"  # whatever the server has
     if not body.keys() <= KNOWN_FIELDS:
         yield from sorted(body.keys() - KNOWN_FIELDS)
     for i, message in enumerate(messages):
@@ -269,7 +292,7 @@ def _unknown(body: Mapping[str, Any], messages: list[dict[str, Any]]) -> Iterato
 def _is_remote(part: Mapping[str, Any]) -> bool:
     image = part.get("image_url")
     url = image.get("url") if isinstance(image, dict) else image
-    return isinstance(url, str) and not url[:5].lower() == "data:"
+    return (isinstance(url, str) and not url[:5].lower() == "data:") or is_remote(part)
 
 
 def _format(response_format: Mapping[str, Any] | None) -> str | None:
@@ -281,7 +304,7 @@ def end_user_of(body: Mapping[str, Any]) -> str:
     """Whom a body names, under any of its three names; "" for nobody."""
     metadata = body.get("metadata") or {}
     named = (body.get("user"), body.get("safety_identifier"), metadata.get("user_id"))
-    people = list(dict.fromkeys(name for name in named if isinstance(name, str) and name))
+    people = list(dict.fromkeys(person_in(name) for name in named if isinstance(name, str) and name))
     return people[0] if len(people) == 1 else json.dumps(people) if people else ""
 
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
-from proxy.core.dialects.fields import CACHE_TWIN, without_twin
+from proxy.core.dialects.fields import CACHE_TWIN, model_in, whole, without_twin
 from proxy.core.dialects.openai_chat import OpenAIChat
 from proxy.core.errors import BadRequest
 from proxy.core.facts import Facts
@@ -34,18 +34,18 @@ KNOWN_FIELDS = DELIVERY_FIELDS | {"input", "model", "dimensions"}
 
 def read(body: Mapping[str, Any]) -> Facts:
     """What the request says. Raises BadRequest (invalid_type, invalid_value) naming the parameter."""
-    model, user, dimensions = body.get("model"), body.get("user"), body.get("dimensions")
+    model, user, dimensions = model_in(body), body.get("user"), body.get("dimensions")
     encoding_format = body.get("encoding_format")
-    if not isinstance(model, str) or not model:
-        raise _invalid_type("model", "a non-empty string")
+    if model is None:
+        raise _invalid_type("model", "a string")
     if not isinstance(user, str | None):
         raise _invalid_type("user", "string")
-    if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
+    if dimensions is not None and (whole(dimensions) or 0) < 1:
         raise BadRequest("'dimensions' must be a positive integer.", code="invalid_value", param="dimensions")
     if not isinstance(encoding_format, str | None):
         raise _invalid_type("encoding_format", "string")
     inputs = read_inputs(body.get("input"))
-    unknown = tuple(sorted(body.keys() - KNOWN_FIELDS))
+    unknown = (*([] if model else ["model"]), *sorted(body.keys() - KNOWN_FIELDS))
     settings = {name: value for name, value in body.items() if name not in DELIVERY_FIELDS | {"input", "model"}}
     encoding_format = encoding_format or "float"
     if unknown:

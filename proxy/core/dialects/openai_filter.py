@@ -6,21 +6,23 @@ import json
 import re
 
 from proxy.core.dialects.dialect import Loads
-from proxy.core.eventstream import DONE, LINE_LIMIT_BYTES, EventSplitter, read_event
+from proxy.core.eventstream import HELD_BYTES, EventSplitter, Fragment, is_cut, is_done, read_event
 
-_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
-_FINISH = re.compile(rb'"finish_reason"\s*:\s*"')
+_USAGE = re.compile(rb'"usage"\s*:\s*\{')
+_FINISH = re.compile(rb'"finish_reason"\s*:\s*"[^"]')
+_INDEX = re.compile(rb'"index"\s*:\s*([0-9]{1,3})')
 
 
 LAST = 4  # events at the end of a stream that say other things: finish, usage, [DONE]
 _MARKS = (b"[DONE]", b'"error"')
-_ODD = (b'"error"', b'"choices":[]')
+_ODD = (b'"error"', b'"choices":[]', b'"usage":{', b'"usage": {')
 _UNASKED = (b',"usage":null', b', "usage": null')
 _GOES_ON = b'"finish_reason":null'
 _SPELLINGS = (  # a member, how it is usually spelled where nothing is to be done, and where something is
     (b'"finish_reason"', (b'"finish_reason":null', b'"finish_reason": null'),
      (b'"finish_reason":"', b'"finish_reason": "')),
     (b'"choices"', (b'"choices":[{', b'"choices": [{'), (b'"choices":[]', b'"choices": []')),
+    (b'"usage"', (b'"usage":null', b'"usage": null'), (b'"usage":{', b'"usage": {')),
 )  # fmt: skip
 
 
@@ -50,7 +52,7 @@ def _plain_until(chunk: bytes) -> int:
 
     Counting literals is some twenty times faster than one regular expression over a chunk of many events.
     """
-    if len(chunk) > LINE_LIMIT_BYTES:
+    if len(chunk) > HELD_BYTES:
         return 0
     if (cut := _deltas_until(chunk)) > 0:
         return cut
@@ -73,13 +75,15 @@ class UsageFilter:
     With `strip`, the usage chunk that only the proxy asked for is left out, and the nulls that announce it. `[DONE]`
     is withheld when a choice has no finish_reason, because a client would take it for success. Everything else passes
     verbatim, data after `[DONE]` included. Only whole events leave, so a heartbeat or an error event may be written
-    between any two results.
+    between any two results, unless `is_within` says otherwise. A body that ends between two events needs no `[DONE]`
+    once every choice has its finish_reason: nothing can be missing, and the SDKs ask for no more.
     """
 
     number = -1
     __slots__ = (
         "_done",
         "_finished",
+        "_has_ended",
         "_loads",
         "_may_skip",
         "_n",
@@ -99,17 +103,25 @@ class UsageFilter:
         self._seen: set[object] = set()
         self._finished: set[object] = set()
         self._done = False
+        self._has_ended = False  # cleanly, every choice finished
         self._withheld = False
         self._may_skip = False
 
     @property
     def complete(self) -> bool:
-        """Every choice has its finish_reason and `[DONE]` was seen; else the relay owes the client an error event."""
-        return self._done and not self._withheld
+        """Every choice has its finish_reason, and `[DONE]` was seen or the body has ended; else the relay owes the
+        client an error event."""
+        return (self._done or self._has_ended) and not self._withheld
+
+    @property
+    def is_within(self) -> bool:
+        return self._splitter.is_within
 
     def feed(self, chunk: bytes) -> bytes:
-        """Bytes for the client now, maybe none. Raises UpstreamError(upstream_protocol_error), a line over 1 MiB."""
-        passed = self._passed(chunk)
+        """Bytes for the client now, maybe none."""
+        return self._asked_for(self._passed(chunk))
+
+    def _asked_for(self, passed: bytes) -> bytes:
         if self._strip:  # a quote inside a string is escaped, so this is a member and nobody's text
             for unasked in _UNASKED:
                 passed = passed.replace(unasked, b"")
@@ -133,36 +145,48 @@ class UsageFilter:
     def _is_plain(self, chunk: bytes) -> bool:
         """Whole events, none of which the filter has to look at."""
         if chunk.find(b"\n\n") == len(chunk) - 2 and b'"finish_reason":null' in chunk:
-            return len(chunk) <= LINE_LIMIT_BYTES  # the usual delta, one in a chunk
+            return len(chunk) <= HELD_BYTES  # the usual delta, one in a chunk
         return (
             chunk.endswith((b"\n\n", b"\r\n\r\n"))
-            and len(chunk) <= LINE_LIMIT_BYTES
+            and len(chunk) <= HELD_BYTES
             and b"[DONE]" not in chunk
             and b'"error"' not in chunk
             and not _FINISH.search(chunk)
-            and not (self._strip and _NO_CHOICES.search(chunk))
+            and not (self._strip and _USAGE.search(chunk))
         )
 
     def end(self) -> bytes:
         """Bytes still owed after a clean end: a last event without its blank line, unless an error must follow it."""
         rest = self._splitter.end()
         passes = self._passes(rest)
-        return rest if passes and (self.complete or self.failed) else b""
+        if not self._done and len(self._finished) >= self._n and self._seen <= self._finished:
+            self._has_ended = not is_cut(rest, self._loads)
+        return self._asked_for(rest) if passes and (self.complete or self.failed) else b""
 
     def _passes(self, block: bytes) -> bool:
         if self._withheld:
             return False
         if self._done:
             return True
-        if b"[DONE]" in block and (event := read_event(block)) is not None and event.data == DONE:
+        if isinstance(block, Fragment):
+            self._see(block)
+            return True
+        if b"[DONE]" in block and (event := read_event(block)) is not None and is_done(event.data):
             self._done = True
             finished = bool(self._finished) and self._seen <= self._finished
             self._withheld = not finished and not self.failed
             return not self._withheld
-        without_choices = self._strip and _NO_CHOICES.search(block) is not None
-        if without_choices or self._n > 1 or b'"error"' in block or _FINISH.search(block):
+        may_be_unasked = self._strip and _USAGE.search(block) is not None
+        if may_be_unasked or self._n > 1 or b'"error"' in block or _FINISH.search(block):
             return self._inspect(block)
         return True
+
+    def _see(self, fragment: bytes) -> None:
+        """Of an event that is never whole here: whether a choice finishes in it."""
+        if _FINISH.search(fragment):
+            index = int((_INDEX.findall(fragment) or [b"0"])[-1])
+            self._seen.add(index)
+            self._finished.add(index)
 
     def _inspect(self, block: bytes) -> bool:
         event = read_event(block)
@@ -174,7 +198,7 @@ class UsageFilter:
             return True
         if chunk.get("error") is not None:
             self.failed = True
-        choices = chunk.get("choices")
+        choices = chunk.get("choices") or []
         if not isinstance(choices, list):
             return True
         for choice in choices:
@@ -182,6 +206,6 @@ class UsageFilter:
                 index = choice.get("index", 0)
                 index = index if isinstance(index, int) else 0
                 self._seen.add(index)
-                if isinstance(choice.get("finish_reason"), str):
+                if isinstance(reason := choice.get("finish_reason"), str) and reason:
                     self._finished.add(index)
         return not (self._strip and not choices and isinstance(chunk.get("usage"), dict))

@@ -18,9 +18,18 @@ from itertools import takewhile
 from typing import Any
 
 from proxy.core.dialects.dialect import Loads, Recording
-from proxy.core.dialects.recording import details_of, is_sayable, last_usage, read_object, recorded, usage_of
+from proxy.core.dialects.recording import (
+    cached_in,
+    details_of,
+    is_neutral,
+    is_sayable,
+    last_usage,
+    read_object,
+    recorded,
+    usage_of,
+)
 from proxy.core.errors import UpstreamError
-from proxy.core.eventstream import DONE, LINE_LIMIT_BYTES, EventDecoder
+from proxy.core.eventstream import LINE_LIMIT_BYTES, EventDecoder, is_done
 from proxy.core.model import Answer, Usage
 
 _BATCH_BYTES = 64 * 1024  # raw bytes parsed at once: about 0.5 ms
@@ -30,6 +39,8 @@ _TEXT_FIELDS = frozenset({"reasoning_content", "reasoning", "thinking"})  # stre
 _DETAIL_TEXTS = frozenset({"text", "summary", "data"})  # joined within one entry of reasoning_details
 _FINISHES = {"tool_calls": "tool_calls", "function_call": "tool_calls", "length": "finish_length"}
 _CALL_FIELDS = frozenset({"index", "id", "type", "function"})
+_OF_A_TOKEN = frozenset({"token", "token_id", "token_ids", "tokens", "logprob", "probability", "bytes"})
+"""Members of a delta that describe its own tokens: another value in each, and none of the answer's."""
 
 _CONTENT = re.compile(rb'"content"\s*:\s*"((?:[^"\\]|\\.)+)"')
 _STRING = re.compile(rb'(?:[^"\\\x00-\x1f]|\\.)*')  # inside of a JSON string
@@ -42,11 +53,15 @@ def read_usage(raw: object) -> Usage | None:
     if not isinstance(raw, dict):
         return None
     details, written = details_of(raw, "prompt_tokens_details"), details_of(raw, "completion_tokens_details")
+    read, made = cached_in(raw, details)
+    asked = raw.get("prompt_tokens", raw.get("inputTokens"))
+    if type(asked) is int and read + made > asked:  # told beside the total, as Anthropic does
+        asked += read + made
     return usage_of(
-        raw.get("prompt_tokens"),
-        raw.get("completion_tokens"),
-        details.get("cached_tokens") or 0,
-        details.get("cache_write_tokens") or 0,
+        asked,
+        raw.get("completion_tokens", raw.get("outputTokens")),
+        read,
+        made,
         written.get("accepted_prediction_tokens") or 0,
         written.get("rejected_prediction_tokens") or 0,
     )
@@ -64,7 +79,7 @@ def read_whole(raw: bytes, loads: Loads = json.loads, limit_bytes: int = LINE_LI
         return "choices"
     choice = choices[0]
     message = choice.get("message")
-    if not isinstance(message, dict) or choice.get("index", 0) != 0:
+    if not isinstance(message, dict) or choice.get("index") not in (None, 0):
         return "garbage"
     return _storable(
         message=message,
@@ -88,11 +103,11 @@ def _storable(
     loads: Loads,
     pieces: tuple[int, ...] = (),
 ) -> Answer | str:
-    if message.get("function_call"):
+    if not is_neutral(message.get("function_call")):
         return "tool_calls"
     if message.get("refusal"):
         return "refusal"
-    if message.get("audio"):
+    if not is_neutral(message.get("audio")):
         return "audio"
     if choice.get("logprobs"):
         return "logprobs"
@@ -295,7 +310,9 @@ class Recorder:
             return
         try:
             self._read_all(self._decoder.feed(raw))
-        except (UpstreamError, ValueError):
+        except UpstreamError:
+            self._refuse("too_large")
+        except ValueError:
             self._refuse("garbage")
         if self._length > self._limit:
             self._refuse("too_large")
@@ -321,7 +338,7 @@ class Recorder:
         self._prefix = b""
         if self._done:
             return self._refuse("data_after_done")
-        if data == DONE:
+        if is_done(data):
             self._done = True
             return None
         try:
@@ -333,6 +350,8 @@ class Recorder:
         if chunk.get("error") is not None:
             return self._refuse("error_event")
         choices = chunk.get("choices")
+        if choices is None and isinstance(chunk.get("usage"), dict):
+            choices = []
         if type(choices) is not list:
             return self._refuse("unknown_event")
         for name, value in chunk.items():
@@ -346,13 +365,13 @@ class Recorder:
             self._read_choice(choices, len(data))
         if choices and usage is None and self._finish is None and self.refusal_reason is None:
             delta = choices[0].get("delta")
-            if delta and delta.keys() == {"content"} and delta["content"]:
+            if isinstance(delta, dict) and delta.keys() == {"content"} and delta["content"]:
                 self._learn(data)
         return None
 
     def _read_choice(self, choices: list[Any], size: int) -> None:
         choice = choices[0]
-        if len(choices) != 1 or type(choice) is not dict or choice.get("index", 0) != 0:
+        if len(choices) != 1 or type(choice) is not dict or choice.get("index") not in (None, 0):
             return self._refuse("choices")
         delta = choice.get("delta")
         if type(delta) is dict:
@@ -364,13 +383,15 @@ class Recorder:
                         self._take(value, [len(value)])
                 elif name != "content" or value is not None:
                     self._merge(name, value, size)
-        elif delta is not None:
+        elif not is_neutral(delta):
             return self._refuse("garbage")
         for name, value in choice.items():
             if name not in _CHOICE_FIELDS and (value is not None or name not in self._choice):
                 self._choice[name] = value
-        if choice.get("finish_reason") is not None:
-            self._finish = choice["finish_reason"]
+        if (usage := self._choice.pop("usage", None)) is not None and self._usage is None:
+            self._usage = usage  # some say there what it took, and nowhere else
+        if reason := choice.get("finish_reason"):
+            self._finish = reason
         return None
 
     def _learn(self, data: bytes) -> None:
@@ -391,25 +412,29 @@ class Recorder:
         """A field of a delta other than text content. What cannot be joined with certainty is refused."""
         known = self._fields.get(name)
         if name == "role":
-            self._fields[name] = value
-        elif name == "tool_calls" and value:
+            self._fields[name] = value or known
+        elif name in _OF_A_TOKEN:
+            return
+        elif is_neutral(value):
+            if name not in self._texts and name != "content":
+                self._fields.setdefault(name, value)
+        elif name == "tool_calls":
             self._length += size
             if not isinstance(value, list) or not all(self._join_call(call) for call in value):
                 self._refuse("tool_calls")
-        elif name == "function_call" and value:
+        elif name == "function_call":
             self._refuse("tool_calls")
-        elif name == "refusal" and value:
+        elif name == "refusal":
             self._refuse("refusal")
         elif name == "content":
             self._refuse("content_type")
-        elif name in _TEXT_FIELDS and isinstance(value, str) and known is None:
+        elif name in _TEXT_FIELDS and isinstance(value, str) and is_neutral(known):
             self._fields.pop(name, None)
             self._texts.setdefault(name, []).append(value)
             self._length += len(value)
-        elif value is None:
-            if name not in self._texts:
-                self._fields.setdefault(name, None)
-        elif known is None:
+        elif known == value:
+            return
+        elif is_neutral(known):
             self._fields[name] = value
             self._length += size
         elif name == "annotations" and isinstance(known, list) and isinstance(value, list):

@@ -32,6 +32,18 @@ def read_object(raw: bytes, loads: Loads, limit_bytes: int = LINE_LIMIT_BYTES) -
     return body if isinstance(body, dict) else "garbage"
 
 
+def is_neutral(value: object) -> bool:
+    """Whether a value says nothing: null, false, an empty text, list or object, or one that holds no more than such.
+
+    Gateways put such members of fields they know into every chunk.
+    """
+    if isinstance(value, dict):
+        return all([is_neutral(inner) for inner in value.values()])
+    if isinstance(value, list):
+        return all([is_neutral(inner) for inner in value])
+    return value is None or value is False or value == ""
+
+
 def is_sayable(loads: Loads, *read: object) -> bool:
     """Whether JSON can say what these bytes were read as; the standard library reads lone surrogates and NaN too."""
     if loads is not json.loads:
@@ -61,6 +73,26 @@ def details_of(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """An object of details, which may be left out."""
     details = raw.get(name)
     return details if isinstance(details, dict) else {}
+
+
+_READ = ("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens", "cacheReadInputTokens",
+         "cacheReadInputTokenCount", "cache_read_tokens")  # fmt: skip
+_WRITTEN = ("cache_write_tokens", "cache_creation_input_tokens", "cacheWriteInputTokens", "cacheWriteInputTokenCount",
+            "cache_creation_tokens")  # fmt: skip
+
+
+def cached_in(raw: Mapping[str, Any], details: Mapping[str, Any]) -> tuple[int, int]:
+    """Input tokens read from and written to the provider's prompt cache, wherever they are told.
+
+    OpenAI tells them in details of the prompt; DeepSeek (`prompt_cache_hit_tokens`), Moonshot (`cached_tokens`),
+    Anthropic and what is made of it (`cache_read_input_tokens`), and Bedrock in camel case tell them beside the totals.
+    """
+    return _first_count(_READ, details, raw), _first_count(_WRITTEN, details, raw)
+
+
+def _first_count(names: tuple[str, ...], *places: Mapping[str, Any]) -> int:
+    told = (place.get(name) for place in places for name in names)
+    return next((count for count in told if type(count) is int and count > 0), 0)
 
 
 def usage_of(*counts: Any) -> Usage | None:

@@ -11,10 +11,24 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from proxy.core import search
 from proxy.core.answer import to_json
 from proxy.core.dialects import responses_input as said
+from proxy.core.dialects.callids import named_in_order
 from proxy.core.dialects.dialect import Recording, Spoken, StreamFilter, Template, UsageMode, is_plain
-from proxy.core.dialects.fields import ARRAY, BOOLEAN, CACHE_TWIN, INTEGER, NUMBER, OBJECT, STRING, Types
+from proxy.core.dialects.fields import (
+    ARRAY,
+    BOOLEAN,
+    CACHE_TWIN,
+    INTEGER,
+    NUMBER,
+    OBJECT,
+    SESSION_FIELDS,
+    STRING,
+    Types,
+    limit_of,
+    model_in,
+)
 from proxy.core.dialects.openai_chat import (
     check_types,
     end_user_of,
@@ -39,6 +53,7 @@ DELIVERY_FIELDS = frozenset(
         "prompt_cache_retention",
         "user",  # in `end_user`
         "safety_identifier",
+        *SESSION_FIELDS,
         CACHE_TWIN,
     }
 )
@@ -72,15 +87,19 @@ _TYPES: Types = {
     "truncation": STRING,
     "user": STRING,
 }
-KNOWN_FIELDS = frozenset(_TYPES) | {
-    "access_programs",
-    "background_options",
-    "image",
-    "model",
-    "moderation",
-    "prompt_cache_retention",
-    CACHE_TWIN,
-}
+KNOWN_FIELDS = (
+    frozenset(_TYPES)
+    | SESSION_FIELDS
+    | {
+        "access_programs",
+        "background_options",
+        "image",
+        "model",
+        "moderation",
+        "prompt_cache_retention",
+        CACHE_TWIN,
+    }
+)
 _STATE = ("previous_response_id", "conversation")
 _ELSEWHERE = DELIVERY_FIELDS | {
     "model",
@@ -100,13 +119,16 @@ _ENCRYPTED = "reasoning.encrypted_content"
 
 def read(body: Mapping[str, Any]) -> Facts:
     """What the request says. Raises BadRequest (invalid_type) naming the parameter."""
-    model = body.get("model")
-    if not isinstance(model, str) or not model:
-        raise invalid_type("model", "a non-empty string")
+    model = model_in(body)
+    if model is None:
+        raise invalid_type("model", "a string")
     check_types(body, _TYPES)
     items = said.items_of(body)
     messages = said.messages_of(body, items)
     prompt, context = split_prompt(messages) if items else (None, tuple(messages))
+    has_calls = any([said.is_tool_item(item) for item in items])
+    if has_calls:
+        context = named_in_order(context)
     kinds = [said.kind_of(item) for item in items]
     roles = [message["role"] for message in messages]
     parts = said.parts_of(items)
@@ -120,23 +142,24 @@ def read(body: Mapping[str, Any]) -> Facts:
         prompt=prompt,
         context=context,
         settings={**settings, "store": True} if keeps_id else settings,
-        unknown=(*sorted(body.keys() - KNOWN_FIELDS), *said.unknown_items(items)),
+        unknown=(*([] if model else ["model"]), *sorted(body.keys() - KNOWN_FIELDS), *said.unknown_items(items)),
         stream=body.get("stream") is True,
         wants_usage=True,  # its streams always tell
         temperature=body.get("temperature"),
         has_tools=bool(tools),
-        tool_results=any([said.is_tool_item(item) for item in items]),
-        web_search=any([said.runs_at_the_provider(tool) for tool in tools]),
+        tool_results=has_calls,
+        web_search=search.is_offered(tools, shows_use=True),
         has_images="input_image" in content,
         has_audio="input_audio" in content,
         has_files="input_file" in content,
-        remote_urls=bool(body.get("prompt")) or any([said.is_remote(part) for part in parts]),
+        remote_urls=bool(body.get("prompt"))
+        or any([said.is_remote(part) for part in [*parts, *said.outputs_of(items)]]),
         logprobs=bool(body.get("top_logprobs")) or _LOGPROBS in include,
         keeps_id=keeps_id,
         background=body.get("background") is True,
         previous_response=said.STATE_ITEM in kinds or any([body.get(name) for name in _STATE]),
         response_format=form["type"] if isinstance(form, dict) and isinstance(form.get("type"), str) else None,
-        output_limit=body.get("max_output_tokens"),
+        output_limit=limit_of(body.get("max_output_tokens")),
         opaque=_ENCRYPTED in include,
         end_user=end_user_of(body),
         first_turn=roles.count("user") == 1 and {"system", "developer", "user"}.issuperset(roles),

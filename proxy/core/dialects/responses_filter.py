@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
-from proxy.core.eventstream import LINE_LIMIT_BYTES, EventSplitter, read_event
-
-EVENT_LINE_BYTES = 8 * LINE_LIMIT_BYTES
-"""The last event repeats all of the answer, and a made image comes in one event as well."""
+from proxy.core.eventstream import EventSplitter, Fragment, is_cut, read_event
 
 ENDS = frozenset({"response.completed", "response.incomplete", "response.failed"})  # each says what it is
+_END = re.compile(rb'"type"\s*:\s*"response\.(?:completed|incomplete|failed)"')
+_NUMBER = re.compile(rb'"sequence_number"\s*:\s*([0-9]{1,18})')
 _MARKS = (b"response.completed", b"response.incomplete", b"response.failed", b'"error"')
 
 
@@ -21,19 +21,25 @@ class ResponseFilter:
 
     def __init__(self) -> None:
         self.failed = False
-        self._splitter = EventSplitter(EVENT_LINE_BYTES)
+        self._splitter = EventSplitter()
         self._done = False
         self._last = b""  # event
 
     @property
     def complete(self) -> bool:
-        return self._done
+        return self._done and not self._splitter.is_within
 
     @property
     def number(self) -> int:
         """Of the last event that passed; -1 when the upstream does not number them."""
+        if isinstance(self._last, Fragment):
+            return int((_NUMBER.findall(self._last) or [b"-1"])[-1])
         number = _read(self._last).get("sequence_number")
         return number if type(number) is int else -1
+
+    @property
+    def is_within(self) -> bool:
+        return self._splitter.is_within
 
     def feed(self, chunk: bytes) -> bytes:
         blocks = self._splitter.feed(chunk)
@@ -45,10 +51,18 @@ class ResponseFilter:
         return passed
 
     def end(self) -> bytes:
-        """A last event without its blank line says nothing to any SDK, so it is not the end of an answer either."""
-        return self._splitter.end() if self._done or self.failed else b""
+        """A last event without its blank line says nothing to any SDK, but those that ask no further than the body's
+        end are content with it."""
+        rest = self._splitter.end()
+        if rest and not is_cut(rest, json.loads):
+            self._see(rest)
+        return rest if self._done or self.failed else b""
 
     def _see(self, block: bytes) -> None:
+        if isinstance(block, Fragment):
+            self._last = block if _NUMBER.search(block) else self._last
+            self._done = self._done or _END.search(block) is not None
+            return
         if b"data" in block:
             self._last = block
         if not any([mark in block for mark in _MARKS]):

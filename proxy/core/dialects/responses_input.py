@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from proxy.core import search
 from proxy.core.dialects.openai_chat import invalid_type
 
-_CLIENT_TOOLS = frozenset({"function", "custom"})  # whose calls the client itself answers
 STATE_ITEM = "item_reference"  # stands for an item that the upstream keeps
 _SILENT_ITEMS = frozenset({"reasoning", "compaction"})  # of the conversation, opaque, no output of a tool
 _TEXTS = frozenset({"input_text", "output_text"})
@@ -68,6 +68,18 @@ def parts_of(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The content parts of all messages."""
     contents = [item["content"] for item in items if kind_of(item) == "message"]
     return [part for content in contents if isinstance(content, list) for part in content]
+
+
+def outputs_of(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The content parts that tools gave back."""
+    outputs = [item.get("output") for item in items]
+    return [
+        part
+        for output in outputs
+        if isinstance(output, list)
+        for part in output
+        if isinstance(part, dict) and isinstance(part.get("type"), str)
+    ]
 
 
 def is_tool_item(item: Mapping[str, Any]) -> bool:
@@ -127,7 +139,8 @@ def _part(part: Mapping[str, Any]) -> dict[str, Any]:
 def is_remote(part: Mapping[str, Any]) -> bool:
     """Content behind an address."""
     url = part.get("image_url")
-    return bool(part.get("file_url")) or (isinstance(url, str) and not url[:5].lower() == "data:")
+    is_named = isinstance(url, str) and not url[:5].lower() == "data:"
+    return bool(part.get("file_url")) or is_named or (part["type"] not in _TEXTS and search.is_remote(part))
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
@@ -150,12 +163,6 @@ def text_settings(text: Mapping[str, Any]) -> dict[str, Any]:
     if rest.get("verbosity") is not None:
         said["verbosity"] = rest.pop("verbosity")
     return {**said, "text": rest} if rest else said
-
-
-def runs_at_the_provider(tool: object) -> bool:
-    """Web search, code execution, remote servers and the like: what they find changes."""
-    kind = tool.get("type") if isinstance(tool, dict) else None
-    return not isinstance(kind, str) or kind not in _CLIENT_TOOLS
 
 
 def neutral_tool(tool: Any) -> Any:

@@ -19,9 +19,9 @@ from typing import Any
 
 from proxy.core.dialects.dialect import Loads, Recording
 from proxy.core.dialects.openai_record import are_calls
-from proxy.core.dialects.recording import details_of, is_sayable, last_usage, read_object, recorded, usage_of
+from proxy.core.dialects.recording import cached_in, details_of, is_sayable, last_usage, read_object, recorded, usage_of
 from proxy.core.errors import UpstreamError
-from proxy.core.eventstream import DONE, LINE_LIMIT_BYTES, EventDecoder
+from proxy.core.eventstream import LINE_LIMIT_BYTES, EventDecoder, is_done
 from proxy.core.model import Answer, Usage
 
 NULL_FIELDS = ("error", "incomplete_details")  # of a complete response
@@ -71,13 +71,8 @@ def read_usage(raw: object) -> Usage | None:
     """Token counters of a `usage` object, or None when it does not hold whole numbers."""
     if not isinstance(raw, dict):
         return None
-    details = details_of(raw, "input_tokens_details")
-    return usage_of(
-        raw.get("input_tokens"),
-        raw.get("output_tokens"),
-        details.get("cached_tokens") or 0,
-        details.get("cache_write_tokens") or 0,
-    )
+    cached = cached_in(raw, details_of(raw, "input_tokens_details"))
+    return usage_of(raw.get("input_tokens"), raw.get("output_tokens"), *cached)
 
 
 def find_usage(body: bytes) -> Usage | None:
@@ -106,7 +101,7 @@ def _read_stream(body: bytes, keeps_id: bool, loads: Loads) -> Answer | str:
     pieces: list[int] = []
     try:
         for data in [*decoder.feed(body), *decoder.end()]:
-            if data == DONE:  # not of this API, but some servers end every stream with it
+            if is_done(data):  # not of this API, but some servers end every stream with it
                 continue
             event = loads(data)
             kind = event.get("type") if isinstance(event, dict) else None

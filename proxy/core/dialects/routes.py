@@ -26,7 +26,11 @@ EMBEDDINGS_PATH: Final = "/v1/embeddings"
 _GEMINI_OPERATION = re.compile(r":(generateContent|streamGenerateContent|embedContent|batchEmbedContents)")
 _GEMINI = re.compile(r"(?:/v1|/v1beta|/v1alpha)?/models/([^/:]+)" + _GEMINI_OPERATION.pattern)
 _AZURE = re.compile(r"/openai/deployments/([^/]+)(/(?:chat/completions|completions|embeddings))")
-_OLLAMA = re.compile(r"/api/(chat|generate|embed|embeddings|tags|show|ps|version|pull|push|create|copy|delete|blobs)\b")
+_OLLAMA = re.compile(
+    r"/(?:api/(chat|generate|embed|embeddings|tags|show|ps|version|pull|push|create|copy|delete|blobs|me|signout|status"
+    r"|user|experimental|web_search|web_fetch)\b.*)?"
+)
+"""Its API, and its root: its command line asks `HEAD /` before every command."""
 
 
 class Route(NamedTuple):
@@ -122,4 +126,4 @@ def family_of(path: str, headers: Mapping[str, str]) -> str:
         return "gemini"
     if "x-goog-api-key" in headers:
         return "gemini"
-    return "ollama" if _OLLAMA.match(path) else "openai"
+    return "ollama" if _OLLAMA.fullmatch(path) else "openai"
