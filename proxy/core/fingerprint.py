@@ -60,3 +60,8 @@ def fingerprint_of(scope: bytes, prompt: Input | None) -> bytes:
     Token ids are another prompt than the text they stand for.
     """
     return hashlib.sha256(b"fingerprint\x00" + scope + canonical(prompt)).digest()
+
+
+def normal_key_of(scope: bytes, form: str) -> bytes:
+    """32 bytes: what a scope's questions of one normal form share (`core.normal`)."""
+    return hashlib.sha256(b"normal\x00" + scope + canonical(form)).digest()

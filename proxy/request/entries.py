@@ -14,6 +14,7 @@ from proxy.core.purges import Began, asked_ms, marks_of, reaches
 from proxy.core.query import Query
 from proxy.hot import HotRow
 from proxy.records import Client
+from proxy.request.normals import Normals
 from proxy.request.parts import Parts
 
 
@@ -27,6 +28,7 @@ class Entries:
         self._flights = parts.flights
         self._telemetry = parts.telemetry
         self._followed = parts.store.purges.newest
+        self.normals = Normals()
         self.purges = 0  # rows read or written before the last of them may be gone
         self.on_lacking: Callable[[], None] = _nobody_is_told  # an entry was stored without the vector of its question
 
@@ -71,6 +73,7 @@ class Entries:
             and draft.embedding is not None
             and draft.signature is not None
         ):
+            self.normals.keep(entry)
             vector = np.frombuffer(draft.embedding, np.float32)
             index.add(entry.id, draft.scope, vector, np.frombuffer(draft.signature, np.uint64), draft.expires_ms)
 
@@ -78,6 +81,7 @@ class Entries:
         """Drop entries that SQL no longer has from memory and index."""
         self.purges += bool(entry_ids)
         self._hot.forget(entry_ids)
+        self.normals.forget(list(entry_ids))
         if self._meaning.index is not None:
             self._meaning.index.remove(entry_ids)
 

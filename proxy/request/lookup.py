@@ -5,12 +5,16 @@ The index proposes, the row decides.
 
 from __future__ import annotations
 
+import math
 import time
+
+import numpy as np
 
 from proxy import ports
 from proxy.core import freshness, policy
 from proxy.core.allowance import Allowance
-from proxy.core.model import Bypass, Candidate, Entry, Hit, Level, Miss, NearMiss, Tier
+from proxy.core.model import Bypass, Candidate, Draft, Entry, Hit, Level, Miss, NearMiss, Tier
+from proxy.core.normal import bare, normal_form
 from proxy.core.plan import Lane
 from proxy.core.purges import Began
 from proxy.core.query import Query
@@ -129,6 +133,14 @@ class Finder:
             return
         started = time.perf_counter()
         lookup.signature = signature = self._meaning.embedder.signature(query.prompt)
+        held = ""
+        if (
+            query.controls.read
+            and (entry_id := self._entries.normals.find_alike(query.scope, query.prompt)) is not None
+        ):
+            held = await self._try_normal(entry_id, query, client, lookup)
+            if isinstance(lookup.verdict, Hit):
+                return
         lookup.vector = vector = await self._meaning.embedder.embed(query.prompt, query.tenant)
         embedded = time.perf_counter()
         lookup.steps_ms["embed"] = (embedded - started) * 1e3
@@ -142,6 +154,7 @@ class Finder:
         if found:
             await self._auditor.evidence.read(place)
         opinion = self._judge.consider(place, signature, [Candidate(*proposed) for proposed in found], max_error)
+        opinion.held = held
         lookup.opinion = opinion
         self._judge.see(place, signature)
         while (chosen := opinion.chosen) is not None:
@@ -160,6 +173,52 @@ class Finder:
                 self._telemetry.veto(lookup.verdict.reason)
         lookup.steps_ms["judge"] = (time.perf_counter() - searched) * 1e3 - lookup.steps_ms.get("guard", 0.0)
 
+    async def _try_normal(self, entry_id: int, query: Query, client: Client, lookup: Lookup) -> str:
+        """Serve an entry of the same normal form, if the judge lets it; else why it was held back, or "".
+
+        Both texts are compared without their pleasantries, and so the pair guard has nothing to look at: their words
+        are the same.
+        """
+        embedder, index = self._meaning.embedder, self._meaning.index
+        assert embedder is not None
+        assert index is not None
+        row = self._hot.get(entry_id)
+        entry = row.entry if row is not None else await self._store.get(entry_id)
+        if entry is None or entry.draft.embedding is None or entry.draft.embedder != embedder.identity:
+            return ""
+        vector = np.frombuffer(entry.draft.embedding, np.float32)
+        signature, kept = (embedder.signature(bare(text)) for text in (query.prompt, entry.draft.prompt))
+        similarity, vetoes = index.compare(vector, signature, entry.draft.embedding, kept.tobytes())
+        place = Place(query.scope, query.controls.namespace, query.tenant, query.fingerprint)
+        await self._auditor.evidence.read(place)
+        candidate = Candidate(entry_id, similarity, vetoes, kept)
+        opinion = self._judge.consider(place, signature, [candidate], policy.error_bound(self._rules, query.controls))
+        opinion.logits[entry_id] = math.inf
+        if (chosen := opinion.chosen) is None:
+            return ""
+        found = await self._pass_gate(chosen, opinion, query, client, lookup)
+        if not isinstance(found, HotRow):
+            return ""
+        if held := self._auditor.hold(opinion, chosen):
+            return held
+        self._judge.see(place, signature)
+        lookup.opinion, lookup.row = opinion, found
+        lookup.verdict = Hit(found.entry, Tier.SEMANTIC, similarity, chosen.probability)
+        return ""
+
+    def _is_as_proposed(self, chosen: Judged, opinion: Opinion, query: Query, lookup: Lookup, draft: Draft) -> bool:
+        """Whether the row is still what was judged: of the query's normal form where nothing was embedded, else as
+        similar, with the same vetoes."""
+        assert self._meaning.index is not None
+        assert draft.embedding is not None
+        assert draft.signature is not None
+        if lookup.vector is None:
+            return (form := normal_form(query.prompt)) is not None and normal_form(draft.prompt) == form
+        similarity, vetoes = self._meaning.index.compare(
+            lookup.vector, opinion.signature, draft.embedding, draft.signature
+        )
+        return abs(similarity - chosen.candidate.similarity) <= ROUNDING and vetoes == chosen.candidate.vetoes
+
     async def _pass_gate(
         self, chosen: Judged, opinion: Opinion, query: Query, client: Client, lookup: Lookup
     ) -> HotRow | str:
@@ -167,7 +226,6 @@ class Finder:
         that it is wrong for this question, and the pair guard lets it pass; else why not."""
         assert self._meaning.embedder is not None
         assert self._meaning.index is not None
-        assert lookup.vector is not None
         entry_id = chosen.candidate.entry_id
         row, purges, epoch = self._hot.get(entry_id), self._entries.purges, self._judge.epoch
         if row is not None and row.entry.draft.embedder != self._meaning.embedder.identity:
@@ -186,10 +244,7 @@ class Finder:
             return "changed"
         if not is_fresh(entry, query, client):
             return "expired"
-        similarity, vetoes = self._meaning.index.compare(
-            lookup.vector, opinion.signature, draft.embedding, draft.signature
-        )
-        if not abs(similarity - chosen.candidate.similarity) <= ROUNDING or vetoes != chosen.candidate.vetoes:
+        if not self._is_as_proposed(chosen, opinion, query, lookup, draft):
             return "changed"
         row = row if row is not None else self._entries.warm(entry, purges)
         if (reason := policy.unfit(row.answer, query)) is not None:
