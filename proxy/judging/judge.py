@@ -705,8 +705,10 @@ def objection(opinion: Opinion, judged: Judged, judge: Judge, *, can_verify: boo
 
     A model without a guard serves on evidence alone: the likeness of the start region was measured beside one.
     """
-    if not judge.rules.pair_guard or judged.standing is Standing.NORMAL:
-        return "" if not judged.by_guard else "below_bound"
+    if judged.candidate.normal:
+        return ""  # its words are the same
+    if not judge.rules.pair_guard:
+        return suspicion_of(judged.candidate.vetoes) if judged.by_guard else ""
     if not can_verify:
         return "no_guard" if judged.standing is Standing.START else ""
     logit = opinion.logits.get(judged.candidate.entry_id)

@@ -41,6 +41,7 @@ class Entries:
     def warm(self, entry: Entry, purges: int) -> HotRow:
         """A row to serve, kept in memory unless a purge came while it was read."""
         answer = decode_answer(entry.draft.answer, orjson.loads)
+        self.normals.keep(entry)
         return self._hot.put(entry, answer) if purges == self.purges else HotRow(entry, answer)
 
     async def put(self, draft: Draft, answer: Answer, began: Began) -> Entry | None:

@@ -5,7 +5,6 @@ The index proposes, the row decides.
 
 from __future__ import annotations
 
-import math
 import time
 
 import numpy as np
@@ -133,14 +132,9 @@ class Finder:
             return
         started = time.perf_counter()
         lookup.signature = signature = self._meaning.embedder.signature(query.prompt)
-        held = ""
-        if (
-            query.controls.read
-            and (entry_id := self._entries.normals.find_alike(query.scope, query.prompt)) is not None
-        ):
-            held = await self._try_normal(entry_id, query, client, lookup)
-            if isinstance(lookup.verdict, Hit):
-                return
+        normal_id = self._entries.normals.find_alike(query.scope, query.prompt) if query.controls.read else None
+        if normal_id is not None and await self._try_normal(normal_id, query, client, lookup):
+            return
         lookup.vector = vector = await self._meaning.embedder.embed(query.prompt, query.tenant)
         embedded = time.perf_counter()
         lookup.steps_ms["embed"] = (embedded - started) * 1e3
@@ -154,14 +148,12 @@ class Finder:
         if found:
             await self._auditor.evidence.read(place)
         opinion = self._judge.consider(place, signature, [Candidate(*proposed) for proposed in found], max_error)
-        opinion.held = held
         lookup.opinion = opinion
         self._judge.see(place, signature)
         while (chosen := opinion.chosen) is not None:
             row = await self._pass_gate(chosen, opinion, query, client, lookup)
             if isinstance(row, HotRow):
-                known = self._hot.alias(query.fingerprint)
-                self._auditor.draw(opinion, chosen, 1 if known is None else known.uses)
+                self._draw(opinion, chosen, query)
                 lookup.row = row
                 lookup.verdict = Hit(row.entry, Tier.SEMANTIC, chosen.candidate.similarity, chosen.probability)
                 break
@@ -173,8 +165,8 @@ class Finder:
                 self._telemetry.veto(lookup.verdict.reason)
         lookup.steps_ms["judge"] = (time.perf_counter() - searched) * 1e3 - lookup.steps_ms.get("guard", 0.0)
 
-    async def _try_normal(self, entry_id: int, query: Query, client: Client, lookup: Lookup) -> str:
-        """Serve an entry of the same normal form, if the judge lets it; else why it was held back, or "".
+    async def _try_normal(self, entry_id: int, query: Query, client: Client, lookup: Lookup) -> bool:
+        """Serve an entry of the same normal form, if the judge lets it.
 
         Both texts are compared without their pleasantries, and so the pair guard has nothing to look at: their words
         are the same.
@@ -185,26 +177,29 @@ class Finder:
         row = self._hot.get(entry_id)
         entry = row.entry if row is not None else await self._store.get(entry_id)
         if entry is None or entry.draft.embedding is None or entry.draft.embedder != embedder.identity:
-            return ""
+            return False
         vector = np.frombuffer(entry.draft.embedding, np.float32)
         signature, kept = (embedder.signature(bare(text)) for text in (query.prompt, entry.draft.prompt))
         similarity, vetoes = index.compare(vector, signature, entry.draft.embedding, kept.tobytes())
         place = Place(query.scope, query.controls.namespace, query.tenant, query.fingerprint)
         await self._auditor.evidence.read(place)
-        candidate = Candidate(entry_id, similarity, vetoes, kept)
+        candidate = Candidate(entry_id, similarity, vetoes, kept, normal=True)
         opinion = self._judge.consider(place, signature, [candidate], policy.error_bound(self._rules, query.controls))
-        opinion.logits[entry_id] = math.inf
         if (chosen := opinion.chosen) is None:
-            return ""
+            return False
         found = await self._pass_gate(chosen, opinion, query, client, lookup)
         if not isinstance(found, HotRow):
-            return ""
-        if held := self._auditor.hold(opinion, chosen):
-            return held
+            return False
+        self._draw(opinion, chosen, query)
         self._judge.see(place, signature)
         lookup.opinion, lookup.row = opinion, found
         lookup.verdict = Hit(found.entry, Tier.SEMANTIC, similarity, chosen.probability)
-        return ""
+        return True
+
+    def _draw(self, opinion: Opinion, chosen: Judged, query: Query) -> None:
+        """Whether to audit this; the more a wording was asked since it was judged last, the likelier."""
+        known = self._hot.alias(query.fingerprint)
+        self._auditor.draw(opinion, chosen, 1 if known is None else known.uses)
 
     def _is_as_proposed(self, chosen: Judged, opinion: Opinion, query: Query, lookup: Lookup, draft: Draft) -> bool:
         """Whether the row is still what was judged: of the query's normal form where nothing was embedded, else as

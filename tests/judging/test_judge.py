@@ -290,7 +290,8 @@ def test_the_pair_guards_word_is_enough_where_the_measured_prior_is_within_the_b
     assert objection(opinion, chosen, judge, can_verify=True) == ""
     opinion.logits[1] = 3.0
     assert objection(opinion, chosen, judge, can_verify=True) == "below_bound"
-    assert objection(opinion, chosen, judge_of(pair_guard=False), can_verify=True) == "below_bound"
+    unguarded = judge_of(pair_guard=False)
+    assert objection(opinion, chosen, unguarded, can_verify=True) == "substitution"
     assert consider(guarded(0.02), candidate(1, 0.8)).chosen is None  # no word of the guard would be enough
 
 
