@@ -713,9 +713,9 @@ def objection(opinion: Opinion, judged: Judged, judge: Judge, *, can_verify: boo
         return "no_guard" if judged.standing is Standing.START else ""
     logit = opinion.logits.get(judged.candidate.entry_id)
     if logit is None:
-        return None if opinion.may_ask else PAIR_GUARD
+        return None if opinion.may_ask else "pair_guard"
     if logit <= 0.0:
-        return PAIR_GUARD
+        return "pair_guard"
     if judged.by_guard:
         assert judge.prior is not None
         if judge.prior(judged.candidate.similarity, logit) > opinion.max_error:
