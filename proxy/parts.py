@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import orjson
 
+from index.guard.prior import within
 from index.heap import trim_heap
 from index.levels import LEVELS
 from index.measured import FALSE_ALARMS, MISSES
@@ -129,6 +130,7 @@ def make_auditor(ground: Ground) -> Auditor:
             LEVELS,
             comparer=model or BUILT_IN,
             noise=OF_A_MODEL if model else BUILT_IN_NOISE,
+            prior=within,
             note=note,
         ),
         entries=edges.store.entries,

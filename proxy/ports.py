@@ -135,9 +135,9 @@ class Learner(Protocol):
 
 
 NewLearner = Callable[[], Learner]
-Prior = Callable[[float, float], float]
-"""(similarity, logit of the pair guard) → share of such pairs whose answer is wrong, as measured. See
-`index.guard.prior`."""
+Prior = Callable[[float, float, float], bool]
+"""(similarity, logit of the pair guard, budget) → whether pairs like this, and surer ones, were measured to be wrong
+within the budget. See `index.guard.prior`."""
 
 
 class AnswerComparer(Protocol):

@@ -36,6 +36,11 @@ def prior(similarity: float, logit: float) -> float:
     return 1 / (1 + math.exp(-constant - by_logit * logit - by_similarity * similarity))
 
 
+def within(similarity: float, logit: float, budget: float) -> bool:
+    """Whether pairs like this, and all that are surer, were wrong within the budget."""
+    return prior(similarity, logit) <= limit(budget)
+
+
 def limit(budget: float) -> float:
     """The prior up to which may be served so that at most `budget` of what is served is wrong; 0, nothing, if none."""
     return max((found for least, found in LIMITS if least <= budget), default=0.0)

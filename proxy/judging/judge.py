@@ -181,8 +181,8 @@ class Judge:
     """Lives on the event loop. `new_learner` makes an empty ports.Learner; `levels` are its levels of log-odds.
 
     `comparer` names what compares answers, and `noise` is what was measured of it elsewhere; a label by another is no
-    evidence of its rates. `prior` is the measured share of wrong among pairs of a similarity and a logit of the
-    pair guard; without one no pair is served on the guard's word.
+    evidence of its rates. `prior` tells where pairs of a similarity and a logit of the pair guard were measured to be
+    wrong within a budget; without one no pair is served on the guard's word.
     """
 
     def __init__(
@@ -291,7 +291,7 @@ class Judge:
             return (NORMAL, False) if not vetoes & ALWAYS else ("", False)
         if candidate.similarity >= self.rules.start_similarity and not vetoes & HARD:
             return ALIKE, False
-        if self.prior is not None and not vetoes & KNOWN and self.prior(candidate.similarity, SURE) <= max_error:
+        if self.prior is not None and not vetoes & KNOWN and self.prior(candidate.similarity, SURE, max_error):
             return ALIKE, True
         return "", False
 
@@ -718,7 +718,7 @@ def objection(opinion: Opinion, judged: Judged, judge: Judge, *, can_verify: boo
         return "pair_guard"
     if judged.by_guard:
         assert judge.prior is not None
-        if judge.prior(judged.candidate.similarity, logit) > opinion.max_error:
+        if not judge.prior(judged.candidate.similarity, logit, opinion.max_error):
             return suspicion_of(judged.candidate.vetoes)
     return ""
 

@@ -277,7 +277,9 @@ def test_no_logit_makes_anything_served_that_the_judge_would_not_serve(logit: fl
 
 def guarded(prior: float) -> Judge:
     """A judge whose pairs are wrong at `prior` where the guard is sure, and else twice as often."""
-    return Judge(Rules(), Learner, LEVELS, prior=lambda _, logit: prior if logit > 4.0 else 2.0 * prior)
+    return Judge(
+        Rules(), Learner, LEVELS, prior=lambda _, logit, budget: (prior if logit > 4.0 else 2.0 * prior) <= budget
+    )
 
 
 def test_the_pair_guards_word_is_enough_where_the_measured_prior_is_within_the_budget() -> None:
@@ -291,7 +293,7 @@ def test_the_pair_guards_word_is_enough_where_the_measured_prior_is_within_the_b
     opinion.logits[1] = 3.0
     assert objection(opinion, chosen, judge, can_verify=True) == "below_bound"
     unguarded = judge_of(pair_guard=False)
-    assert objection(opinion, chosen, unguarded, can_verify=True) == "substitution"
+    assert objection(opinion, chosen, unguarded, can_verify=True) == "below_bound"
     assert consider(guarded(0.02), candidate(1, 0.8)).chosen is None  # no word of the guard would be enough
 
 
