@@ -1,10 +1,11 @@
 """Search that runs at the provider, under every name it goes by: what it finds changes, so no answer of it is kept.
 
-It shows in what is asked (a field, a tool, a model's name) and in what is answered (citations). Sources, read in
-November 2026: OpenAI "Web search" and "Search models"; OpenRouter "Web Search" (plugin, `:online`, server tools);
-xAI "Live Search" and "Agent Tools"; Alibaba Model Studio `enable_search`; Perplexity "Sonar"; Azure OpenAI "On your
-data"; Zhipu and Tencent `web_search` and `enable_enhancement`; Cohere `connectors`; Mistral "Connectors"; Groq
-"Compound"; Moonshot `$web_search`; Gemini "Grounding" and "URL context"; Anthropic "Web search tool" and "Citations".
+It shows in what is asked (a field, a tool, a model's name) and in what is answered (citations). Names are those of
+the providers' own pages: OpenAI "Web search" and "Search models"; OpenRouter "Web Search" (plugin, `:online`, server
+tools); xAI "Live Search" and "Agent Tools"; Alibaba Model Studio `enable_search`; Perplexity "Sonar"; Azure OpenAI
+"On your data"; Zhipu and Tencent `web_search` and `enable_enhancement`; Cohere `connectors`; Mistral "Connectors";
+Groq "Compound"; Moonshot `$web_search`; Gemini "Grounding" and "URL context"; Anthropic "Web search tool" and
+"Citations".
 """
 
 from __future__ import annotations

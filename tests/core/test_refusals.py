@@ -1,4 +1,4 @@
-"""Refusals in plain words, and answers that only begin like one: what models say by public reports."""
+"""Refusals in plain words as models word them, and answers that only begin like one; both written down by hand."""
 
 from __future__ import annotations
 

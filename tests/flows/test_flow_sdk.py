@@ -155,8 +155,8 @@ async def test_the_client_raises_when_a_stream_is_cut(exact, up, client):
     piece = event({**head, "choices": [{"index": 0, "delta": {"content": "Half an"}, "finish_reason": None}]})
     finish = event({**head, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
     done = event("[DONE]")
-    cuts = [Stream([piece], cut="fin"), Stream([piece], cut="rst"), Stream([piece]), Stream([piece, finish]),
-            Stream([piece, done]), Stream([piece, piece[:20]])]  # fmt: skip
+    cuts = [Stream([piece], cut="fin"), Stream([piece], cut="rst"), Stream([piece]),
+            Stream([piece, finish, piece[:20]]), Stream([piece, done]), Stream([piece, piece[:20]])]  # fmt: skip
     up.script(*cuts)
     results = await drive(client, exact.url, [{"prompt": f"{ASKED} {n}", "stream": True} for n in range(len(cuts))])
     for result in results:

@@ -8,7 +8,6 @@ import re
 from proxy.core.dialects.dialect import Loads
 from proxy.core.eventstream import HELD_BYTES, EventSplitter, Fragment, is_cut, is_done, read_event
 
-_USAGE = re.compile(rb'"usage"\s*:\s*\{')
 _FINISH = re.compile(rb'"finish_reason"\s*:\s*"[^"]')
 _INDEX = re.compile(rb'"index"\s*:\s*([0-9]{1,3})')
 
@@ -17,6 +16,7 @@ LAST = 4  # events at the end of a stream that say other things: finish, usage, 
 _MARKS = (b"[DONE]", b'"error"')
 _ODD = (b'"error"', b'"choices":[]', b'"usage":{', b'"usage": {')
 _UNASKED = (b',"usage":null', b', "usage": null')
+_NULLS = _CLOSE, _SPACED = (b'"usage":null', b'"usage": null')
 _GOES_ON = b'"finish_reason":null'
 _SPELLINGS = (  # a member, how it is usually spelled where nothing is to be done, and where something is
     (b'"finish_reason"', (b'"finish_reason":null', b'"finish_reason": null'),
@@ -152,7 +152,7 @@ class UsageFilter:
             and b"[DONE]" not in chunk
             and b'"error"' not in chunk
             and not _FINISH.search(chunk)
-            and not (self._strip and _USAGE.search(chunk))
+            and not (self._strip and chunk.count(b'"usage"') != sum([chunk.count(null) for null in _NULLS]))
         )
 
     def end(self) -> bytes:
@@ -176,7 +176,7 @@ class UsageFilter:
             finished = bool(self._finished) and self._seen <= self._finished
             self._withheld = not finished and not self.failed
             return not self._withheld
-        may_be_unasked = self._strip and _USAGE.search(block) is not None
+        may_be_unasked = self._strip and _CLOSE not in block and b'"usage"' in block and _SPACED not in block
         if may_be_unasked or self._n > 1 or b'"error"' in block or _FINISH.search(block):
             return self._inspect(block)
         return True
