@@ -1,9 +1,8 @@
 """The pair guard: whether one answer serves two texts, from the token states that their embeddings came of.
 
-Each side's tokens are projected, softly aligned with the other side's, compared token by token, pooled and judged,
-beside how alike the two texts are as wholes; both directions share every weight and the two are joined by sums and
-differences, so the logit does not depend on which text was asked. NumPy only: `index.guard.training.learn` is the same
-in torch, and a test holds the two together.
+Each side's tokens are projected, softly aligned with the other side's, compared token by token, pooled and judged; both
+directions share every weight and the two are joined by sums and differences, so the logit does not depend on which text
+was asked. NumPy only: `index.guard.training.learn` is the same in torch, and a test holds the two together.
 
 The weights belong to one embedding model, which they name; with any other they are not used.
 """
@@ -17,7 +16,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,21 +28,13 @@ Array = NDArray[np.float32]
 Half = NDArray[np.float16]
 
 WEIGHTS = "weights.safetensors"
-SHA256 = "8dca19a1b92d153c316cc2838fab3c616ccc7d091d142e87bf087a8cc3d196c9"
+SHA256 = "245d20a59b4a0706d3a44598c3e6442b399c7f106890bd108b5c443d7143e0cb"
 MAX_TOKENS = 44  # of a text, special tokens not counted; what the training saw. Longer texts get no opinion
 MAX_KEPT = 3  # stored texts that one asked text is compared with
 NO_OPINION = math.inf
 
 _ERF = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
 """Abramowitz and Stegun 7.1.26: error at most 1.5e-7."""
-
-
-class _Side(NamedTuple):
-    """What is computed of one text alone."""
-
-    projected: Array  # (tokens, width)
-    states: Array  # (layers, tokens, dimension)
-    whole: Array  # (layers, dimension), unit rows: the text's direction in each layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +59,8 @@ class Guard:
             for other in kept
         ]
 
-    def _side(self, states: Half) -> _Side:
+    def _side(self, states: Half) -> tuple[Array, Array]:
+        """Projected tokens (tokens, width), states (layers, tokens, dimension)."""
         w = self.weights
         x = states.astype(np.float32)
         h = x.reshape(len(x), -1) @ w["project.weight"]
@@ -78,21 +69,18 @@ class Guard:
         h /= np.sqrt(np.einsum("tw,tw->t", h, h)[:, None] / h.shape[1] + np.float32(1e-5))
         h *= w["norm.weight"]
         h += w["norm.bias"]
-        whole = x.sum(axis=0)
-        whole /= np.linalg.norm(whole, axis=1, keepdims=True)
-        return _Side(h, np.ascontiguousarray(x.transpose(1, 0, 2)), whole)
+        return h, np.ascontiguousarray(x.transpose(1, 0, 2))
 
-    def _logit(self, one: _Side, other: _Side) -> float:
+    def _logit(self, one: tuple[Array, Array], other: tuple[Array, Array]) -> float:
         w = self.weights
-        (ha, xa, ta), (hb, xb, tb) = one, other
+        (ha, xa), (hb, xb) = one, other
         cosines = xa @ xb.transpose(0, 2, 1)  # (layers, tokens of a, tokens of b)
         match = (ha @ w["key.weight"]) @ (hb @ w["key.weight"]).T
         match += np.tensordot(w["beta"], cosines, 1)
         pa = self._pool(ha, hb, match, cosines)
         pb = self._pool(hb, ha, match.T, cosines.transpose(0, 2, 1))
-        whole = np.float32(4) * np.einsum("ld,ld->l", ta, tb) - np.float32(2)
-        features = np.concatenate((pa + pb, np.abs(pa - pb), whole))
-        hidden = np.concatenate((_gelu(features @ w["judge.weight"] + w["judge.bias"]), whole))
+        features = np.concatenate((pa + pb, np.abs(pa - pb)))
+        hidden = _gelu(features @ w["judge.weight"] + w["judge.bias"])
         return float(hidden @ w["verdict.weight"] + w["verdict.bias"][0])
 
     def _pool(self, mine: Array, theirs: Array, match: Array, cosines: Array) -> Array:

@@ -23,9 +23,7 @@ from index.embedder import OnnxBackend
 from index.errors import ModelFault
 from index.guard import head
 from index.guard.head import MAX_TOKENS, NO_OPINION, Guard, load_guard, parse
-from index.guard.prior import limit, prior
-from index.guard.training import edits, families, generate
-from index.guard.training import prior as measure
+from index.guard.training import edits, generate
 from index.model import locate
 from index.quiet import SILENCE
 from tests.models import converted_data_dir
@@ -278,100 +276,3 @@ def test_turning_round_twice_is_the_text_again() -> None:
     twice = edits.turn_round(once[0], Random(0))
     assert twice is not None
     assert twice[0] == text
-
-
-# Families of questions.
-
-
-def test_families_are_whole_and_no_text_stands_on_both_sides() -> None:
-    found = families.families()
-    assert len({family.id for family in found}) == len(found) > 1000
-    for family in found:
-        assert len(family.wordings) >= 4, family.id
-        assert len(family.lookalikes) >= 2, family.id
-        folded = [text.casefold() for text in family.texts]
-        assert len(set(folded)) == len(folded), family.id
-        assert all(text == text.strip() != "" for text in family.texts), family.id
-
-
-def test_pairs_of_a_family_follow_its_labels_and_the_other_families_do_not_change_them() -> None:
-    some = families.families()[:40]
-    vectors = {text: np.full(4, 0.5, np.float32) for family in some for text in family.texts}
-    pairs = families.from_families(some, vectors, 3)
-    alone = families.from_families(some[7:8], vectors, 3)
-    assert alone == [pair for pair in pairs if pair in alone]
-    labels = {kind: {pair.label for pair in pairs if pair.kind == kind} for kind in ("wording", "look-alike", "twins")}
-    assert labels == {"wording": {1}, "look-alike": {0}, "twins": {0}}
-    assert pairs != families.from_families(some, vectors, 4)
-
-
-def test_texts_of_two_families_are_paired_where_they_are_near_but_not_the_same() -> None:
-    one, other, far = (families.Family(name, "", (f"{name} a", f"{name} b"), ()) for name in "xyz")
-    angles = {"x": 0.0, "y": 0.9, "z": 3.0}
-    vectors = {
-        text: np.array([np.cos(angles[text[0]]), np.sin(angles[text[0]])], np.float32)
-        for family in (one, other, far)
-        for text in family.texts
-    }
-    strangers = [pair for pair in families.from_families([one, other, far], vectors, 0) if pair.kind == "stranger"]
-    assert {(pair.a[0], pair.b[0]) for pair in strangers} == {("x", "y"), ("y", "x")}
-    assert {pair.label for pair in strangers} == {0}
-
-
-def test_every_fold_has_its_share_of_the_families() -> None:
-    count = len(families.families())
-    sizes = [sum(family.fold(families.FOLDS) == fold for family in families.families()) for fold in range(5)]
-    assert sum(sizes) == count
-    assert min(sizes) > count / 5 * 0.8
-
-
-# The prior.
-
-
-@given(
-    similarity=st.floats(0.0, 0.99), logit=st.floats(-12, 12), more=st.floats(0.001, 5.0), nearer=st.floats(0.001, 0.5)
-)
-def test_the_prior_falls_with_likeness_and_with_the_logit(
-    similarity: float, logit: float, more: float, nearer: float
-) -> None:
-    here = prior(similarity, logit)
-    assert 0 < prior(similarity, logit + more) < here < 1
-    assert prior(similarity + nearer, logit) < here
-
-
-def test_without_an_opinion_the_prior_is_that_it_is_wrong() -> None:
-    assert prior(0.99, NO_OPINION) == 1.0
-
-
-def test_a_larger_budget_never_serves_less() -> None:
-    limits = [limit(budget) for budget in (0.0, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)]
-    assert limits[0] == 0.0
-    assert limits == sorted(limits)
-    assert limits[-1] > 0
-
-
-def test_limits_and_interval_are_those_counted_by_hand() -> None:
-    estimated = np.arange(100) / 100
-    wrong = np.array([0.0] * 40 + [1.0, 0.0] * 30)
-    assert measure.limit_of(estimated, wrong, 0.1) == (0.49, 50, 5)
-    assert measure.limit_of(estimated, np.ones(100), 0.1) == (0.0, 0, 0)
-    assert measure.interval(0, 10) == pytest.approx((0.0, 0.3085), abs=1e-4)
-    assert measure.interval(10, 10) == pytest.approx((0.6915, 1.0), abs=1e-4)
-
-
-def test_the_fit_finds_what_made_the_decisions() -> None:
-    rng = np.random.default_rng(0)
-    similarity, logits = rng.uniform(0.6, 1, 20_000), rng.normal(0, 2, 20_000)
-    odds = 1.5 - 0.8 * logits - 2.0 * similarity
-    wrong = rng.random(20_000) < 1 / (1 + np.exp(-odds))
-    found = measure.fitted(np.column_stack([similarity, logits, wrong]))
-    assert found == pytest.approx([1.5, -0.8, -2.0], abs=0.25)
-
-
-def test_a_stream_asks_every_text_once_and_lets_a_look_alike_be_itself() -> None:
-    some = families.families()[:30]
-    for stream in measure.streams_of(some):
-        texts = [asked.text for asked in stream]
-        assert len(texts) == len(set(texts))
-        meanings = {asked.meaning for asked in stream if asked.family == some[0].id}
-        assert len(meanings) <= 1 + measure.TWINS

@@ -181,17 +181,6 @@ def reword(text: str, rng: Random, times: int) -> str:
     return text
 
 
-def retyped(text: str, rng: Random) -> str:
-    """As people type it: often a greeting and thanks, in lower case or without its mark."""
-    if rng.random() < 0.35:
-        text = text.lower()
-    if rng.random() < 0.35:
-        text = text.rstrip("?.! ")
-    if rng.random() < 0.75:
-        text = _open(text, rng)
-    return _close(text, rng) if rng.random() < 0.55 else text
-
-
 def _synonym(text: str, rng: Random) -> str:
     groups = list(_same())
     rng.shuffle(groups)

@@ -1,7 +1,6 @@
 """Train the pair guard: one command, one seed, CPU.
 
-    python -m index.guard.training.train --data DIR --out index/guard/weights.safetensors [--held-out FILE]
-        [--leave-out DIR]
+    python -m index.guard.training.train --data DIR --out index/guard/weights.safetensors [--leave-out DIR]
 
 DIR holds the licensed pairs, gzip JSON lines: `stream_banking77.jsonl.gz` ({"query", "answer_id"}; CC BY 4.0, PolyAI)
 and `pairs_paws_en.jsonl.gz` ({"a", "b", "label"}; PAWS-Wiki, Google, free use with attribution). Everything else is
@@ -21,7 +20,6 @@ import logging
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from random import Random
@@ -34,7 +32,6 @@ from safetensors.numpy import save
 from index.batcher import load_backend
 from index.embedder import Backend
 from index.guard.head import MAX_TOKENS
-from index.guard.training.families import FOLDS, HELD_OUT, families, from_families
 from index.guard.training.generate import Pair, around, from_grammar
 from index.guard.training.learn import Recipe, States, Weights, fit
 from index.model import locate
@@ -42,7 +39,7 @@ from index.quiet import library
 
 log = logging.getLogger(__name__)
 
-MEANINGS = 3  # drawn of each frame
+FAMILIES = 3  # meanings drawn of each frame
 NEIGHBOURS = 30
 ALIKE = 0.55  # cosine from which two questions of a bank count as neighbours
 CLOSEST = 0.6  # share of the neighbours with another answer that may become a pair: the nearer ones
@@ -53,7 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m index.guard.training.train", description="Train the pair guard.")
     parser.add_argument("--data", type=Path, required=True, help="directory of the licensed pairs")
     parser.add_argument("--out", type=Path, required=True, help="weight file to write")
-    parser.add_argument("--held-out", type=Path, help="also train without one fold of the families, into this file")
     parser.add_argument("--leave-out", type=Path, help="also train without each source in turn, into this directory")
     parser.add_argument("--work", type=Path, help="where the converted model is kept between runs")
     parser.add_argument("--seed", type=int, default=0)
@@ -63,23 +59,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work = options.work or Path(scratch)
         backend = asyncio.run(load_backend(work))
         source = locate(None, work / "models").digest
-        material = gather(options.data, backend, options.seed)
-    fits = material.pairs
+        sources = training_pairs(options.data, backend, options.seed)
+        states, _ = encode(backend, texts_of(sources.values()))
+    fits = limited(sources, states)
     about = {"source": source, "states": ",".join(map(str, backend.states))}
     log.info("pairs: %s", ", ".join(f"{name} {len(pairs)}" for name, pairs in fits.items()))
     one_thread()
 
     def train(path: Path, pairs: list[Pair]) -> None:
         recipe = Recipe(seed=options.seed)
-        raw = save(exported(fit(pairs, material.states, recipe, log.info), recipe), about)
+        raw = save(exported(fit(pairs, states, recipe, log.info), recipe), about)
         path.write_bytes(raw)
         log.info("%s: %d bytes, sha256 %s", path, len(raw), sha256(raw).hexdigest())
 
     train(options.out, every(fits))
-    if options.held_out:
-        seen = [family for family in families() if family.fold(FOLDS) != HELD_OUT]
-        pairs = judged(from_families(seen, material.vectors, options.seed), material.states)
-        train(options.held_out, every(fits | {"families": pairs}))
     if options.leave_out:
         options.leave_out.mkdir(parents=True, exist_ok=True)
         for left_out in fits:
@@ -104,35 +97,14 @@ def one_thread() -> None:
 # Pairs.
 
 
-@dataclass(frozen=True, slots=True)
-class Material:
-    """What is learned from: pairs by source, the states of their texts, and the vectors of the families' texts."""
-
-    pairs: dict[str, list[Pair]]
-    states: States
-    vectors: dict[str, NDArray[np.float32]]
-
-
-def gather(data: Path, backend: Backend, seed: int) -> Material:
-    """Every pair of which both texts have a token and are short enough for the guard."""
-    shipped = families()
-    written, vectors = encode(backend, [text for family in shipped for text in family.texts])
-    sources = training_pairs(data, backend, seed)
-    states, _ = encode(backend, texts_of(sources.values()))
-    sources["families"] = from_families(shipped, vectors, seed)
-    made, _ = encode(backend, [text for text in texts_of([sources["families"]]) if text not in vectors])
-    states = States.joined([states, written, made])
-    return Material({name: judged(pairs, states) for name, pairs in sources.items()}, states, vectors)
-
-
 def training_pairs(data: Path, backend: Backend, seed: int) -> dict[str, list[Pair]]:
-    """Pairs of the grammar and of the licensed texts. The latter are also reworded, edited and restricted."""
+    """Pairs by source. The licensed ones are also reworded, edited and restricted."""
     rng = Random(seed)
     rows = read(data / "pairs_paws_en.jsonl.gz")
     paws = [Pair(row["a"], row["b"], int(row["label"]), "paws", "paws") for row in rows]
     intents = intent_pairs(read(data / "stream_banking77.jsonl.gz"), backend, rng)
     return {
-        "grammar": from_grammar(rng, MEANINGS),
+        "grammar": from_grammar(rng, FAMILIES),
         "banking77": intents + around([pair[:2] for pair in intents if pair.label], "banking77", rng),
         "paws": paws + around([pair[:2] for pair in paws if pair.label], "paws", rng),
     }
@@ -170,9 +142,12 @@ def texts_of(groups: Iterable[Sequence[Pair]]) -> list[str]:
     return list(dict.fromkeys(text for pairs in groups for pair in pairs for text in pair[:2]))
 
 
-def judged(pairs: Sequence[Pair], states: States) -> list[Pair]:
-    """Without those of which a text is too long for the guard, or has no token."""
-    return [pair for pair in pairs if pair.a in states.place and pair.b in states.place]
+def limited(groups: dict[str, list[Pair]], states: States) -> dict[str, list[Pair]]:
+    """Without the pairs of which a text is too long for the guard, or has no token."""
+    return {
+        name: [pair for pair in pairs if pair.a in states.place and pair.b in states.place]
+        for name, pairs in groups.items()
+    }
 
 
 def every(sources: dict[str, list[Pair]]) -> list[Pair]:
