@@ -176,7 +176,7 @@ async def test_ollama_without_an_input_loads_the_model(exact, up):
 @pytest.mark.parametrize(
     ("path", "body", "named"),
     [
-        ("/api/embed", {"input": "x"}, "model"),
+        ("/api/embed", {"model": 3, "input": "x"}, "model"),
         ("/api/embed", {"model": "m", "input": {"a": 1}}, "input"),
         ("/api/embed", {"model": "m", "input": ["a", 1]}, "input[1]"),
         ("/api/embed", {"model": "m", "input": "x", "truncate": "no"}, "truncate"),
