@@ -41,7 +41,7 @@ class Entries:
     def warm(self, entry: Entry, purges: int) -> HotRow:
         """A row to serve, kept in memory unless a purge came while it was read."""
         answer = decode_answer(entry.draft.answer, orjson.loads)
-        self.normals.keep(entry)
+        self.normals.keep(entry.id, entry.draft.scope, entry.draft.prompt)
         return self._hot.put(entry, answer) if purges == self.purges else HotRow(entry, answer)
 
     async def put(self, draft: Draft, answer: Answer, began: Began) -> Entry | None:
@@ -74,7 +74,7 @@ class Entries:
             and draft.embedding is not None
             and draft.signature is not None
         ):
-            self.normals.keep(entry)
+            self.normals.keep(entry.id, entry.draft.scope, entry.draft.prompt)
             vector = np.frombuffer(draft.embedding, np.float32)
             index.add(entry.id, draft.scope, vector, np.frombuffer(draft.signature, np.uint64), draft.expires_ms)
 

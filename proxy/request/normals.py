@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Final
 
 from proxy.core.fingerprint import normal_key_of
-from proxy.core.model import Entry
 from proxy.core.normal import normal_form
 
 LIMIT: Final = 131_072  # entries: about 25 MB when full
@@ -18,24 +17,23 @@ class Normals:
     """Lives on the event loop."""
 
     def __init__(self, limit: int = LIMIT) -> None:
-        self._limit = limit
+        self.limit = limit
         self._entries: dict[bytes, int] = {}
         self._keys: dict[int, bytes] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def keep(self, entry: Entry) -> None:
+    def keep(self, entry_id: int, scope: bytes, prompt: str) -> None:
         """The newest entry of a form is the one that is found."""
-        draft = entry.draft
-        form = normal_form(draft.prompt)
+        form = normal_form(prompt)
         if form is None:
             return
-        key = normal_key_of(draft.scope, form)
+        key = normal_key_of(scope, form)
         self.forget([] if (old := self._entries.get(key)) is None else [old])
-        self._entries[key] = entry.id
-        self._keys[entry.id] = key
-        if len(self._entries) > self._limit:
+        self._entries[key] = entry_id
+        self._keys[entry_id] = key
+        if len(self._entries) > self.limit:
             self.forget([next(iter(self._keys))])
 
     def forget(self, entry_ids: list[int]) -> None:

@@ -454,6 +454,21 @@ class Entries:
             if len(rows) < chunk:
                 return
 
+    async def questions(
+        self, embedder: str, newest: int, chunk: int = 1_024
+    ) -> AsyncIterator[Sequence[tuple[int, bytes, str]]]:
+        """Id, scope and question of the `newest` sound rows with a vector of this embedder, in id order, in pieces.
+        Raises CacheFault."""
+        c = entry.c
+        sound = (c.embedder == embedder, c.embedding.is_not(None), c.quarantined == 0, c.prompt != "")
+        oldest = select(c.id).where(*sound).order_by(c.id.desc()).offset(newest).limit(1)
+        found = await self._database.rows(oldest)
+        after_id = found[0][0] if found else 0
+        chosen = select(c.id, c.scope, c.prompt).where(*sound).order_by(c.id).limit(chunk)
+        while rows := await self._database.rows(chosen.where(c.id > after_id)):
+            yield [(row[0], bytes(row[1]), row[2]) for row in rows]
+            after_id = rows[-1][0]
+
     async def ids(self, embedder: str | None = None) -> NDArray[np.int64]:
         """Ids of all sound rows with a vector of this embedder (of any entry when None), ascending. (n,) int64."""
         statement = select(entry.c.id).where(entry.c.quarantined == 0).order_by(entry.c.id)

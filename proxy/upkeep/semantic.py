@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+NORMALS = 20_000  # newest questions whose normal form is known after a start: a second of a core
+NORMALS_AT_ONCE = 64  # 3 ms
 PROGRESS_S: Final = 10.0  # between two lines about a step of loading
 
 Tell = Callable[[str], None]
@@ -117,6 +119,9 @@ class Semantic:
         try:
             await self._pipeline.auditor.load()
             await self._pipeline.errands.router.load()
+            async for questions in self._store.entries.questions(self.meaning.identity, NORMALS, NORMALS_AT_ONCE):
+                for entry_id, scope, prompt in questions:
+                    self._pipeline.entries.normals.keep(entry_id, scope, prompt)
         except CacheFault as fault:
             log.error("the judge starts without what it had learned", extra={"cause": fault.message})
             self.unlearned = fault.message

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.flows.running import running
+
 ASKED = "How do I repair a leaking garden hose?"
 
 
@@ -36,3 +38,16 @@ async def test_what_is_not_served_is_embedded_as_before(ibid, up):
     reply = await ibid.ask("hello, how do i repair a leaking garden hose", headers={"x-cache-max-error": "0"})
     assert reply.cache == "MISS"
     assert "embed_ms" in ibid.log.line(reply)
+
+
+async def test_normal_forms_are_known_after_a_restart(data_dir, up):
+    async with running(data_dir, up.url) as ibid:
+        first = await ibid.fill(ASKED)
+        await ibid.fill("How do I paint a garden fence?")
+        purged = await ibid.ask("How do I paint a garden fence?")
+        await ibid.admin("DELETE", f"/cache/entries/{purged.entry}")
+    async with running(data_dir, up.url) as ibid:
+        assert len(ibid.app.pipeline.entries.normals) == 1
+        reply = await ibid.ask("Hello, how do i repair a leaking garden hose")
+        assert (reply.tier, reply.text) == ("semantic", first.text)
+        assert "embed_ms" not in ibid.log.line(reply)
