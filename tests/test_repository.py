@@ -423,7 +423,7 @@ def test_the_wheel_holds_the_packages_the_migrations_the_manual_and_nothing_else
     )
     shipped = (name for name in ours if not name.startswith("tests/") and not re.match(r"deploy/(?!docs/)", name))
     expected = {re.sub(MAPPED, lambda name: f"proxy/_{name[1]}", name) for name in shipped}
-    expected |= {"proxy/py.typed", "index/py.typed", "proxy/_migrations/script.py.mako"}
+    expected |= {"proxy/py.typed", "index/py.typed", "index/answers.json", "proxy/_migrations/script.py.mako"}
     guard = (str(path.relative_to(ROOT)) for path in files if path.is_relative_to(ROOT / "index" / "guard"))
     expected |= {name for name in guard if "/data/" in name or name.endswith(".safetensors")}
     assert {name for name in names if ".dist-info/" not in name} == expected
