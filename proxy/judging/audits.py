@@ -48,7 +48,6 @@ from proxy.judging.judge import (
     Opinion,
     Place,
     comparison,
-    objection,
     place_of,
     signature_from,
 )
@@ -330,16 +329,14 @@ class Auditor:
     async def _weight(self, opinion: Opinion, judged: Judged, query: Query, kept: HotRow) -> float:
         """For how many decisions a forwarded one stands: 0 when the pair guard would have refused it. It is asked only
         where the decision would count."""
-        if judged.log_odds < self.judge.least_odds and not judged.region:
+        if judged.log_odds < self.judge.least_odds and judged.standing is None:
             return 0.0
-        verify = self._meaning.verify
-        against = objection(opinion, judged, self.judge, can_verify=verify is not None)
-        if against is None and verify is not None:
+        logit, verify = opinion.logits.get(judged.candidate.entry_id), self._meaning.verify
+        if logit is None and verify is not None:
             with contextlib.suppress(*ports.CACHE_FAULTS):  # not asked: like any other, which is strict
                 (logit,) = await verify(query.prompt, [kept.entry.draft.prompt], query.tenant)
-                opinion.logits[judged.candidate.entry_id] = logit
-                against = objection(opinion, judged, self.judge, can_verify=True)
-        return 0.0 if against else opinion.stands_for or 1.0
+        is_refused = logit is not None and logit <= 0.0
+        return 0.0 if is_refused else opinion.stands_for or 1.0
 
     def _learn(
         self,

@@ -119,7 +119,7 @@ class Opinion:
         left = list(self._left())
         would_be = next((judged for judged in left if judged.standing is not None), None)
         allowed = next((judged for judged in left if not judged.candidate.vetoes & ALWAYS), None)
-        return would_be or allowed or next(iter(left), None)
+        return would_be or allowed or next(iter(left), None) or next(iter(self.judged), None)
 
     @property
     def guarded(self) -> Judged | None:
@@ -655,7 +655,8 @@ def comparison(
     ts_ms: int,
 ) -> Comparison:
     """What is kept of a label, so that it can be applied again."""
-    place = opinion.place
+    place, is_refused = opinion.place, judged.candidate.entry_id in opinion.refused
+    is_would_be = judged.standing is not None and not is_refused
     return Comparison(
         ts_ms=ts_ms,
         source=source,
@@ -669,9 +670,9 @@ def comparison(
         group_id=judged.group_id,
         similarity=judged.candidate.similarity,
         log_odds=judged.log_odds,
-        standing="" if judged.standing is None else judged.standing.value,
+        standing=judged.standing.value if is_would_be and judged.standing is not None else "",
         served=served,
-        region=judged.region,
+        region="" if is_refused else judged.region,
         comparer=comparer,
         p_same=p_same,
         p_null=p_null,

@@ -28,7 +28,7 @@ from tests.waiting import PATIENCE_S
 __all__ = ["ibid", "up"]  # fixtures
 
 ASKED = "How does one reset the password of a home router?"
-REWORDED = "How does one reset the password of a home router"  # the same words: the same vector and token classes
+REWORDED = "How does one reset the password, of a home router?"  # the same words: the same vector and token classes
 OTHER = "Which bridge in Prague is the oldest one?"
 SNAPSHOT = Path("data") / "index.snapshot"
 
@@ -37,6 +37,7 @@ class ScriptedModel:
     """A backend: the same words, the same vector. `gate` holds calls, `spoil` changes what they return."""
 
     window = 32
+    states: tuple[int, ...] = ()  # it gives none of tokens
     batch_limit = 8
 
     def __init__(self, identity: str = "scripted:one:32", dimension: int = 64) -> None:

@@ -245,7 +245,7 @@ async def test_a_near_miss_that_the_pair_guard_would_refuse_is_compared_and_no_e
     async with running(data_dir, up.url, {"cache": {"pair_guard": guard}}) as ibid:
         await ibid.fill(INTO)
         near = await ibid.ask(OUT_OF)
-        assert near.reason == "below_bound"
+        assert near.reason == ("pair_guard" if guard else "below_bound")
         await ibid.settled()
         await ibid.admin("GET", "/cache/near-misses")
         assert await ibid.sql("SELECT source, weight FROM audit") == [{"source": "forward", "weight": weight}]
