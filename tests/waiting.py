@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-PATIENCE_S = 45.0
+PATIENCE_S = 300.0
 """Far more than anything takes, with a dozen busy processes beside it too: what passes it is lost, not late."""
 
 A_WHILE_S = 0.05
