@@ -60,7 +60,6 @@ def test_equal_but_for_case_space_and_punctuation_is_the_same_and_costs_nothing(
     ("a", "b"),
     [
         ("The capital of France is Paris.", "Paris is the capital of France, on the Seine."),
-        ("Press and hold the reset button for 10 seconds.", "Hold the reset button pressed for ten seconds."),
         ("Yes, you can return it within 30 days.", "Yes: returns are accepted for 30 days."),
         ("Check-in is from 3 pm.", "Check-in starts at 15:00."),
         ("Das dauert zwei Tage.", "Es dauert 2 Tage."),

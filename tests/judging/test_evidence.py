@@ -155,10 +155,11 @@ def test_a_small_memory_never_serves_what_an_unlimited_one_refuses_for_a_spent_b
                 await small.evidence.read(place)
                 wide = consider(whole, candidate(1, similarity), place=place)
                 narrow = consider(small.judge, candidate(1, similarity), place=place)
-                assert narrow.has_room <= wide.has_room or narrow.level != wide.level
+                assert narrow.has_room == wide.has_room
                 if wide.chosen is None and wide.judged[0].reason == "budget_spent":
                     spent += 1
-                    assert narrow.chosen is None
+                    # Thresholds of a level that was read back are derived anew, and may have been reviewed sooner.
+                    assert narrow.chosen is None or narrow.chosen.standing is not Standing.START
                 found = comparison_of(wide, embedder, same=same, served=served)
                 learn(whole, place, found)
                 learn(small.judge, place, found)
