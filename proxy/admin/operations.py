@@ -33,7 +33,7 @@ Explainer = Callable[[str, bytes, Mapping[str, str], str | None], Any]
 
 
 class Operator:
-    """Owns nothing; `app.py` lends it the parts."""
+    """Owns nothing it is given."""
 
     def __init__(
         self,

@@ -42,7 +42,7 @@ INSTRUCTIONS: Final = (
 
 
 class Arbiter:
-    """Owns nothing; `app.py` lends it the parts. Lives on the event loop."""
+    """Owns nothing it is given. Lives on the event loop."""
 
     def __init__(
         self, *, model: str, upstream: ports.Upstream, books: ports.JudgeBooks, clock: Callable[[], float] = time.time

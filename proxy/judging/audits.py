@@ -96,7 +96,7 @@ class _Hit(NamedTuple):
 
 
 class Auditor:
-    """Owns nothing; `app.py` lends it the parts. Lives on the event loop."""
+    """Owns nothing it is given. Lives on the event loop."""
 
     def __init__(
         self,

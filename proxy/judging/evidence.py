@@ -14,7 +14,7 @@ from typing import Final
 from proxy import ports
 from proxy.core.errors import CacheFault
 from proxy.core.risk import LevelName
-from proxy.judging.judge import Judge, Place, teach
+from proxy.judging.judge import Judge, Place
 from proxy.tasks import Tasks
 
 READ_S: Final = 1.0  # longest wait of a lookup for its levels; then it is a bypass
@@ -73,7 +73,7 @@ class Evidence:
             learner = self._judge.new_learner()
             rows = await self._comparisons.of_level(self._embedder(), level, RELEARNED)
             for number, found in enumerate(rows, start=1):
-                teach(learner, found)
+                self._judge.teach(learner, found)
                 if not number % A_TURN:
                     await asyncio.sleep(0)
             written = await self._comparisons.tallies(self._embedder(), [level])

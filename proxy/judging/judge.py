@@ -353,10 +353,10 @@ class Judge:
     def apply(self, found: Comparison, *, own: bool = True) -> None:
         """A comparison came out: learn from it, at every level."""
         is_wrong, certain = found.p_same < WRONG_BELOW, is_certain(found)
-        is_evidence = found.weight > 0.0 and found.comparer in {FEEDBACK, self.comparer}
+        is_evidence = self.weight_of(found) > 0.0
         for name in place_of(found).levels:
             with self._changing(name, own) as level:
-                learn(level.learner, found)
+                learn(level.learner, found, self.weight_of(found))
                 if is_evidence:
                     level.labelled += 1
                     if level.labelled == THICK > level.learner.labelled and self._note is not None:
@@ -369,6 +369,16 @@ class Judge:
             if found.p_null is not None and found.comparer == self.comparer:
                 self._saw_repeat(name, found.p_null)
         self.epoch += is_evidence and is_wrong and certain
+
+    def weight_of(self, found: Comparison) -> float:
+        """For how many decisions a label counts: those of another comparer than the one in use train the weights and
+        are no evidence, because its errors are not known."""
+        return found.weight if found.comparer in {FEEDBACK, self.comparer} else 0.0
+
+    def teach(self, learner: ports.Learner, found: Comparison) -> None:
+        """Have a learner learn from a comparison whose question it has not seen."""
+        learner.see(signature_from(found.signature))
+        learn(learner, found, self.weight_of(found))
 
     def saw_repeat(self, place: Place, p_same: float) -> None:
         """One question was answered twice, and the answers compared by the comparer in use."""
@@ -603,13 +613,13 @@ def place_of(found: Comparison) -> Place:
     return Place(found.scope, found.namespace, found.tenant, found.fingerprint)
 
 
-def learn(learner: ports.Learner, found: Comparison) -> None:
-    """Have a learner learn from a comparison."""
+def learn(learner: ports.Learner, found: Comparison, weight: float) -> None:
+    """Have a learner learn from a comparison, for as many decisions."""
     row = np.frombuffer(found.features, np.float32).astype(np.float64)
     words = np.frombuffer(found.words, np.int16).astype(np.int64)
     certain = is_certain(found)
     wrong = float(found.p_same < WRONG_BELOW) if certain else 1.0 - found.p_same
-    learner.learn(row, words, found.group_id, wrong, found.weight, certain)
+    learner.learn(row, words, found.group_id, wrong, weight, certain)
 
 
 def is_certain(found: Comparison) -> bool:
@@ -632,12 +642,6 @@ class _About(TypedDict):
 
 def _about(found: Comparison) -> _About:
     return {"served": found.served, "would_be": bool(found.standing), "region": found.region}
-
-
-def teach(learner: ports.Learner, found: Comparison) -> None:
-    """`learn`, of a question that this learner has not seen."""
-    learner.see(signature_from(found.signature))
-    learn(learner, found)
 
 
 def comparison(

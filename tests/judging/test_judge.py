@@ -355,6 +355,16 @@ def test_alarms_as_often_as_repeats_alarm_close_nothing() -> None:
     assert low == 0.0 < high
 
 
+def test_labels_of_another_comparer_are_no_evidence() -> None:
+    """A model that compares was set up: what was compared before, or without it, says nothing of its errors."""
+    judge, rng = Judge(Rules(), Learner, LEVELS, comparer="a model", noise=Noise(20, 1, 20, 19)), random.Random(5)
+    for _ in range(200):
+        noisy(judge, 0.1 if rng.random() < 0.3 else 0.9, 0.9)
+    assert judge.evidence(HOME, 0.01)["curve"] == []
+    assert judge.evidence(HOME, 0.01)["comparer"]["repeats"] == 0
+    assert consider(judge, candidate(1, 0.97)).chosen is not None
+
+
 def test_a_judge_that_says_anything_changes_nothing() -> None:
     judge, rng = Judge(Rules(), Learner, LEVELS, comparer="c", noise=Noise(20, 1, 20, 19)), random.Random(4)
     for _ in range(300):
