@@ -28,11 +28,11 @@ from numpy.typing import NDArray
 from index.closeness import Closeness
 from index.errors import IndexRoomError
 from index.lexicon import STOPWORDS
-from index.measured import FALSE_ALARMS, MISSES, SENSITIVITY
+from index.measured import FALSE_ALARMS, MISSES
 from index.reading import read
 from index.statement import Statement, figures_of, state
 
-__all__ = ["FALSE_ALARMS", "MISSES", "SENSITIVITY", "Comparer", "Likeness", "likeness", "probability"]
+__all__ = ["FALSE_ALARMS", "MISSES", "Comparer", "Likeness", "likeness", "probability"]
 
 EQUAL: Final = 0.999
 SETTLED: Final = (0.2, 0.8)

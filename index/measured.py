@@ -8,5 +8,3 @@ FALSE_ALARMS: Final = (145, 769)
 """Pairs that say the same and were called different, of so many; on questions left out of the fit."""
 MISSES: Final = (294, 1597)
 """Pairs that say something different and were called the same, of so many; on questions left out of the fit."""
-SENSITIVITY: Final = 0.82
-"""Share of differing answers that are called different."""

@@ -197,8 +197,6 @@ FALSE_ALARMS: Final = ({alarms}, {same})
 """Pairs that say the same and were called different, of so many; on questions left out of the fit."""
 MISSES: Final = ({missed}, {other})
 """Pairs that say something different and were called the same, of so many; on questions left out of the fit."""
-SENSITIVITY: Final = {sensitivity}
-"""Share of differing answers that are called different."""
 '''
 
 
@@ -212,9 +210,7 @@ def write(pairs: Pairs, errors: tuple[int, int, int, int]) -> None:
     (WRITTEN / index.answers.FILE).write_text(json.dumps(trees, separators=(",", ":")) + "\n", encoding="ascii")
     alarms, same, missed, other = errors
     (WRITTEN / "measured.py").write_text(
-        MEASURED.format(
-            alarms=alarms, same=same, missed=missed, other=other, sensitivity=round(1.0 - missed / other, 2)
-        ),
+        MEASURED.format(alarms=alarms, same=same, missed=missed, other=other),
         encoding="ascii",
     )
 

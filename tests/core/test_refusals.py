@@ -90,6 +90,6 @@ def test_a_long_text_is_an_answer() -> None:
     assert not is_refusal("I'm sorry, but I can't assist with that. " + "x" * LIMIT_CHARS)
 
 
-def test_reading_takes_no_time_whatever_the_text() -> None:
-    for text in ("sorry, " * 80, "i'm sorry but " * 40, "leider " * 80, "désolé, " * 70):
-        is_refusal(text[:LIMIT_CHARS])
+@pytest.mark.parametrize("text", ["sorry, " * 80, "i'm sorry but " * 40, "leider " * 80, "désolé, " * 70])
+def test_an_apology_over_and_over_is_read_to_its_end_and_refuses_nothing(text: str) -> None:
+    assert not is_refusal(text[:LIMIT_CHARS])
