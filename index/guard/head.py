@@ -1,8 +1,13 @@
 """The pair guard: whether one answer serves two texts, from the token states that their embeddings came of.
 
-Each side's tokens are projected, softly aligned with the other side's, compared token by token, pooled and judged; both
-directions share every weight and the two are joined by sums and differences, so the logit does not depend on which text
-was asked. NumPy only: `index.guard.training.learn` is the same in torch, and a test holds the two together.
+It has two heads. In each, both sides' tokens are projected, softly aligned with the other side's, compared token by
+token, pooled and judged; both directions share every weight and the two are joined by sums and differences, so the
+logit does not depend on which text was asked. NumPy only: `index.guard.training.learn` is the same in torch, and a test
+holds the two together.
+
+The *first* head refuses. The *second* learned from families of questions with look-alikes made to be mistaken for them,
+and sees the two texts' likeness as wholes, too. It is asked where the first lets a pair pass, and makes the guard less
+sure, never more, and refuses nothing: what they err on together is rare (`index.guard.prior`).
 
 The weights belong to one embedding model, which they name; with any other they are not used.
 """
@@ -16,6 +21,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,18 +33,30 @@ from index.errors import ModelFault
 Array = NDArray[np.float32]
 Half = NDArray[np.float16]
 
-WEIGHTS = "weights.safetensors"
-SHA256 = "245d20a59b4a0706d3a44598c3e6442b399c7f106890bd108b5c443d7143e0cb"
+FIRST, SECOND = "weights.safetensors", "second.safetensors"
+SHA256 = {
+    FIRST: "245d20a59b4a0706d3a44598c3e6442b399c7f106890bd108b5c443d7143e0cb",
+    SECOND: "8dca19a1b92d153c316cc2838fab3c616ccc7d091d142e87bf087a8cc3d196c9",
+}
 MAX_TOKENS = 44  # of a text, special tokens not counted; what the training saw. Longer texts get no opinion
 MAX_KEPT = 3  # stored texts that one asked text is compared with
 NO_OPINION = math.inf
+UNSURE = 1e-6  # the logit of a pair that passes and of which the second head thinks no good
 
 _ERF = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
 """Abramowitz and Stegun 7.1.26: error at most 1.5e-7."""
 
 
+class _Side(NamedTuple):
+    """What a head computes of one text alone."""
+
+    projected: Array  # (tokens, width)
+    states: Array  # (layers, tokens, dimension)
+    whole: Array  # (layers, dimension), unit rows: the text's direction in each layer
+
+
 @dataclass(frozen=True, slots=True)
-class Guard:
+class Head:
     """The weights, float32, and what they belong to. Not changed after loading; any thread may judge.
 
     Names are those of `learn.build`, with matrices as (in, out) and the constant factors of its forward pass inside.
@@ -48,19 +66,20 @@ class Guard:
     states: tuple[int, ...]  # its layers
     weights: dict[str, Array]
 
-    def judge(self, asked: Half | None, kept: Sequence[Half | None]) -> list[float]:
-        """Logits, above 0 where one answer serves both texts. A text is (tokens, layers, dimension), unit rows.
+    @property
+    def sees_wholes(self) -> bool:
+        """Whether it was fitted on how alike the texts are as wholes, beside their tokens."""
+        return len(self.weights["verdict.weight"]) > len(self.weights["judge.bias"])
 
-        NO_OPINION for a pair with None, with a text without tokens, or with one of more than MAX_TOKENS.
-        """
+    def judge(self, asked: Half | None, kept: Sequence[Half | None]) -> list[float]:
+        """As `Guard.judge`."""
         mine = self._side(asked) if asked is not None and _can_judge(asked) else None
         return [
             self._logit(mine, self._side(other)) if mine and other is not None and _can_judge(other) else NO_OPINION
             for other in kept
         ]
 
-    def _side(self, states: Half) -> tuple[Array, Array]:
-        """Projected tokens (tokens, width), states (layers, tokens, dimension)."""
+    def _side(self, states: Half) -> _Side:
         w = self.weights
         x = states.astype(np.float32)
         h = x.reshape(len(x), -1) @ w["project.weight"]
@@ -69,19 +88,22 @@ class Guard:
         h /= np.sqrt(np.einsum("tw,tw->t", h, h)[:, None] / h.shape[1] + np.float32(1e-5))
         h *= w["norm.weight"]
         h += w["norm.bias"]
-        return h, np.ascontiguousarray(x.transpose(1, 0, 2))
+        whole = x.sum(axis=0)
+        whole /= np.linalg.norm(whole, axis=1, keepdims=True)
+        return _Side(h, np.ascontiguousarray(x.transpose(1, 0, 2)), whole)
 
-    def _logit(self, one: tuple[Array, Array], other: tuple[Array, Array]) -> float:
+    def _logit(self, one: _Side, other: _Side) -> float:
         w = self.weights
-        (ha, xa), (hb, xb) = one, other
+        (ha, xa, ta), (hb, xb, tb) = one, other
         cosines = xa @ xb.transpose(0, 2, 1)  # (layers, tokens of a, tokens of b)
         match = (ha @ w["key.weight"]) @ (hb @ w["key.weight"]).T
         match += np.tensordot(w["beta"], cosines, 1)
         pa = self._pool(ha, hb, match, cosines)
         pb = self._pool(hb, ha, match.T, cosines.transpose(0, 2, 1))
-        features = np.concatenate((pa + pb, np.abs(pa - pb)))
-        hidden = _gelu(features @ w["judge.weight"] + w["judge.bias"])
-        return float(hidden @ w["verdict.weight"] + w["verdict.bias"][0])
+        features = (pa + pb, np.abs(pa - pb))
+        wholes = (np.float32(4) * np.einsum("ld,ld->l", ta, tb) - np.float32(2),) if self.sees_wholes else ()
+        hidden = _gelu(np.concatenate((*features, *wholes)) @ w["judge.weight"] + w["judge.bias"])
+        return float(np.concatenate((hidden, *wholes)) @ w["verdict.weight"] + w["verdict.bias"][0])
 
     def _pool(self, mine: Array, theirs: Array, match: Array, cosines: Array) -> Array:
         w = self.weights
@@ -97,25 +119,58 @@ class Guard:
         return np.concatenate((total / np.float32(len(tokens)), tokens.max(axis=0), total / np.float32(8)))
 
 
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """One head, and perhaps a second that was fitted on the same states."""
+
+    first: Head
+    second: Head | None = None
+
+    @property
+    def source(self) -> str:
+        return self.first.source
+
+    @property
+    def states(self) -> tuple[int, ...]:
+        return self.first.states
+
+    def judge(self, asked: Half | None, kept: Sequence[Half | None]) -> list[float]:
+        """Logits, above 0 where one answer serves both texts. A text is (tokens, layers, dimension), unit rows.
+
+        NO_OPINION for a pair with None, with a text without tokens, or with one of more than MAX_TOKENS.
+        """
+        found = self.first.judge(asked, kept)
+        passing = [place for place, logit in enumerate(found) if 0.0 < logit < NO_OPINION]
+        if self.second is not None and passing:
+            doubts = self.second.judge(asked, [kept[place] for place in passing])
+            for place, logit in zip(passing, doubts, strict=True):
+                found[place] = max(UNSURE, min(found[place], logit))
+        return found
+
+
 def load_guard() -> Guard:
-    """The guard that is shipped. Raises ModelFault when its file is missing or is not the one that was shipped.
+    """The guard that is shipped. Raises ModelFault when a file is missing or is not the one that was shipped.
 
     From now on NumPy's BLAS uses one thread in this process: the head's products are large enough for it to wake
     others, which then spin. Measured 25 Nov 2026, 3 pairs of 13 + 13 tokens every 20 ms, 2 cores: 25 ms of processor
     time a call with two threads, 2.1 ms with one, at the same latency. threadpoolctl is imported here by name, because
     importing it sets an environment variable.
     """
-    try:
-        raw = importlib.resources.files("index.guard").joinpath(WEIGHTS).read_bytes()
-    except OSError as error:
-        raise ModelFault(f"the guard's weights cannot be read: {error.strerror}") from error
-    guard = parse(raw, SHA256)
+    guard = Guard(_shipped(FIRST), _shipped(SECOND))
     importlib.import_module("threadpoolctl").threadpool_limits(limits=1, user_api="blas")
     return guard
 
 
-def parse(raw: bytes, digest: str) -> Guard:
-    """A guard from a weight file of this SHA-256. Raises ModelFault for any other, and for one that is not whole."""
+def _shipped(name: str) -> Head:
+    try:
+        raw = importlib.resources.files("index.guard").joinpath(name).read_bytes()
+    except OSError as error:
+        raise ModelFault(f"the guard's weights cannot be read: {error.strerror}") from error
+    return parse(raw, SHA256[name])
+
+
+def parse(raw: bytes, digest: str) -> Head:
+    """A head from a weight file of this SHA-256. Raises ModelFault for any other, and for one that is not whole."""
     if (found := sha256(raw).hexdigest()) != digest:
         raise ModelFault(f"the guard's weights are damaged: sha256 {found}, not {digest}")
     try:
@@ -123,7 +178,7 @@ def parse(raw: bytes, digest: str) -> Guard:
         about: dict[str, str] = json.loads(raw[8 : 8 + size])["__metadata__"]
         weights = {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in load(raw).items()}
         layers = tuple(int(layer) for layer in about["states"].split(","))
-        return Guard(about["source"], layers, weights)
+        return Head(about["source"], layers, weights)
     except (SafetensorError, ValueError, KeyError) as error:
         raise ModelFault("the guard's weights are no safetensors file of this program") from error
 

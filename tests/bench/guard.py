@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     heads = [Head("shipped", texts, load_guard())]
     for name, _, file in (given.partition("=") for given in options.head):
         raw = Path(file).read_bytes()
-        heads.append(Head(name, texts, parse(raw, sha256(raw).hexdigest())))
+        heads.append(Head(name, texts, Guard(parse(raw, sha256(raw).hexdigest()))))
     files = {path.name.partition(".")[0]: path for path in sorted(options.data.glob("*.jsonl.gz"))}
     pairs = {
         name: read(files[name])[1][:LIMIT]

@@ -23,7 +23,7 @@ from index.embedder import OnnxBackend
 from index.errors import ModelFault
 from index.guard import head
 from index.guard.head import MAX_TOKENS, NO_OPINION, Guard, load_guard, parse
-from index.guard.training import edits, generate
+from index.guard.training import edits, families, generate
 from index.model import locate
 from index.quiet import SILENCE
 from tests.models import converted_data_dir
@@ -59,22 +59,27 @@ def noise(tokens: int, layers: int = 3, dimension: int = 384, seed: int = 0) -> 
 # Weights.
 
 
-def raw() -> bytes:
-    return (Path(head.__file__).parent / head.WEIGHTS).read_bytes()
+def raw(name: str = head.FIRST) -> bytes:
+    return (Path(head.__file__).parent / name).read_bytes()
 
 
 def test_the_shipped_weights_are_those_of_the_bundled_model_and_small(tmp_path: Path) -> None:
-    assert guard().source == locate(None, tmp_path).digest
-    assert len(raw()) < 1_500_000
-    assert all(weight.dtype == np.float32 for weight in guard().weights.values())
+    second = guard().second
+    assert second is not None
+    for one, name in ((guard().first, head.FIRST), (second, head.SECOND)):
+        assert one.source == locate(None, tmp_path).digest
+        assert one.states == guard().states
+        assert len(raw(name)) < 1_500_000
+        assert all(weight.dtype == np.float32 for weight in one.weights.values())
 
 
+@pytest.mark.parametrize("name", [head.FIRST, head.SECOND])
 @pytest.mark.parametrize("at", [0, 8, 100, -1])
-def test_a_changed_byte_is_refused(at: int) -> None:
-    damaged = bytearray(raw())
+def test_a_changed_byte_is_refused(at: int, name: str) -> None:
+    damaged = bytearray(raw(name))
     damaged[at] ^= 1
     with pytest.raises(ModelFault, match="damaged"):
-        parse(bytes(damaged), head.SHA256)
+        parse(bytes(damaged), head.SHA256[name])
 
 
 @pytest.mark.parametrize("content", [b"", b"no safetensors at all", b"\x02\0\0\0\0\0\0\0{}", b"\xff" * 40])
@@ -83,8 +88,9 @@ def test_a_file_that_is_no_weight_file_is_refused_whatever_its_checksum(content:
         parse(content, sha256(content).hexdigest())
 
 
-def test_a_missing_file_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "WEIGHTS", "absent.safetensors")
+@pytest.mark.parametrize("name", ["FIRST", "SECOND"])
+def test_a_missing_file_is_a_fault(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, name, "absent.safetensors")
     with pytest.raises(ModelFault, match="cannot be read"):
         load_guard()
 
@@ -111,11 +117,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from index.guard.training.generate import Pair
-from index.guard.head import Guard
+from index.guard.head import Head
 from index.guard.training.learn import Recipe, States, build, score
 from index.guard.training.train import exported
 torch.manual_seed(3)
-recipe = Recipe()
+recipe = Recipe(wholes=sys.argv[1] == "wholes")
 model = build(3, 384, recipe).eval()
 with torch.no_grad():
     for value in model.parameters():
@@ -125,18 +131,19 @@ flat = (drawn / np.linalg.norm(drawn, axis=2, keepdims=True)).astype(np.float16)
 place = {"a": (0, 13), "b": (10, 20), "c": (20, 21), "d": (30, 74)}
 pairs = [Pair(x, y, 0, "", "") for x in place for y in place]
 weights = {name: value.astype(np.float32) for name, value in exported(model, recipe).items()}
-guard = Guard("", (0, 3, 6), weights)
+head = Head("", (0, 3, 6), weights)
 side = lambda name: flat[slice(*place[name])]
 print(json.dumps({
     "torch": [float(z) for z in score(model, pairs, States(flat, place))],
-    "numpy": [guard.judge(side(pair.a), [side(pair.b)])[0] for pair in pairs],
+    "numpy": [head.judge(side(pair.a), [side(pair.b)])[0] for pair in pairs],
 }))
 """
 
 
-def test_the_head_agrees_with_torch() -> None:
+@pytest.mark.parametrize("sees", ["tokens", "wholes"])
+def test_the_head_agrees_with_torch(sees: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", AGREEMENT],
+        [sys.executable, "-c", AGREEMENT, sees],
         env={**os.environ, **SILENCE},
         capture_output=True,
         text=True,
@@ -165,6 +172,20 @@ def test_without_tokens_or_with_too_many_there_is_no_opinion() -> None:
     assert guard().judge(text, [beyond, nothing, None]) == [NO_OPINION] * 3
     assert guard().judge(beyond, [text]) == guard().judge(None, [text]) == [NO_OPINION]
     assert math.isfinite(guard().judge(text, [longest])[0])
+
+
+def test_the_second_head_makes_the_guard_less_sure_and_refuses_nothing() -> None:
+    both = guard()
+    assert both.second is not None
+    pairs = [states(text) for text in {text for pair in (*DIFFERENT, *SAME) for text in pair}]
+    ruled = 0
+    for asked in pairs[:12]:
+        one, other = both.first.judge(asked, pairs), both.second.judge(asked, pairs)
+        for ours, first, second in zip(both.judge(asked, pairs), one, other, strict=True):
+            assert (ours > 0) == (first > 0)
+            assert ours == (first if first <= 0 else max(head.UNSURE, min(first, second)))
+            ruled += 0 < ours < first
+    assert ruled > 0
 
 
 # What it refuses, and what it leaves alone: written for this test, none was in training.
@@ -276,3 +297,48 @@ def test_turning_round_twice_is_the_text_again() -> None:
     twice = edits.turn_round(once[0], Random(0))
     assert twice is not None
     assert twice[0] == text
+
+
+# Families of questions.
+
+
+def test_families_are_whole_and_no_text_stands_on_both_sides() -> None:
+    found = families.families()
+    assert len({family.id for family in found}) == len(found) > 1000
+    for family in found:
+        assert len(family.wordings) >= 4, family.id
+        assert len(family.lookalikes) >= 2, family.id
+        folded = [text.casefold() for text in family.texts]
+        assert len(set(folded)) == len(folded), family.id
+        assert all(text == text.strip() != "" for text in family.texts), family.id
+
+
+def test_pairs_of_a_family_follow_its_labels_and_the_other_families_do_not_change_them() -> None:
+    some = families.families()[:40]
+    vectors = {text: np.full(4, 0.5, np.float32) for family in some for text in family.texts}
+    pairs = families.from_families(some, vectors, 3)
+    alone = families.from_families(some[7:8], vectors, 3)
+    assert alone == [pair for pair in pairs if pair in alone]
+    labels = {kind: {pair.label for pair in pairs if pair.kind == kind} for kind in ("wording", "look-alike", "twins")}
+    assert labels == {"wording": {1}, "look-alike": {0}, "twins": {0}}
+    assert pairs != families.from_families(some, vectors, 4)
+
+
+def test_texts_of_two_families_are_paired_where_they_are_near_but_not_the_same() -> None:
+    one, other, far = (families.Family(name, "", (f"{name} a", f"{name} b"), ()) for name in "xyz")
+    angles = {"x": 0.0, "y": 0.9, "z": 3.0}
+    vectors = {
+        text: np.array([np.cos(angles[text[0]]), np.sin(angles[text[0]])], np.float32)
+        for family in (one, other, far)
+        for text in family.texts
+    }
+    strangers = [pair for pair in families.from_families([one, other, far], vectors, 0) if pair.kind == "stranger"]
+    assert {(pair.a[0], pair.b[0]) for pair in strangers} == {("x", "y"), ("y", "x")}
+    assert {pair.label for pair in strangers} == {0}
+
+
+def test_every_fold_has_its_share_of_the_families() -> None:
+    count = len(families.families())
+    sizes = [sum(family.fold(families.FOLDS) == fold for family in families.families()) for fold in range(5)]
+    assert sum(sizes) == count
+    assert min(sizes) > count / 5 * 0.8

@@ -24,6 +24,7 @@ class Recipe:
     """What is fitted and how. A visit is one pair seen once."""
 
     visits: int = 160_000
+    wholes: bool = False  # whether the head sees how alike the texts are as wholes
     width: int = 160
     batch: int = 64
     rate: float = 1.2e-3
@@ -39,6 +40,19 @@ class States:
 
     flat: Half
     place: Mapping[str, tuple[int, int]]
+
+    @classmethod
+    def joined(cls, parts: Sequence[States]) -> States:
+        place: dict[str, tuple[int, int]] = {}
+        at = 0
+        for part in parts:
+            place |= {text: (first + at, last + at) for text, (first, last) in part.place.items()}
+            at += len(part.flat)
+        return cls(np.concatenate([part.flat for part in parts]), place)
+
+    def of(self, text: str) -> Half | None:
+        """(tokens, layers, dimension); None for a text that the guard has no opinion on."""
+        return self.flat[slice(*self.place[text])] if text in self.place else None
 
     def lengths(self, pairs: Sequence[Pair]) -> NDArray[np.int64]:
         """Tokens of the longer side of each pair."""
@@ -65,6 +79,7 @@ def build(layers: int, dimension: int, recipe: Recipe) -> Any:
     torch = library("torch")
     nn = torch.nn
     width = recipe.width
+    wholes = layers if recipe.wholes else 0
 
     class Head(nn.Module):  # type: ignore[misc, name-defined]  # torch is imported by name
         def __init__(self) -> None:
@@ -75,8 +90,8 @@ def build(layers: int, dimension: int, recipe: Recipe) -> Any:
             self.beta = nn.Parameter(torch.full((layers,), 4.0))
             self.compare = nn.Linear(4 * width + 2 * layers + 2, width)
             self.refine = nn.Linear(width, width)
-            self.judge = nn.Linear(6 * width, width)
-            self.verdict = nn.Linear(width, 1)
+            self.judge = nn.Linear(6 * width + wholes, width)
+            self.verdict = nn.Linear(width + wholes, 1)
             self.drop = nn.ModuleList([nn.Dropout(share) for share in (0.1, 0.15, 0.2)])
 
         def forward(self, xa: Any, ma: Any, xb: Any, mb: Any) -> Any:
@@ -89,8 +104,9 @@ def build(layers: int, dimension: int, recipe: Recipe) -> Any:
             cosines = cosines.masked_fill(hidden[:, None], -1.0)
             pa = self._pool(ha, hb, match, cosines, ma)
             pb = self._pool(hb, ha, match.transpose(1, 2), cosines.transpose(2, 3), mb)
-            hidden = nn.functional.gelu(self.judge(torch.cat([pa + pb, (pa - pb).abs()], 1)))
-            return self.verdict(self.drop[2](hidden))[:, 0]
+            whole = (4 * nn.functional.cosine_similarity(xa.sum(1), xb.sum(1), dim=2) - 2)[:, :wholes]
+            judged = nn.functional.gelu(self.judge(torch.cat([pa + pb, (pa - pb).abs(), whole], 1)))
+            return self.verdict(torch.cat([self.drop[2](judged), whole], 1))[:, 0]
 
         def _pool(self, mine: Any, theirs: Any, match: Any, cosines: Any, there: Any) -> Any:
             attention = match.softmax(2)

@@ -1,10 +1,11 @@
-"""Train the pair guard: one command, one seed, CPU.
+"""Train the pair guard's two heads: one command, one seed, CPU.
 
-    python -m index.guard.training.train --data DIR --out index/guard/weights.safetensors [--leave-out DIR]
+    python -m index.guard.training.train --data DIR --into index/guard [--held-out FILE] [--leave-out DIR]
 
 DIR holds the licensed pairs, gzip JSON lines: `stream_banking77.jsonl.gz` ({"query", "answer_id"}; CC BY 4.0, PolyAI)
 and `pairs_paws_en.jsonl.gz` ({"a", "b", "label"}; PAWS-Wiki, Google, free use with attribution). Everything else is
-generated. No other file of DIR is opened; `tests/bench/guard.py` measures.
+generated, and for the second head drawn of the families of questions beside this file. No other file of DIR is opened;
+`tests/bench/guard.py` and `tests/bench/prior.py` measure.
 
 The token states come of the model as it is served (`index.convert`), so the head learns from what it will see. torch is
 imported here alone, and only when something is fitted.
@@ -20,6 +21,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from random import Random
@@ -31,7 +33,8 @@ from safetensors.numpy import save
 
 from index.batcher import load_backend
 from index.embedder import Backend
-from index.guard.head import MAX_TOKENS
+from index.guard.head import FIRST, MAX_TOKENS, SECOND
+from index.guard.training.families import FOLDS, HELD_OUT, families, from_families
 from index.guard.training.generate import Pair, around, from_grammar
 from index.guard.training.learn import Recipe, States, Weights, fit
 from index.model import locate
@@ -39,17 +42,19 @@ from index.quiet import library
 
 log = logging.getLogger(__name__)
 
-FAMILIES = 3  # meanings drawn of each frame
+MEANINGS = 3  # drawn of each frame
 NEIGHBOURS = 30
 ALIKE = 0.55  # cosine from which two questions of a bank count as neighbours
 CLOSEST = 0.6  # share of the neighbours with another answer that may become a pair: the nearer ones
 INTENT_PAIRS = 4500  # of each label
+SECOND_VISITS = 200_000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m index.guard.training.train", description="Train the pair guard.")
     parser.add_argument("--data", type=Path, required=True, help="directory of the licensed pairs")
-    parser.add_argument("--out", type=Path, required=True, help="weight file to write")
+    parser.add_argument("--into", type=Path, required=True, help="directory of the weight files to write")
+    parser.add_argument("--held-out", type=Path, help="also a second head without one fold of the families, as FILE")
     parser.add_argument("--leave-out", type=Path, help="also train without each source in turn, into this directory")
     parser.add_argument("--work", type=Path, help="where the converted model is kept between runs")
     parser.add_argument("--seed", type=int, default=0)
@@ -61,25 +66,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source = locate(None, work / "models").digest
         sources = training_pairs(options.data, backend, options.seed)
         states, _ = encode(backend, texts_of(sources.values()))
+        written = families()
+        told, vectors = encode(backend, [text for family in written for text in family.texts])
+        kin = from_families(written, vectors, options.seed)
+        made, _ = encode(backend, [text for text in texts_of([kin]) if text not in vectors])
     fits = limited(sources, states)
     about = {"source": source, "states": ",".join(map(str, backend.states))}
     log.info("pairs: %s", ", ".join(f"{name} {len(pairs)}" for name, pairs in fits.items()))
     one_thread()
 
-    def train(path: Path, pairs: list[Pair]) -> None:
-        recipe = Recipe(seed=options.seed)
+    def train(path: Path, pairs: list[Pair], states: States, recipe: Recipe) -> None:
         raw = save(exported(fit(pairs, states, recipe, log.info), recipe), about)
         path.write_bytes(raw)
         log.info("%s: %d bytes, sha256 %s", path, len(raw), sha256(raw).hexdigest())
 
-    train(options.out, every(fits))
+    first = Recipe(seed=options.seed)
+    second = replace(first, visits=SECOND_VISITS, wholes=True)
+    with_families = States.joined([states, told, made])
+
+    def train_second(path: Path, kin: list[Pair]) -> None:
+        train(path, every(limited(sources | {"families": kin}, with_families)), with_families, second)
+
+    train(options.into / FIRST, every(fits), states, first)
+    train_second(options.into / SECOND, kin)
+    if options.held_out:
+        seen = [family for family in written if family.fold(FOLDS) != HELD_OUT]
+        train_second(options.held_out, from_families(seen, vectors, options.seed))
     if options.leave_out:
         options.leave_out.mkdir(parents=True, exist_ok=True)
         for left_out in fits:
             others = {name: pairs for name, pairs in fits.items() if name != left_out}
-            train(options.leave_out / f"without-{left_out}.safetensors", every(others))
+            train(options.leave_out / f"without-{left_out}.safetensors", every(others), states, first)
         unedited = {name: [pair for pair in pairs if not is_edited(pair)] for name, pairs in fits.items()}
-        train(options.leave_out / "without-edits.safetensors", every(unedited))
+        train(options.leave_out / "without-edits.safetensors", every(unedited), states, first)
     return 0
 
 
@@ -104,7 +123,7 @@ def training_pairs(data: Path, backend: Backend, seed: int) -> dict[str, list[Pa
     paws = [Pair(row["a"], row["b"], int(row["label"]), "paws", "paws") for row in rows]
     intents = intent_pairs(read(data / "stream_banking77.jsonl.gz"), backend, rng)
     return {
-        "grammar": from_grammar(rng, FAMILIES),
+        "grammar": from_grammar(rng, MEANINGS),
         "banking77": intents + around([pair[:2] for pair in intents if pair.label], "banking77", rng),
         "paws": paws + around([pair[:2] for pair in paws if pair.label], "paws", rng),
     }
