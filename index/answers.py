@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from difflib import SequenceMatcher
 from functools import cache
@@ -32,7 +33,7 @@ from index.measured import FALSE_ALARMS, MISSES
 from index.reading import read
 from index.statement import Statement, figures_of, state
 
-__all__ = ["FALSE_ALARMS", "MISSES", "Comparer", "Likeness", "likeness", "probability"]
+__all__ = ["FALSE_ALARMS", "MISSES", "Comparer", "Likeness", "compared", "likeness", "probability"]
 
 EQUAL: Final = 0.999
 SETTLED: Final = (0.2, 0.8)
@@ -261,6 +262,20 @@ def probability(found: Likeness | None, closeness: Closeness | None = None) -> f
     return 1.0 / (1.0 + math.exp(-max(-30.0, min(30.0, odds))))
 
 
+def compared(a: str, b: str, match: Callable[[str, str], Closeness]) -> float:
+    """Probability that `a` and `b` say the same, with `match` where words leave it open; see `Comparer`."""
+    one, other = state(a), state(b)
+    found = likeness(one, other)
+    alone = probability(found)
+    if not SETTLED[0] < alone < SETTLED[1]:
+        return alone
+    first, second = sorted((head(one.text), head(other.text)))
+    try:
+        return probability(found, match(first, second))
+    except IndexRoomError:
+        return alone
+
+
 def head(text: str) -> str:
     return " ".join(text.split(maxsplit=HEAD_WORDS)[:HEAD_WORDS])
 
@@ -268,24 +283,45 @@ def head(text: str) -> str:
 class Comparer:
     """Compares answers, where need be with the embedder that also serves lookups, when it has nothing else to do.
 
-    `match(a, b, tenant)` tells how close two texts' tokens are, None where the model shows no states; `waiting()` how
-    many texts are in flight. A comparison never fails: if one that needs the model were given up on where others are
-    not, labels would lean to what is easily compared.
+    `match(a, b, tenant)` tells how close two texts' tokens are, None where the model shows no states, `matching_s()`
+    what that has cost, in seconds of processor time; `waiting()` how many texts are in flight. A comparison never
+    fails: if one that needs the model were given up on where others are not, labels would lean to what is easily
+    compared.
     """
 
     def __init__(
-        self, match: Callable[[str, str, str], Awaitable[Closeness]] | None, waiting: Callable[[], int]
+        self,
+        match: Callable[[str, str, str], Awaitable[Closeness]] | None,
+        waiting: Callable[[], int],
+        matching_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._match = match
         self._waiting = waiting
+        self._matching_s = matching_s
+        self._reading_s = 0.0
         self.matched = 0  # comparisons for which the model was asked
         self.unmatched = 0  # comparisons that had to do without the model
 
-    async def compare(self, a: str, b: str, tenant: str = "") -> float:
-        """Probability that `a` and `b` say the same."""
+    @property
+    def spent_s(self) -> float:
+        """Processor time of all comparisons so far."""
+        return self._reading_s + self._matching_s()
+
+    def by_words(self, a: str, b: str) -> float:
+        """Probability that `a` and `b` say the same, without the model: 2 ms for answers of 90 words."""
+        return self._read(a, b)[3]
+
+    def _read(self, a: str, b: str) -> tuple[Statement, Statement, Likeness | None, float]:
+        started = time.thread_time()
         one, other = state(a), state(b)
         found = likeness(one, other)
-        alone = probability(found)
+        read = one, other, found, probability(found)
+        self._reading_s += time.thread_time() - started
+        return read
+
+    async def compare(self, a: str, b: str, tenant: str = "") -> float:
+        """Probability that `a` and `b` say the same."""
+        one, other, found, alone = self._read(a, b)
         if self._match is None or not SETTLED[0] < alone < SETTLED[1]:
             return alone
         try:

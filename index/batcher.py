@@ -30,7 +30,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from time import monotonic
+from time import monotonic, thread_time
 from typing import Any, TypeVar
 
 import numpy as np
@@ -160,6 +160,7 @@ class EmbedderOwner:
         self.too_long = 0
         self.faults = 0  # calls of the model that failed, hung or gave a bad vector
         self.verified = 0  # pairs of texts that the guard judged
+        self.matching_s = 0.0  # processor time of `match`, of the owner's thread
         self.states_made = 0  # texts that were encoded for a verification
         self._backend = backend
         self._limit = queue
@@ -547,6 +548,7 @@ class EmbedderOwner:
         return vectors
 
     def _verify(self, job: _Verification) -> None:
+        started_s = thread_time()
         try:
             made, found = 0, []
             for digest, text in job.texts:
@@ -565,6 +567,8 @@ class EmbedderOwner:
         else:
             self._busy_since = None
             self._tell(self._verified, job, result, made)
+        finally:
+            self.matching_s += (thread_time() - started_s) * job.is_match
 
     def _judged(self, states: list[TokenStates | None]) -> list[float]:
         assert self._guard is not None

@@ -19,8 +19,10 @@ from index.model import TEMPORARY, ModelFiles, claim, settle_directory
 PATIENCE_S = 60.0
 ROOT = Path(__file__).parents[2]
 CHILD = "import os, sys, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n"
+# Said outright, because a test run in the background of a script inherits an interrupt that is ignored.
 STARTER = """
-import subprocess, sys
+import signal, subprocess, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 child = subprocess.Popen([sys.executable, "-m", "index.lifeline", "sleeper"], stdin=subprocess.PIPE)
 child.wait()
 """
