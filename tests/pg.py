@@ -64,21 +64,30 @@ def _unprivileged() -> dict[str, int]:
 
 def start_postgres() -> PostgresServer:
     """Initialise and start; ready when this returns."""
-    programs, who = _programs(), _unprivileged()
+    return run_postgres(init_postgres())
+
+
+def init_postgres() -> Path:
+    """The directory of a server that nobody has started yet."""
+    who = _unprivileged()
     directory = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
     if who:
         os.chown(directory, who["user"], who["group"])
-    data = directory / "data"
+    initdb = [_programs() / "initdb", "-D", directory / "data", "-U", "postgres", "-A", "trust", "-E", "UTF8"]
     subprocess.run(
-        [programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"],
-        check=True, stdout=subprocess.DEVNULL, cwd=directory, **who,
+        [*initdb, "--locale=C", "--no-sync"], check=True, stdout=subprocess.DEVNULL, cwd=directory, **who
     )  # fmt: skip
-    log = (directory / "log").open("wb")
-    process = subprocess.Popen(
-        [programs / "postgres", "-D", data, "-k", directory, "-h", "", "-c", "fsync=off", "-c", "max_connections=60"],
-        stdout=log, stderr=log, cwd=directory, **who,
-    )  # fmt: skip
-    log.close()
+    return directory
+
+
+def run_postgres(directory: Path) -> PostgresServer:
+    """Start what `init_postgres` made; ready when this returns."""
+    with (directory / "log").open("wb") as log:
+        postgres = [_programs() / "postgres", "-D", directory / "data", "-k", directory, "-h", ""]
+        process = subprocess.Popen(
+            [*postgres, "-c", "fsync=off", "-c", "max_connections=60"],
+            stdout=log, stderr=log, cwd=directory, **_unprivileged(),
+        )  # fmt: skip
     server = PostgresServer(directory, process)
     try:
         _wait_until_ready(server)

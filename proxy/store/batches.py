@@ -13,7 +13,7 @@ from dataclasses import fields
 from typing import Any
 
 import orjson
-from sqlalchemy import ColumnElement, delete, insert, select, update
+from sqlalchemy import ColumnElement, and_, delete, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -104,6 +104,21 @@ class Batches:
     async def jobs(self, tenant: str, dialect: str) -> list[Job]:
         """Newest first."""
         return await self._jobs(batch_job.c.tenant == tenant, batch_job.c.dialect == dialect)
+
+    async def recent(self, *, limit: int, before: str | None) -> list[dict[str, Any]]:
+        """For people: jobs of every tenant, newest first, without what was asked. `before`: "created_ms:id" of one."""
+        shown = (
+            "id", "tenant", "key_id", "dialect", "path", "status", "created_ms", "deadline_ms", "expires_ms", "total",
+            "succeeded", "errored", "expired", "cancelled",
+        )  # fmt: skip
+        c = batch_job.c
+        statement = select(*(c[name] for name in shown)).order_by(c.created_ms.desc(), c.id.desc()).limit(limit)
+        if before is not None:
+            created_ms, _, job_id = before.partition(":")
+            statement = statement.where(
+                or_(c.created_ms < int(created_ms), and_(c.created_ms == int(created_ms), c.id < job_id))
+            )
+        return [dict(row._mapping) for row in await self._database.rows(statement)]
 
     async def unfinished(self) -> list[Job]:
         """Every job that has not ended, whosever it is."""

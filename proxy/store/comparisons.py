@@ -15,16 +15,16 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, bindparam, delete, func, insert, select, tuple_, update
+from sqlalchemy import ColumnElement, Table, and_, bindparam, delete, func, insert, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.core.errors import CacheFault
-from proxy.core.model import Comparison
+from proxy.core.model import Comparison, RepeatedAnswer
 from proxy.core.risk import LevelName, Tally
 from proxy.ports import RefusedPair, SeenComparison
 from proxy.store.engine import Database
-from proxy.store.schema import audit, entry, evidence, refused_pair
+from proxy.store.schema import audit, entry, evidence, refused_pair, repeated_answer
 from proxy.store.writer import Writer
 
 FLUSH_S = 0.25
@@ -34,6 +34,7 @@ WAITING = 10_000
 PURGED = 100_000  # ids of entries: comparisons with them may be under way
 KEPT = 200_000  # comparisons; older ones go
 PIECE = 1_000
+SHOWN_CHARACTERS = 2_000  # of a question, for people
 PAIRS = 100_000  # refused pairs read at once
 CLEAN_KEPT_MS = 30 * 86_400_000  # a tally that narrows nothing and does not change any more
 CLEAN_LABELS = 100  # from which one narrows: its level is judged by its own evidence alone
@@ -51,6 +52,7 @@ class Comparisons:
         self._writer = writer
         self._writer_id = uuid.uuid4().hex
         self._waiting: list[tuple[Comparison | None, int, int]] = []
+        self._repeats: list[RepeatedAnswer] = []
         self._flushing: asyncio.Task[None] | None = None
         self._purged: dict[int, None] = {}  # entry ids, oldest out first
         make = sqlite.insert if database.dialect == "sqlite" else postgresql.insert
@@ -74,6 +76,17 @@ class Comparisons:
             del self._waiting[0]
         self._flush_later()
 
+    def repeated(self, found: RepeatedAnswer) -> None:
+        """As `record`, of two answers to one question."""
+        self._repeats.append(found)
+        if len(self._repeats) > WAITING:
+            del self._repeats[0]
+        self._flush_later()
+
+    @property
+    def _waits(self) -> bool:
+        return bool(self._waiting or self._repeats or self._changes)
+
     def note(self, embedder: str, level: LevelName, change: Tally) -> None:
         """Add to a level's tally, as `record` does its part."""
         key = embedder, level
@@ -86,7 +99,7 @@ class Comparisons:
 
     async def _flush_soon(self) -> None:
         await asyncio.sleep(FLUSH_S)
-        while self._waiting or self._changes:
+        while self._waits:
             try:
                 await self.flush()
             except CacheFault:
@@ -100,14 +113,17 @@ class Comparisons:
     async def flush(self) -> None:
         """Write what waits. Raises CacheFault, and then it still waits."""
         async with self._writing:
-            while self._waiting or self._changes:
+            while self._waits:
                 batch = self._waiting[:BATCH]
                 del self._waiting[: len(batch)]
+                repeats = self._repeats[:BATCH]
+                del self._repeats[: len(repeats)]
                 changes, self._changes = self._changes, {}
                 try:
-                    await self._writer.run(partial(self._write, batch=batch, changes=changes))
+                    await self._writer.run(partial(self._write, batch=batch, repeats=repeats, changes=changes))
                 except BaseException:
                     self._waiting[:0] = batch
+                    self._repeats[:0] = repeats
                     for (embedder, level), change in changes.items():
                         self.note(embedder, level, change)
                     raise
@@ -115,7 +131,7 @@ class Comparisons:
     async def close(self) -> None:
         """Write what waits, if the database takes it."""
         with contextlib.suppress(CacheFault):
-            while self._waiting or self._changes:
+            while self._waits:
                 await self.flush()
         if self._flushing is not None:
             self._flushing.cancel()
@@ -124,12 +140,16 @@ class Comparisons:
         self,
         connection: AsyncConnection,
         batch: Sequence[tuple[Comparison | None, int, int]],
+        repeats: Sequence[RepeatedAnswer],
         changes: Mapping[tuple[str, LevelName], Tally],
     ) -> None:
         rows = [self._row(found) for found, _, _ in batch if found is not None and found.entry_id not in self._purged]
         joined = [{"member": entry_id, "group": group_id} for _, entry_id, group_id in batch if entry_id != group_id]
         if rows:
             await connection.execute(insert(audit), rows)
+        if repeats:
+            values = [found._asdict() for found in repeats]
+            await connection.execute(insert(repeated_answer), [{"ts": one.pop("ts_ms"), **one} for one in values])
         if joined:
             change = update(entry).where(entry.c.id == bindparam("member")).values(group_id=bindparam("group"))
             await connection.execute(change, joined)
@@ -193,6 +213,11 @@ class Comparisons:
             condition = (audit.c.entry_id == entry_id) & (audit.c.source == "feedback")
         return [self._seen(row) for row in await self._rows(condition, newest=PIECE)]
 
+    async def near_miss(self, row_id: int) -> SeenComparison | None:
+        """The comparison of this id, if it is one of what was forwarded."""
+        rows = await self._rows((audit.c.id == row_id) & (audit.c.served == 0), newest=1)
+        return self._seen(rows[0]) if rows else None
+
     async def correct(self, row_id: int, p_same: float, source: str) -> None:
         """Overwrite what a comparison found."""
 
@@ -204,16 +229,30 @@ class Comparisons:
 
     async def recent(self, *, limit: int, before_id: int | None, near_misses: bool) -> list[dict[str, Any]]:
         """For people, newest first: near-misses (forwarded, and compared with what was nearly served), or audits of
-        hits. Without arrays; with the stored question, where its entry still exists."""
+        hits. Without arrays; with the stored question as "prompt", where its entry still exists, and the question asked
+        as "asked" with its "asked_entry_id", where its own answer was stored."""
         await self.flush()
         kind = audit.c.served == (0 if near_misses else 1)
         shown = (
             "id", "ts", "source", "request_id", "tenant", "namespace", "entry_id", "group_id", "similarity", "log_odds",
             "standing", "region", "comparer", "p_same", "p_null", "weight",
         )  # fmt: skip
+        asked, written = entry.alias("asked"), entry.alias("written")
+        own = select(func.min(written.c.id)).where(
+            written.c.request_id == audit.c.request_id, written.c.id != audit.c.entry_id
+        )
         statement = (
-            select(*(audit.c[name] for name in shown), func.substr(entry.c.prompt, 1, 200).label("prompt"))
-            .select_from(audit.outerjoin(entry, entry.c.id == audit.c.entry_id))
+            select(
+                *(audit.c[name] for name in shown),
+                func.substr(entry.c.prompt, 1, SHOWN_CHARACTERS).label("prompt"),
+                asked.c.id.label("asked_entry_id"),
+                func.substr(asked.c.prompt, 1, SHOWN_CHARACTERS).label("asked"),
+            )
+            .select_from(
+                audit.outerjoin(entry, entry.c.id == audit.c.entry_id).outerjoin(
+                    asked, asked.c.id == own.correlate(audit).scalar_subquery()
+                )
+            )
             .where(kind, *(() if before_id is None else (audit.c.id < before_id,)))
             .order_by(audit.c.id.desc())
             .limit(limit)
@@ -294,11 +333,15 @@ class Comparisons:
     async def housekeep(self) -> None:
         """Keep the newest KEPT rows, and every tally that narrows anything."""
         await self._forget_clean()
-        ((newest,),) = await self._database.rows(select(func.coalesce(func.max(audit.c.id), 0)))
-        old = select(audit.c.id).where(audit.c.id <= newest - KEPT).limit(PIECE)
+        for table in (audit, repeated_answer):
+            await self._keep_newest(table)
+
+    async def _keep_newest(self, table: Table) -> None:
+        ((newest,),) = await self._database.rows(select(func.coalesce(func.max(table.c.id), 0)))
+        old = select(table.c.id).where(table.c.id <= newest - KEPT).limit(PIECE)
 
         async def act(connection: AsyncConnection) -> None:
-            await connection.execute(delete(audit).where(audit.c.id.in_(old)))
+            await connection.execute(delete(table).where(table.c.id.in_(old)))
 
         if newest > KEPT:
             await self._writer.run(act)

@@ -234,6 +234,21 @@ def _lock_directory(directory: Path) -> int:
     return descriptor
 
 
+def is_locked(directory: Path) -> bool:
+    """Whether a process that runs has this data directory. Makes nothing."""
+    try:
+        descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _sqlite(path: Path, data_dir: Path, locks: list[int]) -> Database:
     if path.is_symlink():
         raise ConfigError(f"database {path} is a symbolic link; name the file itself")

@@ -23,7 +23,7 @@ from sqlalchemy import BigInteger, ColumnElement, bindparam, delete, func, inser
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from proxy.core.errors import CacheFault
+from proxy.core.errors import BadRequest, CacheFault
 from proxy.core.model import Draft, Entry, Usage
 from proxy.core.purges import Began, Purge, Purges, Selector, marks_of
 from proxy.ports import Stored
@@ -37,6 +37,7 @@ from proxy.store.writer import Writer
 log = logging.getLogger(__name__)
 
 SWEEP_ROWS = 1_000  # rows a single transaction removes: the writer is never held long
+WHOLE_ROWS = 16  # read at once with their answers, which may be megabytes each
 USE_GRAIN_MS = 60_000  # a use is written down at most once a minute
 PREVIEW_CHARACTERS = 200
 KNOWN_SPARE = 65_536  # fingerprints known beyond twice the bound of entries: what a busy minute adds
@@ -65,6 +66,12 @@ class VectorBlock(NamedTuple):
     vectors: NDArray[np.float32]  # (n, d), unit length
     signatures: NDArray[np.uint64]  # (n, w)
     expires_ms: NDArray[np.int64]  # (n,)
+
+
+class TenantUse(NamedTuple):
+    tenant: str
+    entries: int
+    used_ms: int
 
 
 class EntryStats(NamedTuple):
@@ -262,6 +269,35 @@ class Entries:
 
         await self._change(entry_id, expires_ms=expires_ms)
 
+    async def amend(
+        self, entry_id: int, *, expires_ms: int | None = None, tags: Sequence[str] | None = None
+    ) -> Entry | None:
+        """The entry with another end of freshness, other tags or both, its checksum with them; None when there is none.
+
+        Other processes hold what it was before: to them it counts as purged, and they read it anew. The caller does
+        the same with its own index and hot rows. Raises CacheFault.
+        """
+        fields: dict[str, Any] = {} if expires_ms is None else {"expires_ms": expires_ms}
+        if tags is not None:
+            fields["tags"] = tuple(dict.fromkeys(tags))
+
+        async def act(connection: AsyncConnection) -> tuple[Entry, Purge] | None:
+            await self._purges.catch_up(connection, alone=True)
+            changed = await self._changed(connection, entry_id, **fields)
+            if changed is None:
+                return None
+            if tags is not None:
+                await connection.execute(delete(entry_tag).where(entry_tag.c.entry_id == entry_id))
+                if rows := [{"tag": tag, "entry_id": entry_id} for tag in fields["tags"]]:
+                    await connection.execute(insert(entry_tag), rows)
+            return changed, await self._record(connection, Selector(ids=(entry_id,)), [changed.draft.fingerprint])
+
+        amended = await self._writer.run(act)
+        if amended is None:
+            return None
+        self.purges.learn([amended[1]])
+        return amended[0]
+
     async def lacking(self, embedder: str, after_id: int, limit: int) -> list[tuple[int, str]]:
         """(id, prompt) of entries whose question this embedder has not seen, in id order. Raises CacheFault."""
         chosen = select(entry.c.id, entry.c.prompt).where(*_lacks(embedder, after_id))
@@ -285,16 +321,20 @@ class Entries:
 
     async def _change(self, entry_id: int, **fields: Any) -> Entry | None:
         async def act(connection: AsyncConnection) -> Entry | None:
-            columns = [entry.c[name] for name in _COLUMNS]
-            found = self._sound((await connection.execute(select(*columns).where(entry.c.id == entry_id))).all())
-            if found is None:
-                return None
-            draft = replace(found.draft, **fields)
-            checksum = checksum_of(draft)
-            await connection.execute(update(entry).where(entry.c.id == entry_id).values(**fields, checksum=checksum))
-            return Entry(entry_id, draft, checksum)
+            return await self._changed(connection, entry_id, **fields)
 
         return await self._writer.run(act)
+
+    async def _changed(self, connection: AsyncConnection, entry_id: int, **fields: Any) -> Entry | None:
+        columns = [entry.c[name] for name in _COLUMNS]
+        found = self._sound((await connection.execute(select(*columns).where(entry.c.id == entry_id))).all())
+        if found is None:
+            return None
+        draft = replace(found.draft, **fields)
+        row = _row(draft)
+        values = {name: row[name] for name in (*fields, "checksum")}
+        await connection.execute(update(entry).where(entry.c.id == entry_id).values(values))
+        return Entry(entry_id, draft, row["checksum"])
 
     def mark_used(self, entry_id: int, now_ms: int) -> None:
         """Remember that an entry answered; written by the next `housekeep`."""
@@ -434,6 +474,27 @@ class Entries:
         shown = tuple(_listed(row) for row in rows[:size])
         return Page(shown, str(shown[-1].id) if len(rows) > size else None)
 
+    async def there(self, fingerprints: Sequence[bytes]) -> set[bytes]:
+        """Those of these that have a row, quarantined ones too. Raises CacheFault."""
+        if not fingerprints:
+            return set()
+        chosen = select(entry.c.fingerprint).where(entry.c.fingerprint.in_(sorted(set(fingerprints))))
+        return {bytes(row[0]) for row in await self._database.rows(chosen)}
+
+    async def whole(
+        self, after_id: int = 0, namespace: str | None = None, chunk: int = WHOLE_ROWS
+    ) -> AsyncIterator[Entry]:
+        """Every sound entry with an id above `after_id`, in id order, a few rows in memory. Raises CacheFault."""
+        chosen = select(*[entry.c[name] for name in _COLUMNS]).where(entry.c.quarantined == 0)
+        if namespace is not None:
+            chosen = chosen.where(entry.c.namespace == namespace)
+        chosen = chosen.order_by(entry.c.id).limit(chunk)
+        while rows := await self._database.rows(chosen.where(entry.c.id > after_id)):
+            for row in rows:
+                if (found := self._sound([row])) is not None:
+                    yield found
+            after_id = rows[-1][0]
+
     async def vectors(self, embedder: str, after_id: int = 0, chunk: int = 1_024) -> AsyncIterator[VectorBlock]:
         """Every sound vector of one embedder with an id above `after_id`, in id order. Raises CacheFault.
 
@@ -454,16 +515,30 @@ class Entries:
             if len(rows) < chunk:
                 return
 
+    async def alike(self, embedder: str, vector: NDArray[np.float32], least: float, most: int) -> dict[int, float]:
+        """id → similarity of the sound entries of any scope whose question is at least so similar to this unit vector,
+        the most similar first. Reads every vector; more than `most` are BadRequest. Raises CacheFault."""
+        found: list[tuple[float, int]] = []
+        async for block in self.vectors(embedder):
+            if block.vectors.shape[1:] != vector.shape:
+                continue
+            similarities = block.vectors @ vector
+            chosen = similarities >= least
+            found += zip(similarities[chosen].tolist(), block.ids[chosen].tolist(), strict=True)
+            if len(found) > most:
+                raise BadRequest(f"more than {most:,} entries are that similar: ask for more", code="too_many")
+        return {entry_id: similarity for similarity, entry_id in sorted(found, reverse=True)}
+
     async def questions(
-        self, embedder: str, newest: int, chunk: int = 1_024
+        self, embedder: str, newest: int, chunk: int = 1_024, *, after_id: int = 0
     ) -> AsyncIterator[Sequence[tuple[int, bytes, str]]]:
-        """Id, scope and question of the `newest` sound rows with a vector of this embedder, in id order, in pieces.
-        Raises CacheFault."""
+        """Id, scope and question of the `newest` sound rows with a vector of this embedder and a larger id, in id
+        order, in pieces. Raises CacheFault."""
         c = entry.c
-        sound = (c.embedder == embedder, c.embedding.is_not(None), c.quarantined == 0, c.prompt != "")
+        sound = (c.id > after_id, c.embedder == embedder, c.embedding.is_not(None), c.quarantined == 0, c.prompt != "")
         oldest = select(c.id).where(*sound).order_by(c.id.desc()).offset(newest).limit(1)
         found = await self._database.rows(oldest)
-        after_id = found[0][0] if found else 0
+        after_id = found[0][0] if found else after_id
         chosen = select(c.id, c.scope, c.prompt).where(*sound).order_by(c.id).limit(chunk)
         while rows := await self._database.rows(chosen.where(c.id > after_id)):
             yield [(row[0], bytes(row[1]), row[2]) for row in rows]
@@ -476,10 +551,13 @@ class Entries:
             statement = statement.where(entry.c.embedder == embedder, entry.c.embedding.is_not(None))
         return np.fromiter((row[0] for row in await self._database.rows(statement)), np.int64)
 
-    async def tenants(self, limit: int) -> tuple[str, ...]:
-        """At most `limit` tenants that have entries. Raises CacheFault."""
-        statement = select(entry.c.tenant).distinct().limit(limit)
-        return tuple(row[0] for row in await self._database.rows(statement))
+    async def tenants(self, limit: int) -> tuple[TenantUse, ...]:
+        """At most `limit` tenants that have entries, those that used them last first. Raises CacheFault."""
+        last = func.max(entry.c.used_ms)
+        statement = (
+            select(entry.c.tenant, func.count(), last).group_by(entry.c.tenant).order_by(last.desc()).limit(limit)
+        )
+        return tuple(TenantUse(*row) for row in await self._database.rows(statement))
 
     async def stats(self) -> EntryStats:
         """Counts for the operator. Raises CacheFault."""

@@ -258,7 +258,7 @@ _FIELDS = _spell(("fields", Outcome._fields))
 def _outcome(names: Sequence[str], values: Sequence[Any]) -> Outcome:
     told = dict(zip(names, values, strict=True))
     told |= {"usage": _usage(told["usage"]), "calls": tuple([_call(call) for call in told["calls"]])}
-    return Outcome(**{name: told[name] for name in Outcome._fields})
+    return Outcome(**{name: told[name] for name in Outcome._fields if name in told})
 
 
 def _call(values: Mapping[str, Any]) -> Call:

@@ -35,7 +35,7 @@ from proxy.core.units import DAY_MS
 from proxy.store import journal
 from proxy.store.engine import Database
 from proxy.store.journal import Journal, Recurred
-from proxy.store.schema import request, saving, upstream_call
+from proxy.store.schema import lookup, request, saving, upstream_call
 from proxy.store.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -53,13 +53,14 @@ REPLAY_ROWS = 2048  # read from the journal at once
 SETTLED_LIMIT = 8192  # distinct outcomes remembered, about 1 KiB each
 SPILL_NAME = "ledger-spill.jsonl"  # settled rows that an earlier release could not insert
 
-Rows = tuple[list[tuple[Any, ...]], list[tuple[Any, ...]], list[tuple[Any, ...]]]
-"""Rows of request, upstream_call and saving, in their columns' order."""
+Rows = tuple[list[tuple[Any, ...]], list[tuple[Any, ...]], list[tuple[Any, ...]], list[tuple[Any, ...]]]
+"""Rows of request, upstream_call, saving and lookup, in their columns' order."""
 
 _TABLES: tuple[tuple[Table, tuple[str, ...]], ...] = (
     (request, REQUEST_COLUMNS),
     (upstream_call, CALL_COLUMNS),
     (saving, SAVING_COLUMNS),
+    (lookup, ("request_id", "record")),
 )
 
 
@@ -267,6 +268,7 @@ class SqlLedger:
         requests: list[tuple[Any, ...]] = []
         calls: list[tuple[Any, ...]] = []
         savings: list[tuple[Any, ...]] = []
+        lookups: list[tuple[Any, ...]] = []
         price, on_hit = self._price, self._on_hit
         size = max(SLICE, len(batch) // TURNS)
         for start in range(0, len(batch), size):
@@ -280,11 +282,13 @@ class SqlLedger:
                 requests.append(settlement.request)
                 calls += settlement.calls
                 savings += settlement.savings
+                if isinstance(outcome, Outcome) and outcome.looked:
+                    lookups.append((outcome.request_id, outcome.looked))
                 row = settlement.request
                 if on_hit is not None and row[_ENTRY] is not None and row[_LANE] not in _FORWARDS:
                     on_hit(row[_ENTRY], row[1])
             await asyncio.sleep(0)
-        return requests, calls, savings
+        return requests, calls, savings, lookups
 
     def _date(self, hit: Recurred) -> Settlement:
         """The rows of a recurring outcome. One settlement serves a day: list prices are dated."""
@@ -340,7 +344,7 @@ class SqlLedger:
                 try:
                     requests, calls, savings = orjson.loads(line)
                     requests = [(*r, *_ADDED[len(_ADDED) - len(REQUEST_COLUMNS) + len(r) :]) for r in requests]
-                    rows: Rows = ([tuple(r) for r in requests], [tuple(c) for c in calls], [tuple(s) for s in savings])
+                    rows: Rows = (list(map(tuple, requests)), list(map(tuple, calls)), list(map(tuple, savings)), [])
                 except (ValueError, TypeError):
                     self.refused += 1  # torn by a crash while it was being written
                     log.error("a line of the ledger spill is torn; skipped")
@@ -353,7 +357,8 @@ def _rows_of(row: tuple[Any, ...], rows: Rows) -> Rows:
     """The rows of one request among those of many."""
     identity = row[0]
     calls = [call for call in rows[1] if call[1] == identity]
-    return [row], calls, [step for step in rows[2] if step[0] == identity]
+    steps, lookups = ([one for one in of if one[0] == identity] for of in rows[2:])
+    return [row], calls, steps, lookups
 
 
 def _take(lines: Iterator[Outcome | Recurred | None]) -> list[Outcome | Recurred | None]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from proxy.core.rates import Rate
+from proxy.core.units import HOUR_MS
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,34 @@ def _nusd(pusd: str) -> str:
     """A call's pico-dollars in whole nano-dollars. Both databases cut integer division towards zero."""
     return f"(({pusd}) + 500) / 1000"
 
+
+LATELY = 5_000
+"""Requests that a page looks at where it would else sort them all."""
+
+
+def _latency(requests: str) -> str:
+    """Percentiles of the lane, ttft_ms and total_ms of these."""
+    return (
+        "WITH t AS (SELECT r.lane AS lane, r.ttft_ms AS ttft_ms, r.total_ms AS ms, "
+        "ROW_NUMBER() OVER (PARTITION BY r.lane ORDER BY CASE WHEN r.ttft_ms IS NULL THEN 1 ELSE 0 END, r.ttft_ms) AS k, "
+        "COUNT(r.ttft_ms) OVER (PARTITION BY r.lane) AS m, "
+        "ROW_NUMBER() OVER (PARTITION BY r.lane ORDER BY r.total_ms) AS i, COUNT(*) OVER (PARTITION BY r.lane) AS n "
+        f"FROM ({requests}) r) SELECT lane, CAST(MAX(n) AS BIGINT) AS requests, "
+        "MAX(CASE WHEN k <= (m * 50 + 99) / 100 THEN ttft_ms END) AS ttft_p50_ms, "
+        "MAX(CASE WHEN k <= (m * 95 + 99) / 100 THEN ttft_ms END) AS ttft_p95_ms, "
+        "MAX(CASE WHEN i <= (n * 50 + 99) / 100 THEN ms END) AS p50_ms, "
+        "MAX(CASE WHEN i <= (n * 95 + 99) / 100 THEN ms END) AS p95_ms FROM t GROUP BY lane ORDER BY lane"
+    )
+
+
+_LATENCY_COLUMNS = {
+    "lane": "mechanism, forward, bypass, audit or refused",
+    "requests": "count",
+    "ttft_p50_ms": "ms to the first byte",
+    "ttft_p95_ms": "ms to the first byte",
+    "p50_ms": "ms to the last byte",
+    "p95_ms": "ms to the last byte",
+}
 
 _PAYER = "CASE WHEN r.team = '' THEN r.tenant ELSE r.team END"
 
@@ -248,23 +277,17 @@ _QUERIES = (
     NamedQuery(
         "latency",
         "What latency did each lane give, to the first byte and to the last? Nearest rank.",
-        "WITH t AS (SELECT r.lane AS lane, r.ttft_ms AS ttft_ms, r.total_ms AS ms, "
-        "ROW_NUMBER() OVER (PARTITION BY r.lane ORDER BY CASE WHEN r.ttft_ms IS NULL THEN 1 ELSE 0 END, r.ttft_ms) AS k, "
-        "COUNT(r.ttft_ms) OVER (PARTITION BY r.lane) AS m, "
-        "ROW_NUMBER() OVER (PARTITION BY r.lane ORDER BY r.total_ms) AS i, COUNT(*) OVER (PARTITION BY r.lane) AS n "
-        f"FROM request r WHERE {_DAYS}) SELECT lane, CAST(MAX(n) AS BIGINT) AS requests, "
-        "MAX(CASE WHEN k <= (m * 50 + 99) / 100 THEN ttft_ms END) AS ttft_p50_ms, "
-        "MAX(CASE WHEN k <= (m * 95 + 99) / 100 THEN ttft_ms END) AS ttft_p95_ms, "
-        "MAX(CASE WHEN i <= (n * 50 + 99) / 100 THEN ms END) AS p50_ms, "
-        "MAX(CASE WHEN i <= (n * 95 + 99) / 100 THEN ms END) AS p95_ms FROM t GROUP BY lane ORDER BY lane",
-        {
-            "lane": "mechanism, forward, bypass, audit or refused",
-            "requests": "count",
-            "ttft_p50_ms": "ms to the first byte",
-            "ttft_p95_ms": "ms to the first byte",
-            "p50_ms": "ms to the last byte",
-            "p95_ms": "ms to the last byte",
-        },
+        _latency(f"SELECT r.lane, r.ttft_ms, r.total_ms FROM request r WHERE {_DAYS}"),
+        _LATENCY_COLUMNS,
+    ),
+    NamedQuery(
+        "latency_lately",
+        f"What latency did each lane give, of the newest {LATELY:,} requests?",
+        _latency(
+            f"SELECT r.lane, r.ttft_ms, r.total_ms FROM request r WHERE {_DAYS} "
+            f"ORDER BY r.day DESC, r.ts DESC, r.id DESC LIMIT {LATELY}"
+        ),
+        _LATENCY_COLUMNS,
     ),
 )
 
@@ -315,6 +338,7 @@ _NO_RATES = (
 
 GROUPS = {
     "day": "r.day",
+    "hour": f"r.ts / {HOUR_MS} * {HOUR_MS}",
     "model": "r.model_requested",
     "tenant": "r.tenant",
     "team": "r.team",

@@ -8,6 +8,7 @@ that allows nothing but reading, PostgreSQL runs it in a read-only transaction; 
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import case, func, not_, or_, select, text
+from sqlalchemy import and_, case, func, not_, or_, select, text
 from sqlalchemy.exc import DBAPIError
 
 from proxy.core.errors import BadRequest, CacheFault
@@ -94,7 +95,8 @@ class Queries:
         row_limit: int = 1_000,
         timeout_s: float = 10,
     ) -> Result:
-        """Requests and money by any of day, model, tenant, team, upstream, namespace, strategy.
+        """Requests and money by any of day, hour (as its first epoch ms), model, tenant, team, upstream, namespace,
+        strategy.
 
         With "strategy" the rows are waterfall steps: `requests` counts those with such a step, and the money is what
         the step saved (`before_usd`, `after_usd`, `saved_usd`).
@@ -106,17 +108,22 @@ class Queries:
         return await self._run(grouped(group_by), {"since": since_day, "until": until_day}, row_limit, timeout_s)
 
     async def request(self, request_id: str) -> dict[str, Any] | None:
-        """One request with its calls and its waterfall; None when the ledger does not know it."""
+        """One request with its calls, its waterfall, and `lookup`: how it was looked up, None where that is not kept.
+
+        None when the ledger does not know it.
+        """
         parts = {}
         for name, table, column in (("request", "request", "id"), ("calls", "upstream_call", "request_id"),
-                                    ("savings", "saving", "request_id")):  # fmt: skip
-            order = {"request": "id", "calls": "ts, id", "savings": "step"}[name]
+                                    ("savings", "saving", "request_id"),
+                                    ("lookup", "lookup", "request_id")):  # fmt: skip
+            order = {"request": "id", "calls": "ts, id", "savings": "step", "lookup": "request_id"}[name]
             found = await self._run(f"SELECT * FROM {table} WHERE {column} = :id ORDER BY {order}",
                                     {"id": request_id}, ROW_LIMIT, 5.0)  # fmt: skip
             parts[name] = [dict(zip(found.columns, row, strict=True)) for row in found.rows]
         if not parts["request"]:
             return None
-        return {**parts["request"][0], "calls": parts["calls"], "savings": parts["savings"]}
+        looked = json.loads(parts["lookup"][0]["record"]) if parts["lookup"] else None
+        return {**parts["request"][0], "calls": parts["calls"], "savings": parts["savings"], "lookup": looked}
 
     async def billed(
         self, since_day: str, until_day: str, upstreams: Sequence[str] | None, operations: str = "all"
@@ -148,22 +155,30 @@ class Queries:
         self,
         *,
         limit: int = 50,
+        cursor: str | None = None,
         since: int | None = None,
         until: int | None = None,
         model: str | None = None,
-        cache_status: str | None = None,
+        **wanted_of: Any,
     ) -> tuple[dict[str, Any], ...]:
-        """Ledger rows, newest first; `since` (inclusive) and `until` (exclusive) in epoch milliseconds."""
+        """Ledger rows, newest first; `since` (inclusive) and `until` (exclusive) in epoch milliseconds.
+
+        `cursor`: "ts:id" of the last row of the page before. `wanted_of`: columns and the value that each must have;
+        None does not filter.
+        """
         c = request.c
         wanted = select(request).order_by(c.day.desc(), c.ts.desc(), c.id.desc()).limit(_row_limit(limit))
         if since is not None:
             wanted = wanted.where(c.day >= day_of(since), c.ts >= since)
         if until is not None:
             wanted = wanted.where(c.day <= day_of(until), c.ts < until)
-        if model is not None:
-            wanted = wanted.where(request.c.model_requested == model)
-        if cache_status is not None:
-            wanted = wanted.where(request.c.cache_status == cache_status)
+        if cursor is not None:
+            ts, _, last_id = cursor.partition(":")
+            last = min(int(ts), LAST_MS)
+            wanted = wanted.where(c.day <= day_of(last), or_(c.ts < last, and_(c.ts == last, c.id < last_id)))
+        for name, value in {"model_requested": model, **wanted_of}.items():
+            if value is not None:
+                wanted = wanted.where(c[name] == value)
         names = request.c.keys()
         return tuple(dict(zip(names, row, strict=True)) for row in await self._database.rows(wanted))
 

@@ -22,7 +22,7 @@ from sqlalchemy import (
     text,
 )
 
-HEAD = "0009"
+HEAD = "0013"
 """The revision this code reads and writes; a test compares it with the newest migration."""
 
 metadata = MetaData(
@@ -99,6 +99,21 @@ purge = Table(
     Column("removed", LargeBinary, nullable=False),  # first eight bytes of each fingerprint, sorted
 )
 
+act = Table(
+    "act",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("ts", BigInteger, nullable=False),
+    Column("who", Text, nullable=False),  # name of the admin token, or "command line"
+    Column("role", Text, nullable=False),
+    Column("route", Text, nullable=False),  # "POST /cache/flush"
+    Column("parameters", Text, nullable=False),  # JSON, without secrets and texts
+    Column("touched", BigInteger),  # rows
+    Column("outcome", Text, nullable=False),
+    Index(None, "ts"),
+    sqlite_autoincrement=True,
+)
+
 request = Table(
     "request",
     metadata,
@@ -136,7 +151,8 @@ request = Table(
     Column("baseline_ms", Double),
     Column("key_id", Text),  # the virtual key that asked; NULL: a credential passed through
     Column("team", Text, nullable=False, server_default=""),  # the key's project
-    Index(None, "day", "ts"),
+    # What is summed by day and read page by page stands in the index: the rows are wide.
+    Index("ix_request_browsed", "day", "ts", "id", "lane", "baseline_nusd", "actual_nusd", "entry_id"),
     Index(None, "key_id", "ts", sqlite_where=text("key_id IS NOT NULL"), postgresql_where=text("key_id IS NOT NULL")),
     sqlite_with_rowid=False,  # written for every request: one tree and one index, not four
 )
@@ -181,6 +197,14 @@ saving = Table(
     Column("saved_nusd", BigInteger, nullable=False),
     Column("saved_ms", Double),
     Column("basis", Text, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+lookup = Table(
+    "lookup",
+    metadata,
+    Column("request_id", Text, primary_key=True),
+    Column("record", Text, nullable=False),  # JSON, see `proxy.request.explanation`
     sqlite_with_rowid=False,
 )
 
@@ -233,6 +257,20 @@ audit = Table(
     Index(None, "scope", "id"),
     Index(None, "tenant", "id"),
     CheckConstraint("source IN ('forward', 'audit', 'feedback')", name="source"),
+    sqlite_autoincrement=True,
+)
+
+repeated_answer = Table(
+    "repeated_answer",
+    metadata,
+    # A question that had an answer was answered anew: how often two answers to one question look different.
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("ts", BigInteger, nullable=False),
+    Column("request_id", Text, nullable=False),
+    Column("entry_id", BigInteger, nullable=False),
+    Column("comparer", Text, nullable=False),
+    Column("p_same", Double, nullable=False),
+    Index(None, "ts"),
     sqlite_autoincrement=True,
 )
 

@@ -24,6 +24,7 @@ class Filters:
     tag: str | None = None
     q: str | None = None
     quarantined: bool | None = None
+    ids: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,8 @@ def filter_condition(filters: Filters, cursor: str | None) -> ColumnElement[bool
         conditions.append(_tagged((filters.tag,)))
     if filters.q:
         conditions.append(entry.c.prompt.icontains(filters.q, autoescape=True))
+    if filters.ids is not None:
+        conditions.append(entry.c.id.in_(filters.ids))
     if filters.quarantined is not None:
         conditions.append(entry.c.quarantined == int(filters.quarantined))
     if cursor is not None:

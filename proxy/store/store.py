@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from proxy.core.rates import Rating
 from proxy.core.saving import Pricing
 from proxy.store import migrate
+from proxy.store.acts import Acts
 from proxy.store.batches import Batches
 from proxy.store.comparisons import Comparisons
 from proxy.store.engine import DATABASE_ERRORS, Database, open_database, transaction, unavailable
@@ -43,6 +44,7 @@ class Store:
     votes: RouteVotes
     keys: Keys
     batches: Batches
+    acts: Acts
 
     @property
     def state(self) -> str:
@@ -134,6 +136,7 @@ async def open_store(
         RouteVotes(database, writer),
         Keys(database, writer, ledger),
         Batches(database, writer),
+        Acts(database, writer),
     )
 
 

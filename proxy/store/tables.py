@@ -96,6 +96,14 @@ TABLES: Final[Mapping[str, Described]] = {
             "basis": "how it is known: `measured`, `estimated`, `failed`, …",
         },
     ),
+    "lookup": Described(
+        "how a request was looked up, for `ibid explain REQUEST_ID`; no text of anybody's",
+        {
+            "request_id": "the request",
+            "record": "JSON: what limited it, the stored questions that came closest, what was held against each, "
+            "and the bound they had to clear",
+        },
+    ),
     "feedback": Described(
         "judgements by people, sent to `POST /cache/feedback`",
         {
@@ -107,9 +115,23 @@ TABLES: Final[Mapping[str, Described]] = {
             "source": "who said so",
         },
     ),
+    "act": Described(
+        "what administrators did or tried, so that a purge can be traced to whoever made it; never removed by ibid",
+        {
+            "id": "of the act, in the order they began",
+            "ts": "when it began, epoch ms",
+            "who": "name of the admin token, `admin` for the first, `command line` for `ibid keys` without a server",
+            "role": "that token's role: `stats`, `auditor`, `admin`",
+            "route": "method and path, as `POST /cache/invalidate`",
+            "parameters": "JSON of what was asked; of texts only their length, and no secret",
+            "touched": "entries, keys or lines it reached; NULL where none are counted",
+            "outcome": "`done`, `dry run`, `broken off`, `begun` after a crash, or the code of the error",
+        },
+    ),
     "entry": Described("stored answers with their questions: the only table of the cache with text in it"),
     "entry_tag": Described("tags of stored answers"),
     "audit": Described("comparisons of two answers, and what the judge saw, as numbers without text"),
+    "repeated_answer": Described("how alike two answers to one question were, wherever one was answered anew"),
     "evidence": Described("what the judge knows, by scope, namespace, tenant and installation"),
     "refused_pair": Described("stored answers that are never served again for one particular question"),
     "route_vote": Described("whether a cheaper model did well on a question, and how that is known"),

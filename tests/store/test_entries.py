@@ -17,6 +17,7 @@ from proxy.store.entries import checksum_of
 from proxy.store.known import LOOSE, SLACK, Fingerprints, shortened
 from proxy.store.selection import Filters
 from tests.rows import HOUR_MS, NOON_MS, NOW, digest, draft, hit
+from tests.waiting import PATIENCE_S
 
 OTHER = {
     "scope": digest("x"), "fingerprint": digest("y"), "tenant": "u" * 64, "namespace": "n", "upstream": "other",
@@ -94,7 +95,7 @@ async def test_a_full_queue_refuses_at_once(sqlite_store):
 
 async def test_a_row_edited_behind_our_back_is_absent_and_counted(sqlite_store):
     made = await sqlite_store.entries.put(draft(), NOW)
-    other = sqlite3.connect(sqlite_store.database.path)
+    other = sqlite3.connect(sqlite_store.database.path, timeout=PATIENCE_S)
     other.execute("UPDATE entry SET answer = x'00' WHERE id = ?", (made.entry.id,))
     other.commit()
     other.close()

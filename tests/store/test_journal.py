@@ -150,6 +150,17 @@ def test_a_release_with_other_fields_reads_them_by_name(tmp_path):
     assert read_all(tmp_path) == [outcome()]
 
 
+def test_a_field_that_came_later_has_its_default(tmp_path):
+    kept = Journal(tmp_path)
+    taken(kept, [outcome()])
+    (path,) = tmp_path.iterdir()
+    (_, names), (_, values) = map(orjson.loads, path.read_bytes().splitlines())
+    at = names.index("looked")
+    lines = (["fields", names[:at] + names[at + 1 :]], ["one", values[:at] + values[at + 1 :]])
+    path.write_bytes(b"\n".join(map(orjson.dumps, lines)))
+    assert read_all(tmp_path) == [outcome()]
+
+
 def test_a_full_journal_takes_nothing_and_says_so_until_there_is_room(tmp_path, caplog):
     kept = Journal(tmp_path, limit_bytes=3_000)
     took = [kept.append(outcome(f"q{n}")) for n in range(9)]

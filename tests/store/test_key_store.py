@@ -180,7 +180,7 @@ async def test_what_a_killed_process_left_on_file_counts_before_the_database_wri
     store.ledger.record(outcome("nobody's"))
     await store.writer.close()
     await store.close()  # `second` stays on file, as after a kill
-    with closing(sqlite3.connect(tmp_path / "data" / "ibid.db", isolation_level=None)) as blocker:
+    with closing(sqlite3.connect(tmp_path / "data" / "ibid.db", isolation_level=None, timeout=PATIENCE_S)) as blocker:
         blocker.execute("BEGIN IMMEDIATE")
         store = await open_store(None, tmp_path / "data", price=list_price)
         ring = ring_of(store)

@@ -14,6 +14,7 @@ from proxy.core.purges import KEPT_MS, Began, Purge, Selector, asked_ms, marks_o
 from proxy.store.schema import purge
 from proxy.store.store import open_store
 from tests.rows import HOUR_MS, NOON_MS, NOW, digest, draft, list_price
+from tests.waiting import PATIENCE_S
 
 RED = Selector(namespace="red")
 
@@ -154,7 +155,7 @@ async def test_whatever_the_order_of_two_processes_nothing_from_before_a_purge_i
 
 async def test_while_another_program_holds_the_database_a_purge_is_refused_and_not_half_made(sqlite_store):
     made = (await sqlite_store.entries.put(draft(namespace="red"), NOW)).entry
-    lock = sqlite3.connect(sqlite_store.database.path, isolation_level=None)
+    lock = sqlite3.connect(sqlite_store.database.path, isolation_level=None, timeout=PATIENCE_S)
     lock.execute("BEGIN EXCLUSIVE")
     try:
         with pytest.raises(CacheFault):
@@ -170,7 +171,7 @@ async def test_while_another_program_holds_the_database_a_purge_is_refused_and_n
 
 async def test_a_purge_that_cannot_empty_the_log_is_a_purge_and_the_log_is_emptied_later(sqlite_store, monkeypatch):
     await sqlite_store.entries.put(draft(prompt="CANARY-PROMPT", namespace="red"), NOW)
-    reading = sqlite3.connect(sqlite_store.database.path, isolation_level=None)
+    reading = sqlite3.connect(sqlite_store.database.path, isolation_level=None, timeout=PATIENCE_S)
     reading.execute("BEGIN")
     reading.execute("SELECT COUNT(*) FROM entry").fetchall()  # a snapshot that needs the log
     wal = sqlite_store.database.path.with_name("ibid.db-wal")

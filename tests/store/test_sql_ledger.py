@@ -103,7 +103,7 @@ async def test_a_row_no_database_takes_does_not_take_others_along(store):
 
 
 async def test_a_locked_database_spills_and_is_replayed_when_it_is_free(sqlite_store):
-    blocker = sqlite3.connect(sqlite_store.database.path, isolation_level=None)
+    blocker = sqlite3.connect(sqlite_store.database.path, isolation_level=None, timeout=PATIENCE_S)
     blocker.execute("BEGIN EXCLUSIVE")
     for number in range(40):
         sqlite_store.ledger.record(hit(f"h{number}"))
@@ -124,7 +124,7 @@ async def test_a_locked_database_spills_and_is_replayed_when_it_is_free(sqlite_s
 
 async def test_what_an_earlier_release_spilled_is_inserted_once_and_a_torn_line_is_skipped(tmp_path):
     store = await open_store(None, tmp_path, price=list_price)
-    line = orjson.dumps(await store.ledger._settle([hit("a"), outcome("b")])) + b"\n"
+    line = orjson.dumps((await store.ledger._settle([hit("a"), outcome("b")]))[:3]) + b"\n"
     await store.close()
     spill = tmp_path / SPILL_NAME
     spill.write_bytes(2 * line + b'[[["torn')
@@ -137,7 +137,7 @@ async def test_what_an_earlier_release_spilled_is_inserted_once_and_a_torn_line_
 
 
 async def test_with_neither_database_nor_disk_outcomes_wait_in_memory(sqlite_store):
-    blocker = sqlite3.connect(sqlite_store.database.path, isolation_level=None)
+    blocker = sqlite3.connect(sqlite_store.database.path, isolation_level=None, timeout=PATIENCE_S)
     blocker.execute("BEGIN EXCLUSIVE")
     sqlite_store.ledger._journal._limit_bytes = 0
     sqlite_store.ledger.record(hit())
