@@ -1,4 +1,4 @@
-"""Bodies on their way: how long one may take, and who may have how many of them.
+"""Heads and bodies on their way: how long a body may take, and who may have how many of either.
 
 A body has patience. Waiting for its bytes uses it up, second by second; the bytes give it back at the least rate, never
 above the full measure. So silence ends after `body_timeout_s`, so does a trickle, and an upload of any size may go on
@@ -7,13 +7,16 @@ while it keeps up, until its total deadline. The time that an upstream takes to 
 Places are bounded. While more than a quarter of them is free anyone may have one. Then a credential or an address that
 holds its share gets no more, and those that fell behind give way: half a body keeps nobody out for longer than GRACE_S,
 and behind one load balancer, where all share an address, an honest rate is never cut for a crowd.
+
+Of a head nothing is known but its address and its bytes. One that comes in one piece needs no room. When room is short
+the oldest of an address that holds its share is ended, or the oldest of all: whoever sends a head at once is never it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable
-from typing import Final
+from typing import Final, Generic, NamedTuple, TypeVar
 
 from proxy.core.errors import Busy
 from proxy.core.model import Limits
@@ -140,3 +143,50 @@ class Room:
         self.leave(last)
         if last.wake is not None:
             last.wake()
+
+
+Sender = TypeVar("Sender", bound=Hashable)
+
+
+class _Half(NamedTuple):
+    address: str
+    size_bytes: int
+
+
+class HeadRoom(Generic[Sender]):
+    """Room in memory for heads that are not whole yet, each known by who sends it. Not for threads."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.held_bytes = 0
+        self._limit_bytes = limits.heads_bytes
+        self._share_bytes = int(limits.heads_bytes * limits.head_share)
+        self._halves: dict[Sender, _Half] = {}  # the oldest first
+        self._held_by: Counter[str] = Counter()  # bytes
+
+    def hold(self, sender: Sender, address: str, size_bytes: int) -> list[Sender]:
+        """So many more bytes of a head are kept. Whose heads must be ended for them; their room is free already."""
+        held = self._halves.get(sender, _Half(address, 0))
+        self._halves[sender] = _Half(address, held.size_bytes + size_bytes)
+        self._add(address, size_bytes)
+        ended = []
+        while (sheds := self._sheds(address)) is not None:
+            ended.append(sheds)
+            self.leave(sheds)
+        return ended
+
+    def leave(self, sender: Sender) -> None:
+        """Its head is whole, or given up. May be said twice."""
+        if (half := self._halves.pop(sender, None)) is not None:
+            self._add(half.address, -half.size_bytes)
+
+    def _sheds(self, address: str) -> Sender | None:
+        """The head to end, if one must be."""
+        if self.held_bytes > self._limit_bytes * SCARCE and self._held_by[address] > self._share_bytes:
+            return next(sender for sender, half in self._halves.items() if half.address == address)
+        return next(iter(self._halves)) if self.held_bytes > self._limit_bytes else None
+
+    def _add(self, address: str, size_bytes: int) -> None:
+        self.held_bytes += size_bytes
+        self._held_by[address] += size_bytes
+        if not self._held_by[address]:
+            del self._held_by[address]

@@ -96,6 +96,11 @@ class Noise(NamedTuple):
     differing: float = 0.0
     alarms: float = 0.0  # among the differing
 
+    @classmethod
+    def measured(cls, false_alarms: tuple[int, int], misses: tuple[int, int]) -> Noise:
+        """From (errors, comparisons) of two answers to one question, and of answers to questions known to differ."""
+        return cls(false_alarms[1], false_alarms[0], misses[1], misses[1] - misses[0])
+
     def plus(self, other: Noise) -> Noise:
         return Noise(*(one + more for one, more in zip(self, other, strict=True)))
 

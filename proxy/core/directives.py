@@ -9,7 +9,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from proxy.core.errors import BadRequest
 from proxy.core.headers import ASKED, PEERS
@@ -31,6 +31,9 @@ MODES: Mapping[str, Mapping[str, bool]] = {
     "refresh": {"read": False, "refresh": True},
 }
 
+WOULD: Final = "would_"
+"""Begins the reason of what shadow kept from being served; the tier follows."""
+
 SECONDS_MAX = 2.0**31  # RFC 9111 §1.2.2: larger counts as this
 TAGS_MAX = 16
 
@@ -46,7 +49,8 @@ _SECONDS = re.compile(r"[0-9]{1,18}")
 _FRACTION = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,18})?(?:[eE]-?[0-9]{1,2})?|\.[0-9]{1,18}")
 _NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
 _SAMPLE = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@=-]{0,63}")
+TAG = r"[A-Za-z0-9][A-Za-z0-9._:/@=-]{0,63}"
+_TAG = re.compile(TAG)
 _PACES: Mapping[str, Pace] = {"instant": "instant", "recorded": "recorded"}
 _PACE = re.compile(r"([0-9]{1,5}(?:\.[0-9]{1,3})?)(?:/s)?")
 _USER = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,254}[\x21-\x7e])?")
@@ -382,11 +386,11 @@ def verdict_headers(
     refresh: bool = False,
     saved_nusd: int | None = None,
     cost_nusd: int | None = None,
-    edge: bool = False,
+    server: Tier | None = None,
     plan: str = "",
 ) -> list[tuple[str, str]]:
     """Cache-Status, x-cache* and the rest, known before the first byte. In shadow a hit was seen but not served.
-    `edge`: the local model answers."""
+    `server`: EDGE or FAILOVER where another server than the one asked answers."""
     if isinstance(verdict, Hit) and not shadow:
         tier = verdict.tier
         status = cache_status(hit=True, ttl_s=ttl_s, collapsed=collapsed, detail=tier.value)
@@ -398,8 +402,8 @@ def verdict_headers(
         headers.append(("x-cache-entry", str(verdict.entry.id)))
     else:
         headers = _forwarded(verdict, fwd_status, stored, collapsed, shadow, refresh)
-        if edge:
-            headers.append(("x-cache-tier", Tier.EDGE.value))
+        if server is not None:
+            headers.append(("x-cache-tier", server.value))
     if age_s is not None:
         headers.append(("Age", str(age_s)))
     if saved_nusd is not None:
@@ -454,18 +458,25 @@ def _forwarded(
         fwd, word = "stale", "MISS"
     else:
         fwd, word = "miss", "MISS"
-    if shadow:
+    if shadow and word == "MISS":  # what was not looked up is no shadow of anything
         word = "SHADOW"
-    reason = verdict.reason
+    reason = reason_told(verdict, shadow=shadow)
     status = cache_status(fwd=fwd, fwd_status=fwd_status, stored=stored, collapsed=collapsed, detail=reason)
     headers = [("Cache-Status", status), ("x-cache", word)]
     if collapsed:
         headers.append(("x-cache-tier", Tier.COLLAPSED.value))
+    elif isinstance(verdict, Hit):
+        headers += [("x-cache-tier", verdict.tier.value), ("x-cache-entry", str(verdict.entry.id))]
     if isinstance(verdict, NearMiss | Hit):
         headers.append(("x-cache-similarity", f"{verdict.similarity:.4f}"))
         headers.append(("x-cache-confidence", f"{verdict.probability:.4f}"))
     headers.append(("x-cache-reason", header_text(reason)))
     return headers
+
+
+def reason_told(verdict: Verdict, *, shadow: bool) -> str:
+    """The reason of a request; of a hit that was only seen, how it would have been served."""
+    return f"{WOULD}{verdict.tier.value}" if shadow and isinstance(verdict, Hit) else verdict.reason
 
 
 def header_text(text: str) -> str:

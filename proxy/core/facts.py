@@ -41,7 +41,8 @@ class Facts:
     store: bool = False
     keeps_id: bool = False  # the upstream keeps the answer under its id, by which later requests name it
     background: bool = False
-    previous_response: bool = False
+    previous_response: bool = False  # what was said before is kept by the upstream, and not known here
+    continues: str = ""  # the id of the answer that stands for all of that, where nothing else does
     response_format: str | None = None  # "text", "json_object", "json_schema"; None when omitted
     output_limit: int | None = None  # tokens; not in `settings`: what ended below it is the answer under any larger one
     has_stops: bool = False

@@ -50,7 +50,8 @@ TOLD: Final[Mapping[str, str]] = {
     "Cache-Status": "RFC 9211: `hit` with `ttl`, or `fwd=miss`, `stale`, `request`, `bypass` with `fwd-status`; "
     "`collapsed`; `detail` is the tier or the reason",
     "x-cache": "HIT, MISS, BYPASS, STALE, REFRESH or SHADOW",
-    "x-cache-tier": "how it was served: exact, semantic, collapsed, stale or edge",
+    "x-cache-tier": "how it was served, or in shadow would have been: exact, semantic, collapsed, stale, edge, or "
+    "failover: by another upstream",
     "x-cache-similarity": "-1 to 1, of the closest stored question",
     "x-cache-confidence": "how probable it is that one answer serves both questions, 0 to 1",
     "x-cache-entry": "id of the stored answer, for `ibid explain`, feedback and purges",

@@ -50,11 +50,11 @@ class Times:
 
 
 class Budget:
-    """At most `share` further calls for each call made, BURST of them at once. Starts empty."""
+    """At most `share` further calls for each call made, BURST of them at once, and `room` before any was made."""
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, share: float, room: float = 0.0) -> None:
         self._share = share
-        self._room = 0.0
+        self._room = room if share else 0.0
         self.made = 0
         self.spent = 0
 

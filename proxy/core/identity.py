@@ -103,6 +103,7 @@ DELIVERY_HEADERS = frozenset(
         b"x-cloud-trace-context",
         b"x-codex-turn-metadata",
         b"x-codex-turn-state",
+        b"x-irid",  # inspect-ai's id of one request
         b"x-openai-subagent",
         b"x-ot-span-context",
         b"x-session-affinity",
@@ -111,6 +112,9 @@ DELIVERY_HEADERS = frozenset(
         b"x-request-start",
         b"x-request-time",
         b"x-retry-count",
+        b"x-retry-attempt",
+        b"retry-count",
+        b"amz-sdk-request",
         # from which address, by which way
         b"cdn-loop",
         b"true-client-ip",

@@ -200,6 +200,23 @@ def members(raw: bytes) -> dict[str, tuple[int, int, int]]:
     return spans
 
 
+def items(raw: bytes) -> list[tuple[int, int]]:
+    """Where each item of an array stands: byte offsets of its start and end. As `members`."""
+    text = raw.decode("latin-1")
+    spans: list[tuple[int, int]] = []
+    try:
+        at = _skip(text, _expect(text, _skip(text, 0), "["))
+        while text[at] != "]":
+            if spans:
+                at = _skip(text, _expect(text, at, ","))
+            _, end = _LOOSE.raw_decode(text, at)
+            spans.append((at, end))
+            at = _skip(text, end)
+    except (ValueError, IndexError, RecursionError):
+        raise BadRequest("The value is not a JSON array.", code="invalid_json") from None
+    return spans
+
+
 def _skip(text: str, at: int) -> int:
     found = _BLANK.match(text, at)
     return at if found is None else found.end()

@@ -96,6 +96,13 @@ class Answer:
     opaque: bool = False  # carries signed or encrypted parts: for the very same question only
     runs: tuple[int, ...] = ()  # how its stream came, see `core.pace`; empty when it was not streamed, or came at once
 
+    @property
+    def calls(self) -> list[Any]:
+        """The functions it calls, as tools or in the way before there were tools."""
+        calls = [call.get("function") for call in self.message.get("tool_calls") or ()]
+        legacy = self.message.get("function_call")
+        return [*calls, legacy] if legacy and legacy.get("name") else calls
+
 
 @dataclass(frozen=True, slots=True)
 class Draft:
@@ -170,12 +177,23 @@ class Comparison(NamedTuple):
     signature: bytes
 
 
+class RepeatedAnswer(NamedTuple):
+    """A question that had an answer was answered anew, for whatever reason, and both answers were compared."""
+
+    ts_ms: int
+    request_id: str  # of the one that was answered anew
+    entry_id: int
+    comparer: str
+    p_same: float
+
+
 class Tier(StrEnum):
     EXACT = "exact"
     SEMANTIC = "semantic"
     COLLAPSED = "collapsed"
     STALE = "stale"
     EDGE = "edge"
+    FAILOVER = "failover"
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,9 +249,9 @@ class Outcome(NamedTuple):
     """One finished request: all that the ledger needs, no prompt text.
 
     `mechanism` names the lane that answered without a call of its own ("cache.exact", "cache.semantic",
-    "stream.coalesce") or in place of an upstream that failed ("edge.offline", "cache.stale-if-error"), or is None for a
-    forward. A tuple, because a hit makes one per request: what differs between two hits of one entry stands first and
-    last, see `again`.
+    "stream.coalesce") or in place of an upstream that failed ("edge.offline", "hybrid.failover",
+    "cache.stale-if-error"), or is None for a forward. A tuple, because a hit makes one per request: what differs
+    between two hits of one entry stands first and last, see `again`.
     """
 
     request_id: str
@@ -264,6 +282,7 @@ class Outcome(NamedTuple):
         None  # the virtual key that asked, and its project; None and "" for a credential passed through
     )
     team: str = ""
+    looked: str = ""  # how the lookup came to its verdict, compact JSON without any text; "" where nothing was judged
     ttft_ms: float | None = None
     total_ms: float = 0.0
 
@@ -293,6 +312,12 @@ class Limits:
     headers: int = option(128, "header lines of one request", above=0)
     header_line_bytes: int = option(8190, "longest header line", above=0)
     header_timeout_s: float = option(10.0, "time to send the whole head; ends slow senders", above=0)
+    heads_bytes: int = option(
+        32 * MIB, "memory for heads that are still arriving, together; beyond it the oldest is ended", above=0
+    )
+    head_share: float = option(
+        0.25, "part of it for one address, once three quarters are taken", above=0, between=(0.001, 1.0)
+    )
     body_timeout_s: float = option(
         30.0, "how long a request body may be silent, or in all behind body_bytes_per_s", above=0
     )
@@ -347,6 +372,9 @@ class Rules:
     )
     cache_refusals: bool = option(False, "keep answers that refuse in plain words, a short no in five languages")
     semantic: bool = option(True, "look for reworded questions at all")
+    shadow: bool = option(
+        False, "look everything up, tell what would have been served, and serve nothing: `ibid report` says what for"
+    )
     min_words: int = option(3, "shorter prompts say too little to compare")
     near_floor: float = option(0.80, "similarity from which a miss is listed as a near-miss", between=(0.0, 1.0))
     start_similarity: float = option(

@@ -11,7 +11,7 @@ Chosen by the first policy that matches, then edited by the virtual key, the mod
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -36,15 +36,20 @@ class Lane(StrEnum):
     HEDGE = "hedge"
     DEFER = "defer"
     PREFETCH = "prefetch"
+    RETRY = "retry"  # the same call once more, before anything stands in
     STALE_IF_ERROR = "stale-if-error"
+    UPSTREAM_IF_ERROR = "upstream-if-error"
     EDGE_IF_ERROR = "edge-if-error"
 
 
 ORDER: Mapping[Lane, int] = {lane: place for place, lane in enumerate(Lane)}
 SHORT: Mapping[str, tuple[Lane, ...]] = {"stale": (Lane.REVALIDATE, Lane.STALE_IF_ERROR)}
 """A word for several lanes."""
-STANDS_IN: Mapping[str, Lane] = {"stale": Lane.STALE_IF_ERROR, "edge": Lane.EDGE_IF_ERROR}
-"""Words of a policy's `on_error`."""
+RETRY, STALE, UPSTREAM, EDGE = "retry", "stale", "upstream:", "edge"
+STANDS_IN: Mapping[str, Lane] = {
+    RETRY: Lane.RETRY, STALE: Lane.STALE_IF_ERROR, UPSTREAM: Lane.UPSTREAM_IF_ERROR, EDGE: Lane.EDGE_IF_ERROR,
+}  # fmt: skip
+"""Words of a policy's `on_error`, in the order that holds where it gives none; `upstream:` goes before a name."""
 WORDS = (*(lane.value for lane in Lane), *SHORT)
 
 
@@ -59,6 +64,9 @@ class Plan:
     lanes: frozenset[Lane]
     policy: str = ""
     ttl_s: float | None = None  # life of what is stored under it, when the client does not say
+    on_error: tuple[str, ...] = ()  # what is tried after a failure, in this order: words of `STANDS_IN`
+    on_limit: tuple[str, ...] | None = None  # likewise after the upstream's own 429; None: as after any failure
+    is_listed: bool = False  # its lanes were listed by somebody, not left to the default
 
     @property
     def text(self) -> str:
@@ -68,6 +76,31 @@ class Plan:
     def has(self, lane: Lane) -> bool:
         return lane in self.lanes
 
+    def acts(self, lanes: frozenset[Lane]) -> tuple[object, ...]:
+        """What of these lanes it does, and what it does of failures: two questions for which this is equal may share a
+        call."""
+        return self.lanes & lanes, self.on_error, self.on_limit
+
+    @property
+    def on_any_error(self) -> tuple[str, ...]:
+        return (*self.on_error, *(self.on_limit or ()))
+
+    def standing_in(self, *, is_limit: bool) -> tuple[str, ...]:
+        """What is tried, in this order: as the policy says, then by the lanes that something else switched on."""
+        says_of_limits = is_limit and self.on_limit is not None
+        words = (self.on_limit or ()) if says_of_limits else self.on_error
+        told = {lane_of(word) for word in self.on_any_error}
+        more = () if says_of_limits else [word for word, lane in STANDS_IN.items() if lane not in told]
+        return tuple([word for word in (*words, *more) if lane_of(word) in self.lanes and word != UPSTREAM])
+
+
+def lane_of(word: str) -> Lane:
+    """The lane of a word of `on_error`. Raises KeyError."""
+    name, colon, _ = word.partition(":")
+    if name + colon not in STANDS_IN:
+        raise KeyError(word)
+    return STANDS_IN[name + colon]
+
 
 @lru_cache(maxsize=1024)
 def _text_of(lanes: frozenset[Lane]) -> str:
@@ -76,6 +109,13 @@ def _text_of(lanes: frozenset[Lane]) -> str:
 
 DEFAULT_PLAN = Plan(frozenset({Lane.EXACT, Lane.SEMANTIC, Lane.COLLAPSE}))
 """Nothing in it changes what the upstream is sent, what the client waits for, or who answers."""
+
+
+@lru_cache(maxsize=256)
+def marked(plan: Plan) -> Plan:
+    """The plan of a request whose provider caches a marked beginning: marks are on unless its lanes were listed."""
+    return plan if plan.is_listed else replace(plan, lanes=plan.lanes | {Lane.PREFIX})
+
 
 ALIASES: Mapping[str, str] = {"exact": "-semantic", "cheap": "+route", "batch": "+tier,+defer"}
 """Built-in suffixes of a model's name, `gpt-x@cheap`, for clients that can set nothing else."""
@@ -160,12 +200,12 @@ def edited(plan: Plan, text: str) -> Plan:
     if signed and len(signed) != len(words):
         raise ValueError("either lanes, or changes that all begin with + or -")
     if not signed:
-        return Plan(lanes_of(words), plan.policy, plan.ttl_s) if words else plan
+        return replace(plan, lanes=lanes_of(words), is_listed=True) if words else plan
     added = lanes_of(word[1:].strip() for word in signed if word[0] == "+")
     dropped = lanes_of(word[1:].strip() for word in signed if word[0] == "-")
     if both := added & dropped:
         raise ValueError(f"{min(both)!r} is both added and taken away")
-    return Plan((plan.lanes | added) - dropped, plan.policy, plan.ttl_s)
+    return replace(plan, lanes=(plan.lanes | added) - dropped)
 
 
 def refuse_unready(plan: Plan, ready: frozenset[Lane], param: str) -> None:

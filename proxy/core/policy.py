@@ -216,6 +216,7 @@ def unfit(answer: Answer, query: Query) -> str | None:
 # -- what may be stored ------------------------------------------------------------------------------------------------
 
 FINISHED = frozenset({"stop", "end_turn", "stop_sequence"})
+CALLED = frozenset({"tool_calls", "function_call"})
 _FINISHES = {
     "length": "finish_length",
     "max_tokens": "finish_length",
@@ -282,7 +283,7 @@ def storable(
         return reason
     if _fills(answer, query.output_limit):
         return "finish_length"
-    if query.wants_json and not answer.message.get("tool_calls") and not _is_json(answer.message.get("content")):
+    if query.wants_json and not answer.calls and not _is_json(answer.message.get("content")):
         return "invalid_json"
     if not query.is_placed and not _is_model(query.model, answer.model, (aliases or {}).get(query.model, ())):
         return "model_mismatch"
@@ -345,8 +346,8 @@ def _is_of_an_edge(cookie: str) -> bool:
 
 def _answer_against(answer: Answer, rules: Rules) -> str | None:
     message = answer.message
-    calls = message.get("tool_calls")
-    if (calls and not rules.cache_tool_calls) or message.get("function_call"):
+    calls = answer.calls
+    if calls and not rules.cache_tool_calls:
         return "tool_calls"  # would repeat side effects
     if message.get("refusal"):
         return "refusal"
@@ -354,8 +355,8 @@ def _answer_against(answer: Answer, rules: Rules) -> str | None:
         return "audio_output"
     if search.is_shown(answer):
         return "citations"  # of what was found
-    if calls and answer.finish_reason in FINISHED | {"tool_calls"}:
-        return None if _calls_are_readable(calls) else "tool_calls"
+    if calls and answer.finish_reason in FINISHED | CALLED:
+        return None if all([_is_readable(call) for call in calls]) else "tool_calls"
     if answer.finish_reason not in FINISHED:
         return _FINISHES.get(answer.finish_reason, "finish_other") if answer.finish_reason else "truncated"
     content = message.get("content")
@@ -374,9 +375,8 @@ def _fills(answer: Answer, output_limit: int | None) -> bool:
     return output_limit is not None and answer.usage is not None and answer.usage.output_tokens >= output_limit > 0
 
 
-def _calls_are_readable(calls: Any) -> bool:
-    functions = [call.get("function") for call in calls]
-    return all([isinstance(f, dict) and _is_json(f.get("arguments") or "{}") for f in functions])
+def _is_readable(function: Any) -> bool:
+    return isinstance(function, dict) and _is_json(function.get("arguments") or "{}")
 
 
 def _is_json(content: object) -> bool:

@@ -5,6 +5,10 @@ messages; below a minimum length nothing is cached and nothing is said. OpenAI c
 `prompt_cache_key` that requests with the same beginning share. Reads are cheap, writes of some models cost more than
 plain input (protocols §2), so a prefix is written only when it is known to come again.
 
+A read saves nine tenths of what plain input costs and a write costs a quarter more, so a write pays from the first time
+it is read, or where of ten writes three are: a prefix seen twice within its lifetime is likely to come a third time.
+Whether it does is measured: where marked calls have cost more than they would have without, marks rest.
+
 A conversation's end is new at every turn, so its own digest is never seen twice. It is worth writing when what it
 grew from, the whole of an earlier request, was seen: the conversation is alive, and the next turn will read it.
 """
@@ -15,11 +19,12 @@ import hashlib
 import hmac
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+from proxy.core.jsontext import items, members, set_member
 from proxy.core.model import Usage
 
 MOST_BREAKPOINTS = 4
@@ -37,6 +42,9 @@ anthropic-sdk-python#1194)."""
 
 LIFETIME_S = 300.0
 MEMORY_LIMIT = 4_096
+ACCOUNTS = 1_024
+FAIR_NUMBER = 16  # marked calls of which the first ones write and the others read, where marks pay at all
+REST_S = 3_600.0
 
 CACHEABLE = frozenset(
     {
@@ -49,7 +57,7 @@ CACHEABLE = frozenset(
 """Blocks that may carry a breakpoint. Thinking may not, an empty text may not, and of others we do not know."""
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-_MARK = {"type": "ephemeral"}
+_MARK = b'{"type":"ephemeral"}'
 _MESSAGE_SETTINGS = ("tool_choice", "thinking", "output_config", "speed")  # a change makes the messages' cache void
 _OPENAI_TOOLS = ("tools", "functions")
 _STANDING = frozenset({"system", "developer"})
@@ -122,19 +130,27 @@ def anthropic_breakpoints(body: Mapping[str, Any], salt: bytes) -> Prefixes:
     return Prefixes(tuple(found), chain.digest() if messages else None, None if found else "nothing_stable")
 
 
-def inject(body: Mapping[str, Any], places: Iterable[Place]) -> dict[str, Any]:
-    """A new body with breakpoints there, strings opened into the one block they are; the given one is untouched."""
-    made = dict(body)
+def inject(raw: bytes, places: Iterable[Place]) -> bytes:
+    """The same body with breakpoints there, a text opened into the one block it is; every other byte as it was."""
     for place in places:
-        held = _opened(made[place.part])
-        if place.part == "messages":
-            content = _opened(held[place.number]["content"])
-            content[place.block] = {**content[place.block], "cache_control": _MARK.copy()}
-            held[place.number] = {**held[place.number], "content": content}
-        else:
-            held[place.number] = {**held[place.number], "cache_control": _MARK.copy()}
-        made[place.part] = held
-    return made
+        _, start, end = members(raw)[place.part]
+        raw = raw[:start] + _marked(raw[start:end], place) + raw[end:]
+    return raw
+
+
+def _marked(held: bytes, place: Place) -> bytes:
+    """The value of a part, or of a message's content, with its breakpoint."""
+    if held[:1] == b'"':
+        return b'[{"type":"text","text":%b,"cache_control":%b}]' % (held, _MARK)
+    start, end = items(held)[place.number]
+    item = held[start:end]
+    if place.part == "messages":
+        _, content, content_end = members(item)["content"]
+        marked = _marked(item[content:content_end], Place("content", place.block))
+        item = item[:content] + marked + item[content_end:]
+    else:
+        item = set_member(item, "cache_control", _MARK)
+    return held[:start] + item + held[end:]
 
 
 def openai_cache_key(body: Mapping[str, Any], secret: bytes) -> str | None:
@@ -209,6 +225,37 @@ class PrefixMemory:
         return times
 
 
+class Balance:
+    """What marks have brought and cost, by whose they are. Where a fair number of them cost more than they brought,
+    they rest for a while, and are then tried again. Bounded: the least used account leaves first."""
+
+    def __init__(self, limit: int = ACCOUNTS) -> None:
+        self._limit = limit
+        self._accounts: OrderedDict[Hashable, tuple[int, int]] = OrderedDict()  # calls, nano-dollars
+        self._rest_until: dict[Hashable, float] = {}
+
+    def see(self, whose: Hashable, gain_nusd: int, now_s: float) -> None:
+        """A marked call has ended, which cost so much less than it would have; more when negative."""
+        calls, nusd = self._accounts.pop(whose, (0, 0))
+        calls, nusd = calls + 1, nusd + gain_nusd
+        if calls < FAIR_NUMBER or nusd >= 0:
+            self._accounts[whose] = (calls, nusd) if calls < 8 * FAIR_NUMBER else (calls // 2, nusd // 2)
+            if len(self._accounts) > self._limit:
+                self._accounts.popitem(last=False)
+            return
+        self._rest_until[whose] = now_s + REST_S
+        if len(self._rest_until) > self._limit:
+            del self._rest_until[next(iter(self._rest_until))]
+
+    def rests(self, whose: Hashable, now_s: float) -> bool:
+        """Whether they were found not to pay."""
+        until_s = self._rest_until.get(whose)
+        if until_s is not None and until_s <= now_s:
+            del self._rest_until[whose]
+            return False
+        return until_s is not None
+
+
 class _Chain:
     """A running digest and size of what a request begins with."""
 
@@ -253,10 +300,6 @@ def _dicts(value: object) -> list[dict[str, Any]]:
 
 def _blocks(content: object) -> list[dict[str, Any]]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else _dicts(content)
-
-
-def _opened(content: Any) -> list[Any]:
-    return _blocks(content) if isinstance(content, str) else list(content)
 
 
 def _holders(body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

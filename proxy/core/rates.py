@@ -22,6 +22,11 @@ Rating = Callable[[str, str, str, int], Sequence[Rate] | None]
 """(upstream, model, tier, ts_ms) → rates from the highest `above` down, or None where the price is not known."""
 
 
+def reads_cost_less(rates: Sequence[Rate] | None) -> bool:
+    """Whether reading from the provider's prompt cache is cheaper than plain input; no where it is not known."""
+    return rates is not None and any(rate.cache_read < rate.input for rate in rates)
+
+
 def writes_cost_extra(rates: Sequence[Rate] | None) -> bool:
     """Whether writing to the provider's prompt cache costs more than plain input; yes where it is not known."""
     return rates is None or any(rate.cache_write > rate.input for rate in rates)

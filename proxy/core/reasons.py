@@ -31,6 +31,15 @@ GROUPS: Final[tuple[Group, ...]] = (
         },
     ),
     Group(
+        "Would have been served",
+        "Shadow is on: the answer was in the cache, and the request went to the model server all the same.",
+        {
+            "would_exact": "the same question was answered before",
+            "would_semantic": "a question alike enough was answered before",
+            "would_stale": "there was an answer past its lifetime, and `lane.stale` or `max-stale` allows that",
+        },
+    ),
+    Group(
         "Miss",
         "Nothing stored could answer. The request went to the model server.",
         {
@@ -123,7 +132,7 @@ GROUPS: Final[tuple[Group, ...]] = (
             "logprobs": "token probabilities are asked for",
             "audio_output": "a spoken answer is asked for, or came",
             "store": "chat completions with `store: true`: the provider keeps the answer",
-            "previous_response": "the request continues an answer kept by the provider",
+            "previous_response": "the request continues what the provider keeps and ibid did not see",
             "background": "the provider is to answer in the background",
             "web_search": "the provider searches the web; results change",
             "remote_urls": "the content behind a link may change",
@@ -173,6 +182,7 @@ GROUPS: Final[tuple[Group, ...]] = (
             "error_object": "an error in place of an answer",
             "error_event": "an error in the middle of a stream",
             "garbage": "bytes ibid could not read",
+            "encoded": "compressed in a way that cannot be undone here: `br` and `zstd` need packages of their own",
             "unknown_event": "an event ibid does not know",
             "unknown_delta": "a part of a stream ibid does not know",
             "data_after_done": "more came after the end of the stream",

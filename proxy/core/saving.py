@@ -69,7 +69,7 @@ TIERS = {"flex": "batch.flex", "batch": "batch.provider"}
 SUBSTITUTES = frozenset({"hybrid.route", "hybrid.cascade", "spec.race", "edge.local"})
 """Mechanisms by which another model, or another server, gave the answer."""
 
-STAND_INS = frozenset({"edge.offline", "cache.stale-if-error"})
+STAND_INS = frozenset({"edge.offline", "hybrid.failover", "cache.stale-if-error"})
 """Mechanisms that answered because the upstream failed. Without ibid there would have been an error, which costs
 nothing: what a stand-in costs is a negative saving."""
 
@@ -212,6 +212,9 @@ def _chain(outcome: Outcome, costs: list[_Priced], own: int | None, price: Prici
     if mechanism is None and own is None:
         return [("", _UNKNOWN)]  # nothing was asked of anyone: refused, or answered from nowhere
     if mechanism is None and own is not None:
+        stood_in = next((name for name in outcome.calls[own].shaped_by if name in STAND_INS), None)
+        if stood_in is not None:  # and was not heard to its end
+            return [("", _FAILED), (stood_in, paid)]
         return _shaped(outcome, outcome.calls[own], paid, price)
     asked = _Sold(outcome.upstream, outcome.model_requested, outcome.tier, outcome.usage)
     baseline = _price(price, asked, outcome.usage_basis, outcome.ts_ms, outcome.baseline_ms or 0.0)

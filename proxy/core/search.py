@@ -68,13 +68,19 @@ _OF_THE_REQUEST: Final = frozenset({"char_location", "page_location", "content_b
 _REMOTE: Final = re.compile(r"[a-z][a-z0-9+.-]{0,30}://", re.IGNORECASE)
 
 
-def is_offered(tools: object, *, shows_use: bool = False) -> bool:
-    """Whether a tool is offered that the provider runs. `shows_use`: the dialect's answers say which of them were used,
-    so that those that do not search are judged by the answer."""
+def is_offered(tools: object, *, choice: object = None, shows_use: bool = False) -> bool:
+    """Whether a tool is asked for that the provider runs. `shows_use`: the dialect's answers say which of them were
+    used, so what is merely offered is judged by the answer: what does not search, and a search in a box of the client's
+    own tools, as Codex sends it with every request, unless the choice of tool names it."""
     if not isinstance(tools, list | tuple):
         return False
     there = [tool for tool in tools if _is_run_there(tool)]
-    return any([not (shows_use and _may_be_unused(tool)) for tool in there])
+    if not shows_use:
+        return bool(there)
+    in_a_box = len(there) < len(tools)
+    chosen = frozenset(_named_by(choice))
+    return any([not (_shows_when_used(tool) or (in_a_box and _is_typed(tool))) or _is_chosen(tool, chosen)
+                for tool in there])  # fmt: skip
 
 
 def is_asked(model: str, settings: Mapping[str, Any], models: Iterable[str] = (), fields: Iterable[str] = ()) -> bool:
@@ -128,8 +134,25 @@ def _is_run_there(tool: Any) -> bool:
     return _OF_CLIENTS.fullmatch(str(tool["type"])) is None and "input_schema" not in tool
 
 
-def _may_be_unused(tool: Any) -> bool:
-    return isinstance(tool, dict) and _SHOWN_WHEN_USED.fullmatch(str(tool.get("type"))) is not None
+def _is_typed(tool: Any) -> bool:
+    return isinstance(tool, dict) and isinstance(tool.get("type"), str)
+
+
+def _shows_when_used(tool: Any) -> bool:
+    return _is_typed(tool) and _SHOWN_WHEN_USED.fullmatch(tool["type"]) is not None
+
+
+def _is_chosen(tool: Any, chosen: Collection[str]) -> bool:
+    return _is_typed(tool) and not _shows_when_used(tool) and bool({tool["type"], tool.get("name")} & set(chosen))
+
+
+def _named_by(choice: object) -> Iterator[str]:
+    """The types and names of tools in a choice of tool."""
+    if isinstance(choice, dict):
+        yield from [value for name in ("type", "name") if isinstance(value := choice.get(name), str)]
+        allowed = choice.get("tools")
+        for tool in allowed if isinstance(allowed, list) else ():
+            yield from _named_by(tool)
 
 
 def is_shown(answer: Answer) -> bool:

@@ -14,12 +14,12 @@ class Spare:
     left_s: float = 0.0
     filled_s: float | None = None  # when, on a monotonic clock
 
-    def take(self, cost_s: float, now_s: float) -> bool:
-        """Whether there is room for work of `cost_s`, which is then spent."""
+    def has_room(self, now_s: float) -> bool:
+        """Whether more work may begin. What it costs is known, and spent, once it has ended."""
         before_s = now_s if self.filled_s is None else self.filled_s
         gained_s = self.burst_s if self.filled_s is None else self.share * (now_s - before_s)
         self.left_s, self.filled_s = min(self.burst_s, self.left_s + gained_s), now_s
-        if self.left_s < cost_s:
-            return False
+        return self.left_s > 0.0
+
+    def spend(self, cost_s: float) -> None:
         self.left_s -= cost_s
-        return True

@@ -12,6 +12,7 @@ from typing import Final
 NUSD_PER_USD: Final = 1_000_000_000
 DAY_S: Final = 86_400
 DAY_MS: Final = DAY_S * 1000
+HOUR_MS: Final = 3_600_000
 MIB: Final = 1024 * 1024
 LAST_MS: Final = 253_402_300_799_000
 """9999-12-31T23:59:59Z: later instants cannot be told as a date everywhere."""

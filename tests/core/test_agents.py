@@ -155,6 +155,57 @@ def test_claude_codes_checksum_is_no_instruction() -> None:
     assert asked("aaaa1") != asked("aaaa1", "You are somebody else.")
 
 
+RUNS = [
+    ("Chunk ID: ff8cde\nWall time: 0.0004 seconds\nProcess exited with code 0\nOutput:\nwarm\n",
+     "Chunk ID: 425fed\nWall time: 0.0019 seconds\nProcess exited with code 0\nOutput:\nwarm\n"),
+    ("Exit code: 0\nWall time: 0.1 seconds\nOutput:\nwarm\n", "Exit code: 0\nWall time: 0 seconds\nOutput:\nwarm\n"),
+    ("Output: warm\nProcess Group PGID: 4500", "Output: warm\nProcess Group PGID: 71"),
+    ('{"output":"warm","metadata":{"exit_code":0,"duration_seconds":0.1}}',
+     '{"output":"warm","metadata":{"exit_code":0,"duration_seconds":0.2}}'),
+]  # fmt: skip
+OTHER_RUNS = [
+    ("Chunk ID: ff8cde\nWall time: 1.2 seconds\nOutput:\n", "Chunk ID: 425fed\nWall time: 2.2 seconds\nOutput:\n"),
+    ("Exit code: 0\nWall time: 0.1 seconds\nOutput:\nwarm", "Exit code: 1\nWall time: 0.1 seconds\nOutput:\nwarm"),
+    ("Chunk ID: ff8cde\nOutput:\nwarm", "Chunk ID: 425fed\nOutput:\nwarm"),
+    ("it said\nChunk ID: ff8cde\nWall time: 0.1 seconds\n", "it said\nChunk ID: 425fed\nWall time: 0.1 seconds\n"),
+    ("Process Group PGID: 4500\nOutput: warm", "Process Group PGID: 71\nOutput: warm"),
+]  # fmt: skip
+
+
+def told(name: str, output: str) -> dict[str, Any]:
+    """A conversation of one call and its output."""
+    body = loop(name, "a", "b")
+    if name == "openai":
+        body["messages"][-1]["content"] = output
+    elif name == "anthropic":
+        body["messages"][-1]["content"][-1]["content"] = output
+    elif name == "responses":
+        body["input"][-1]["output"] = output
+    elif name == "gemini":
+        body["contents"][-1]["parts"][-1]["functionResponse"]["response"] = {"output": output}
+    else:
+        body["messages"][-1]["content"] = output
+    return body
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_what_an_agent_writes_of_one_run_around_an_output_is_noise(name: str) -> None:
+    for one, other in RUNS:
+        assert print_of(name, told(name, one)) == print_of(name, told(name, other)), one
+    for one, other in OTHER_RUNS:
+        assert print_of(name, told(name, one)) != print_of(name, told(name, other)), one
+
+
+def test_an_output_in_parts_is_read_too() -> None:
+    def said(chunk: str) -> dict[str, Any]:
+        text = f"Chunk ID: {chunk}\nWall time: 0.1 seconds\nOutput:\nwarm"
+        body = told("responses", text)
+        body["input"][-1]["output"] = [{"type": "input_text", "text": text}]
+        return body
+
+    assert print_of("responses", said("ff8cde")) == print_of("responses", said("425fed"))
+
+
 # --- another sample -------------------------------------------------------------------------------------------------
 
 
@@ -211,3 +262,45 @@ def test_an_offered_tool_that_shows_when_it_ran_is_judged_by_the_answer(
         said = {"contents": [{"role": "user", "parts": [{"text": "hi"}]}]}
     found = classify(facts_of(name, {**said, "tools": [tool]}), Controls(), Rules())
     assert found.level is (Level.EXACT if is_looked_up else Level.NONE), found.reason
+
+
+SEARCHES = {
+    "responses": [{"type": "web_search", "external_web_access": True}, {"type": "file_search", "vector_store_ids": []}],
+    "anthropic": [{"type": "web_search_20250305", "name": "web_search"}, {"type": "web_fetch_20250910", "name": "f"}],
+    "openai": [{"type": "browser_search"}],
+    "gemini": [{"googleSearch": {}}],
+}
+OWN = {
+    "responses": {"type": "function", "name": "exec_command", "parameters": {}},
+    "anthropic": {"name": "Bash", "input_schema": {}},
+    "openai": {"type": "function", "function": {"name": "bash"}},
+    "gemini": {"functionDeclarations": [{"name": "bash"}]},
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_in_a_box_of_the_clients_own_tools_is_judged_by_an_answer_that_shows_it(name: str) -> None:
+    """Codex offers it in every request. Alone, or named by the choice of tool, it is asked for."""
+    said: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
+    if name == "responses":
+        said = {"model": "m", "store": False, "input": "hi"}
+    if name == "gemini":
+        said = {"contents": [{"role": "user", "parts": [{"text": "hi"}]}]}
+    shows_use = name in ("responses", "anthropic")
+    for search in SEARCHES[name]:
+        choices: list[tuple[dict[str, Any], bool]] = [({}, shows_use)]
+        if name == "responses":
+            allowed = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": search["type"]}]}
+            choices += [({"tool_choice": "auto"}, True), ({"tool_choice": {"type": search["type"]}}, False)]
+            choices += [({"tool_choice": allowed}, False)]
+        if name == "anthropic":
+            choices += [({"tool_choice": {"type": "tool", "name": search["name"]}}, False)]
+            choices += [
+                ({"tool_choice": {"type": "tool", "name": "Bash"}}, True),
+                ({"tool_choice": {"type": "auto"}}, True),
+            ]
+        for more, is_looked_up in choices:
+            found = classify(facts_of(name, {**said, "tools": [OWN[name], search], **more}), Controls(), Rules())
+            assert (found.level is Level.EXACT) is is_looked_up, (search, more, found)
+        alone = classify(facts_of(name, {**said, "tools": [search]}), Controls(), Rules())
+        assert (alone.level, alone.reason) == (Level.NONE, "web_search"), search

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.core.arrival import GRACE_S, Arrival, Room
+from proxy.core.arrival import GRACE_S, SCARCE, Arrival, HeadRoom, Room
 from proxy.core.errors import Busy
 from proxy.core.model import Limits
 
@@ -148,3 +148,32 @@ def test_the_room_counts_right_whatever_happens(steps: list[tuple[int, int, int]
 def test_bodies_that_pass_through_may_have_half_of_the_turns() -> None:
     assert Room(replace(LIMITS, bodies=512, in_flight=10)).places == 5
     assert Room(replace(LIMITS, bodies=512, in_flight=1)).places == 1
+
+
+# --- heads ------------------------------------------------------------------------------------------------------------
+
+PIECES = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 400), st.booleans()), max_size=200)
+
+
+@given(PIECES)
+def test_half_heads_hold_their_room_at_most_and_an_address_its_share_when_it_is_scarce(
+    pieces: list[tuple[int, int, bool]],
+) -> None:
+    limits = replace(Limits(), heads_bytes=1000, head_share=0.25)
+    room = HeadRoom[int](limits)
+    held: dict[int, int] = {}
+    for sender, size_bytes, is_over in pieces:
+        if is_over:
+            room.leave(sender)
+            held.pop(sender, None)
+            continue
+        oldest = list(held)
+        held[sender] = held.get(sender, 0) + size_bytes
+        ended = room.hold(sender, f"address {sender % 3}", size_bytes)
+        if ended and oldest and sum(held.values()) <= limits.heads_bytes:
+            assert all(one % 3 == sender % 3 for one in ended), "of the greedy address only"
+        for one in ended:
+            del held[one]
+        assert room.held_bytes == sum(held.values()) <= limits.heads_bytes
+        if room.held_bytes > limits.heads_bytes * SCARCE:
+            assert sum(size for one, size in held.items() if one % 3 == sender % 3) <= 250

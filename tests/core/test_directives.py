@@ -271,7 +271,10 @@ def test_a_hit_says_where_it_came_from() -> None:
         (NearMiss(3, 0.9, 0.97, "numbers"), {}, "fwd=miss", "MISS"),
         (Bypass("temperature"), {}, "fwd=bypass", "BYPASS"),
         (Bypass("refresh"), {"refresh": True}, "fwd=request", "REFRESH"),
-        (Hit(entry(), Tier.EXACT, 1.0, 1.0), {"shadow": True}, "fwd=miss", "SHADOW"),
+        (Miss("nothing_alike"), {"shadow": True}, "fwd=miss", "SHADOW"),
+        (NearMiss(3, 0.9, 0.97, "numbers"), {"shadow": True}, "fwd=miss", "SHADOW"),
+        (Bypass("temperature"), {"shadow": True}, "fwd=bypass", "BYPASS"),
+        (Bypass("refresh"), {"refresh": True, "shadow": True}, "fwd=request", "REFRESH"),
     ],
 )
 def test_a_forward_says_why(verdict: Any, extra: dict[str, bool], status: str, word: str) -> None:
@@ -279,6 +282,16 @@ def test_a_forward_says_why(verdict: Any, extra: dict[str, bool], status: str, w
     assert headers["Cache-Status"] == f"ibid; {status}; fwd-status=200; stored; detail={verdict.reason}"
     assert (headers["x-cache"], headers["x-cache-reason"]) == (word, verdict.reason)
     assert "x-cache-entry" not in headers
+
+
+@pytest.mark.parametrize("tier", [Tier.EXACT, Tier.SEMANTIC, Tier.STALE])
+def test_shadow_says_what_would_have_been_served(tier: Tier) -> None:
+    hit = Hit(entry(), tier, 0.97, 0.99)
+    headers = dict(verdict_headers(hit, request_id="r", upstream="u", fwd_status=200, shadow=True))
+    assert headers["Cache-Status"] == f"ibid; fwd=miss; fwd-status=200; detail=would_{tier.value}"
+    assert (headers["x-cache"], headers["x-cache-reason"]) == ("SHADOW", f"would_{tier.value}")
+    assert (headers["x-cache-tier"], headers["x-cache-entry"]) == (tier.value, "42")
+    assert headers["x-cache-similarity"] == "0.9700"
 
 
 def test_nano_dollars_are_written_exactly() -> None:

@@ -121,7 +121,7 @@ TRAVELS_ONLY = [
     "User-Agent", "Accept", "Content-Type", "X-Stainless-Lang", "Authorization", "api-key", "traceparent", "Referer",
     "HTTP-Referer", "X-Title", "X-Client-Request-Id", "x-ms-client-request-id", "x-request-id", "session_id",
     "session-id", "conversation_id", "x-claude-code-session-id", "x-session-affinity", "x-codex-turn-metadata",
-    "originator", "x-app", "x-datadog-parent-id", "X-B3-TraceId", "X-Amzn-Trace-Id", "x-correlation-id",
+    "x-irid", "originator", "x-app", "x-datadog-parent-id", "X-B3-TraceId", "X-Amzn-Trace-Id", "x-correlation-id",
     "X-Forwarded-For", "X-Real-IP", "CF-Connecting-IP", "Origin", "sec-fetch-mode", "sec-ch-ua", "accept-language",
     "Helicone-Session-Path", "sentry-trace", "baggage", "Access-Control-Request-Headers", "Ocp-Apim-Subscription-Key",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import random
 
 import pytest
 from anthropic.types.message_create_params import MessageCreateParamsNonStreaming
@@ -21,19 +22,23 @@ from pydantic import TypeAdapter
 from proxy.core.model import Usage
 from proxy.core.prefix import (
     CACHEABLE,
+    FAIR_NUMBER,
+    LIFETIME_S,
     MOST_BREAKPOINTS,
+    REST_S,
+    Balance,
     Breakpoint,
     Decision,
     Place,
     Prefixes,
     PrefixMemory,
     anthropic_breakpoints,
-    inject,
     minimum_tokens,
     openai_cache_key,
     with_cache_key,
     without_breakpoints,
 )
+from proxy.core.prefix import inject as inject_into
 from proxy.core.rates import Rate, writes_cost_extra
 from proxy.money.prices import Prices
 from tests.rows import NOON_MS
@@ -49,6 +54,10 @@ def body(*turns: str, **more) -> dict:
     roles = itertools.cycle(["user", "assistant"])
     messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
     return {"model": "claude-opus-5-5", "max_tokens": 9, "messages": messages, **more}
+
+
+def inject(asked: dict, where: list[Place]) -> dict:
+    return json.loads(inject_into(json.dumps(asked).encode(), where))
 
 
 def places(asked: dict) -> list[Place]:
@@ -193,7 +202,7 @@ def test_injection_adds_breakpoints_and_changes_nothing_else(asked: dict) -> Non
     assert len({one.digest for one in found.breakpoints}) == len(tokens)
     untouched = [message for index, message in enumerate(made["messages"]) if Place("messages", index) not in
                  [place._replace(block=0) for place in where]]  # fmt: skip
-    assert all(any(message is kept for kept in asked["messages"]) for message in untouched)
+    assert all(any(message == kept for kept in asked["messages"]) for message in untouched)
 
 
 @given(bodies, bodies)
@@ -372,3 +381,49 @@ def test_without_breakpoints_all_input_is_plain_and_the_first_write_is_a_loss() 
     assert not writes_cost_extra(book.rates("openai", "gpt-4o-mini", "default", NOON_MS))
     assert writes_cost_extra(None)
     assert not writes_cost_extra([Rate(-1, 5, 9, 1, 5)])
+
+
+def test_marks_that_cost_more_than_they_bring_rest_and_are_tried_again() -> None:
+    balance = Balance()
+    for number in range(FAIR_NUMBER):
+        assert not balance.rests("a", number)
+        balance.see("a", -1, number)
+    assert balance.rests("a", FAIR_NUMBER)
+    assert not balance.rests("b", FAIR_NUMBER)
+    assert balance.rests("a", FAIR_NUMBER + REST_S - 2)
+    assert not balance.rests("a", FAIR_NUMBER + REST_S)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(-100, 100)), max_size=400))
+def test_nobody_loses_much_by_marks_and_accounts_are_bounded(calls: list[tuple[int, int]]) -> None:
+    balance, lost = Balance(limit=4), dict.fromkeys(range(10), 0)
+    for whose, gain in calls:
+        if not balance.rests(whose, 0.0):
+            balance.see(whose, gain, 0.0)
+            lost[whose] += gain
+    assert all(nusd >= -100 * FAIR_NUMBER * 9 for nusd in lost.values())
+
+
+def share_saved(per_lifetime: float, seed: int) -> float:
+    """Of the price of a prefix that comes by chance so often: what marks save, with Anthropic's factors."""
+    chance, memory, balance = random.Random(seed), PrefixMemory(), Balance()
+    point = Breakpoint(Place("system", 0), b"p", 2_000)
+    now_s, cached_until_s, plain, paid = 0.0, -1.0, 0.0, 0.0
+    for _ in range(4_000):
+        now_s += chance.expovariate(per_lifetime / LIFETIME_S)
+        is_marked = not balance.rests("a", now_s) and bool(
+            memory.decide(Prefixes((point,), None), now_s, least_tokens=1_024, writes_cost_extra=True).places
+        )
+        cost = (0.1 if now_s < cached_until_s else 1.25) if is_marked else 1.0
+        if is_marked:
+            cached_until_s = now_s + LIFETIME_S
+            balance.see("a", round(1000 * (1 - cost)), now_s)
+        plain, paid = plain + 1, paid + cost
+    return 1 - paid / plain
+
+
+@pytest.mark.parametrize(
+    ("per_lifetime", "least"), [(10, 0.85), (3, 0.7), (1, 0.2), (0.5, 0.0), (0.2, -0.02), (0.02, -0.02)]
+)
+def test_marks_pay_from_where_a_prefix_comes_once_in_two_lifetimes(per_lifetime: float, least: float) -> None:
+    assert share_saved(per_lifetime, 1) >= least

@@ -452,3 +452,31 @@ def test_every_output_is_whole_events_so_an_error_can_follow_at_any_time():
     usage_filter = UsageFilter(strip=True)
     outs = [usage_filter.feed(raw[i : i + 50]) for i in range(0, len(raw), 50)]
     assert all(out == b"" or out.endswith(b"\n\n") for out in outs)
+
+
+FUNCTION = {"name": "weather", "arguments": '{"city":"Paris"}'}
+
+
+@pytest.mark.parametrize("finish", ["function_call", "stop"])  # "stop" where the client named the function
+@pytest.mark.parametrize("content", [None, "I shall look it up."])
+def test_a_function_called_as_before_there_were_tools_is_replayed_as_it_was(content, finish):
+    message = {"role": "assistant", "content": content, "function_call": FUNCTION}
+    answer = Answer(message, finish, "m", Usage(1, 2), {"prompt_tokens": 1, "completion_tokens": 2})
+    assert read_whole(render_whole(answer).fill("a" * 32, 1)) == answer
+    streamed = record(render_stream(answer, True).fill("a" * 32, 1))
+    assert replace(streamed, pieces=()) == answer
+
+
+def test_a_streamed_function_call_is_assembled_from_its_parts():
+    parts = [{"name": "weather", "arguments": ""}, {"arguments": '{"city":'}, {"arguments": '"Paris"}'}]
+    deltas = [{"delta": {"role": "assistant", "content": None}}, *[{"delta": {"function_call": one}} for one in parts]]
+    answer = record(stream_of(*deltas, {"delta": {}, "finish_reason": "function_call"}))
+    assert answer.message == {"role": "assistant", "content": None, "function_call": FUNCTION}
+
+
+@pytest.mark.parametrize(
+    "part", [{"name": "time"}, {"arguments": 7}, ["weather"], {"name": "weather", "arguments": {"city": "Paris"}}]
+)
+def test_a_function_call_that_cannot_be_joined_is_not_kept(part):
+    said = [{"delta": {"function_call": FUNCTION}}, {"delta": {"function_call": part}}]
+    assert record(stream_of(*said, {"delta": {}, "finish_reason": "function_call"})) == "tool_calls"

@@ -238,12 +238,20 @@ def test_audits_thin_out_with_evidence_and_stop_when_none_are_wanted() -> None:
 
 def test_pairs_thin_audits_out_and_an_alarming_region_is_audited_whole() -> None:
     calm, alarming = Account(), Account()
-    calm.pair(Pairs(even=108.0), ALIKE)
+    calm.pair(Pairs(even=18.0), ALIKE)
     alarming.pair(Pairs(more=6.0, even=30.0), ALIKE)
     assert share_of(Standing.START, calm, least=0.001) == pytest.approx(0.01)
     assert share_of(Standing.START, alarming) == 1.0
 
 
-def share_of(standing: Standing, account: Account, least: float = 0.05) -> float:
+def test_a_wording_that_is_asked_again_is_audited_sooner() -> None:
+    calm = Account()
+    calm.pair(Pairs(even=18.0), ALIKE)
+    assert share_of(Standing.START, calm, least=0.001, uses=4) == pytest.approx(0.16)
+    assert share_of(Standing.START, calm, least=0.001, uses=16) == 1.0
+    assert share_of(Standing.PROVEN, Account(audited=300.0), least=0.05, uses=4) == pytest.approx(0.2)
+
+
+def share_of(standing: Standing, account: Account, least: float = 0.05, uses: int = 1) -> float:
     alarm = account.alike.alarm(0.01, Noise(100, 1, 100, 90))
-    return risk.audit_share(standing, account, ALIKE, alarm, 0.1, least)
+    return risk.audit_share(standing, account, ALIKE, alarm, 0.1, least, uses)

@@ -119,7 +119,7 @@ def read(body: Mapping[str, Any]) -> Facts:
         temperature=body.get("temperature"),
         has_tools=bool(tools),
         tool_results=has_calls,
-        web_search=is_offered(tools, shows_use=True),
+        web_search=is_offered(tools, choice=body.get("tool_choice"), shows_use=True),
         has_images="image" in kinds,
         has_files="document" in kinds or body.get("container") is not None,
         remote_urls=any([_is_remote(block) for message in messages for block in _blocks(message)]),

@@ -1,4 +1,5 @@
 """Ids of tool calls say nothing but which result belongs to which call: what is asked is the same under any of them.
+Neither does what an agent writes of one run around a result, see outputs.py.
 
 A stored call is replayed with a new id each time, so the next turn of a loop comes with that one. Ids are therefore
 told in the order in which they come up; a conversation in which they are used otherwise stays another one.
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from proxy.core.dialects.outputs import steady
 
 Name = Callable[[Any], Any]
 
@@ -32,8 +35,12 @@ def _renamed(message: Mapping[str, Any], name: Name) -> Mapping[str, Any]:
         told["content"] = [_part(part, name) for part in parts]
     if isinstance(item := told.get("item"), dict):  # of Responses
         told["item"] = _with(item, name, "call_id", "id")
+        if "output" in item:
+            told["item"]["output"] = steady(item["output"])
     if "tool_call_id" in told:
         told["tool_call_id"] = name(told["tool_call_id"])
+    if told.get("role") == "tool":
+        told["content"] = steady(told.get("content"))
     return told
 
 
@@ -45,8 +52,16 @@ def _part(part: Any, name: Name) -> Any:
     if isinstance(kind, str) and kind.endswith("tool_use"):
         return _with(part, name, "id")
     if isinstance(kind, str) and kind.endswith("tool_result"):
-        return _with(part, name, "tool_use_id")
-    return {key: _with(inner, name, "id") if key in _IN_PARTS else inner for key, inner in part.items()}
+        named = _with(part, name, "tool_use_id")
+        return {**named, "content": steady(part["content"])} if "content" in part else named
+    return {key: _result(_with(inner, name, "id")) if key in _IN_PARTS else inner for key, inner in part.items()}
+
+
+def _result(said: Any) -> Any:
+    """A result of Gemini's."""
+    if not isinstance(said, dict) or "response" not in said:
+        return said
+    return {**said, "response": steady(said["response"])}
 
 
 def _with(said: Any, name: Name, *keys: str) -> Any:

@@ -103,8 +103,6 @@ def _storable(
     loads: Loads,
     pieces: tuple[int, ...] = (),
 ) -> Answer | str:
-    if not is_neutral(message.get("function_call")):
-        return "tool_calls"
     if message.get("refusal"):
         return "refusal"
     if not is_neutral(message.get("audio")):
@@ -113,16 +111,18 @@ def _storable(
         return "logprobs"
     if finish_reason is None:
         return "truncated"
-    calls = message.get("tool_calls")
-    if calls and not are_calls(calls):
+    calls, legacy = message.get("tool_calls"), message.get("function_call")
+    has_legacy = not is_neutral(legacy)
+    if (calls and (has_legacy or not are_calls(calls))) or (has_legacy and not is_function(legacy)):
         return "tool_calls"
-    if not isinstance(finish_reason, str) or finish_reason not in ("stop", "tool_calls" if calls else "stop"):
+    called = "tool_calls" if calls else "function_call" if has_legacy else "stop"
+    if not isinstance(finish_reason, str) or finish_reason not in ("stop", called):
         known = "finish_content_filter" if finish_reason == "content_filter" else "finish_other"
         return _FINISHES.get(finish_reason, known) if isinstance(finish_reason, str) else "garbage"
     content = message.get("content")
     if content is not None and not isinstance(content, str):
         return "content_type"
-    if not calls and (content is None or not content.strip()):
+    if called == "stop" and (content is None or not content.strip()):
         return "empty"
     if not isinstance(model, str) or not (raw_usage is None or isinstance(raw_usage, dict)):
         return "garbage"
@@ -137,10 +137,18 @@ def are_calls(calls: object) -> bool:
         isinstance(call, dict)
         and call.get("type", "function") == "function"
         and isinstance(call.get("id"), str)
-        and isinstance(function := call.get("function"), dict)
+        and is_function(call.get("function"))
+        for call in calls
+    )
+
+
+def is_function(function: object) -> bool:
+    """Whether this is the call of a function by its name: of a tool call, or all of a `function_call`, as calls were
+    written before there were tools."""
+    return (
+        isinstance(function, dict)
         and isinstance(function.get("name"), str)
         and isinstance(function.get("arguments"), str)
-        for call in calls
     )
 
 
@@ -160,6 +168,7 @@ class Recorder:
         "_extra",
         "_fields",
         "_finish",
+        "_function",
         "_length",
         "_lessons",
         "_limit",
@@ -188,6 +197,7 @@ class Recorder:
         self._texts: dict[str, list[str]] = {}
         self._fields: dict[str, Any] = {}
         self._calls: dict[int, dict[str, Any]] = {}
+        self._function: dict[str, Any] = {}  # called without a tool
         self._choice: dict[str, Any] = {}
         self._extra: dict[str, Any] = {}
         self._usage: object = None
@@ -280,6 +290,9 @@ class Recorder:
         if self._calls:
             content["content"] = content["content"] or None
             texts["tool_calls"] = [self._calls[index] for index in sorted(self._calls)]
+        if self._function:
+            content["content"] = content["content"] or None
+            texts["function_call"] = self._function
         answer = _storable(
             message={"role": "assistant", **self._fields, **content, **texts},
             finish_reason=self._finish,
@@ -298,7 +311,8 @@ class Recorder:
         if self.refusal_reason is None:
             self.refusal_reason = reason
         for kept in (
-            self._contents, self._pieces, self._texts, self._fields, self._calls, self._choice, self._extra,
+            self._contents, self._pieces, self._texts, self._fields, self._calls, self._function, self._choice,
+            self._extra,
         ):  # fmt: skip
             kept.clear()
 
@@ -423,7 +437,9 @@ class Recorder:
             if not isinstance(value, list) or not all(self._join_call(call) for call in value):
                 self._refuse("tool_calls")
         elif name == "function_call":
-            self._refuse("tool_calls")
+            self._length += size
+            if not _join_function(self._function, value):
+                self._refuse("tool_calls")
         elif name == "refusal":
             self._refuse("refusal")
         elif name == "content":
@@ -466,11 +482,21 @@ class Recorder:
                 "function": {**function, "arguments": arguments},
             }
             return True
-        told = (part.get("id"), call["id"]), (function.get("name"), call["function"].get("name"))
-        if any(new not in (None, "", known) for new, known in told):
+        if part.get("id") not in (None, "", call["id"]):
             return False
-        call["function"]["arguments"] += arguments
-        return True
+        return _join_function(call["function"], function)
+
+
+def _join_function(known: dict[str, Any], part: Any) -> bool:
+    """Add a streamed part of a function's call: its name, said once or again, and more of its arguments."""
+    if not isinstance(part, dict):
+        return False
+    name, arguments = part.get("name"), part.get("arguments") or ""
+    if not isinstance(arguments, str) or (name and known.get("name") not in (None, "", name)):
+        return False
+    news = {member: value for member, value in part.items() if not known.get(member)}
+    known.update({**news, "arguments": known.get("arguments", "") + arguments})
+    return True
 
 
 def _join_detail(known: list[Any], detail: Any) -> bool:

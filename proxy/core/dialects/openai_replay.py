@@ -64,10 +64,9 @@ def _with_call_marks(message: Mapping[str, Any]) -> Mapping[str, Any]:
 def _deltas(answer: Answer) -> Iterator[str]:
     """Deltas in JSON: role, what was thought, the text in its pieces, what came after it."""
     message = answer.message
-    calls = message.get("tool_calls") or ()
-    others = {name: value for name, value in message.items() if name not in ("role", "content")}
-    if calls:
-        del others["tool_calls"]
+    calls, function = message.get("tool_calls") or (), message.get("function_call") or {}
+    said = {"role", "content", *(["tool_calls"] if calls else []), *(["function_call"] if function else [])}
+    others = {name: value for name, value in message.items() if name not in said}
     nulls = {name: None for name, value in others.items() if value is None}
     yield to_text({"role": message.get("role", "assistant"), "content": "", **nulls})
     late = {name: value for name, value in others.items() if name in _AFTER_CONTENT and value is not None}
@@ -77,10 +76,13 @@ def _deltas(answer: Answer) -> Iterator[str]:
     for piece in split(message["content"] or "", answer.pieces):
         yield f'{{"content":{escaped(encode_basestring(piece))}}}'
     for i, call in enumerate(calls):
-        function = call["function"]
-        first = {"index": i, "id": call_mark(i), "type": "function", "function": {**function, "arguments": ""}}
+        called = call["function"]
+        first = {"index": i, "id": call_mark(i), "type": "function", "function": {**called, "arguments": ""}}
         yield to_text({"tool_calls": [first]})
-        yield to_text({"tool_calls": [{"index": i, "function": {"arguments": function["arguments"]}}]})
+        yield to_text({"tool_calls": [{"index": i, "function": {"arguments": called["arguments"]}}]})
+    if function:
+        yield to_text({"function_call": {**function, "arguments": ""}})
+        yield to_text({"function_call": {"arguments": function["arguments"]}})
     if late:
         yield to_text(late)
 

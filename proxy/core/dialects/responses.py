@@ -8,7 +8,7 @@ dialect serves a request that wants it kept. With `store: false` every replay ha
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from proxy.core import search
@@ -127,9 +127,9 @@ def read(body: Mapping[str, Any]) -> Facts:
     messages = said.messages_of(body, items)
     prompt, context = split_prompt(messages) if items else (None, tuple(messages))
     has_calls = any([said.is_tool_item(item) for item in items])
-    if has_calls:
+    continues = _continued(body, kinds := [said.kind_of(item) for item in items])
+    if has_calls and not continues:  # an id there may name a call that stands elsewhere
         context = named_in_order(context)
-    kinds = [said.kind_of(item) for item in items]
     roles = [message["role"] for message in messages]
     parts = said.parts_of(items)
     content = {part["type"] for part in parts}
@@ -148,7 +148,7 @@ def read(body: Mapping[str, Any]) -> Facts:
         temperature=body.get("temperature"),
         has_tools=bool(tools),
         tool_results=has_calls,
-        web_search=search.is_offered(tools, shows_use=True),
+        web_search=search.is_offered(tools, choice=body.get("tool_choice"), shows_use=True),
         has_images="input_image" in content,
         has_audio="input_audio" in content,
         has_files="input_file" in content,
@@ -158,6 +158,7 @@ def read(body: Mapping[str, Any]) -> Facts:
         keeps_id=keeps_id,
         background=body.get("background") is True,
         previous_response=said.STATE_ITEM in kinds or any([body.get(name) for name in _STATE]),
+        continues=continues,
         response_format=form["type"] if isinstance(form, dict) and isinstance(form.get("type"), str) else None,
         output_limit=limit_of(body.get("max_output_tokens")),
         opaque=_ENCRYPTED in include,
@@ -165,6 +166,13 @@ def read(body: Mapping[str, Any]) -> Facts:
         first_turn=roles.count("user") == 1 and {"system", "developer", "user"}.issuperset(roles),
         user_turns=roles.count("user"),
     )
+
+
+def _continued(body: Mapping[str, Any], kinds: Sequence[str]) -> str:
+    """The one kept answer that a request continues; "" when it is none, or more than that."""
+    previous = body.get("previous_response_id")
+    is_all = not body.get("conversation") and said.STATE_ITEM not in kinds
+    return previous if isinstance(previous, str) and is_all else ""
 
 
 def _settings(body: Mapping[str, Any]) -> dict[str, Any]:
