@@ -58,8 +58,11 @@ class ServerConnection(web.RequestHandler):
         self.head_since = 0.0  # loop time of the first byte of a head that is not whole yet
         self._open_body: StreamReader | None = None  # body still arriving
 
-    def head_begun(self) -> None:
-        """Called when the first bytes of a head have arrived and the last have not."""
+    def head_grew(self, size_bytes: int) -> None:
+        """Called when bytes of a head have arrived and the last have not."""
+
+    def head_ended(self) -> None:
+        """Called when the head that grew is whole, or refused."""
 
     def data_received(self, data: bytes) -> None:
         if self._upgraded:  # a WebSocket's frames are no requests
@@ -70,14 +73,16 @@ class ServerConnection(web.RequestHandler):
         if self._request_count != before and self._open_body is None:
             messages = self._messages
             if not messages or messages[-1][1].is_eof():  # whole requests: nearly always
-                self.head_since = 0.0
+                if self.head_since:
+                    self._end_head()
                 return
         self._note_partial(self._request_count != before, data)
 
     def _note_partial(self, has_message: bool, data: bytes) -> None:
         body = self._open_body
         if has_message:
-            self.head_since = 0.0
+            if self.head_since:
+                self._end_head()
             message, payload = self._messages[-1]
             if isinstance(message, _ErrInfo):
                 if body is not None and not body.is_eof():
@@ -90,9 +95,13 @@ class ServerConnection(web.RequestHandler):
         elif body is not None:
             if body.is_eof():
                 self._open_body = None
-        elif data and not self.head_since and not (self._close or self._force_close):
-            self.head_since = self.now()
-            self.head_begun()
+        elif data and not (self._close or self._force_close):
+            self.head_since = self.head_since or self.now()
+            self.head_grew(len(data))
+
+    def _end_head(self) -> None:
+        self.head_since = 0.0
+        self.head_ended()
 
     def now(self) -> float:
         return self._loop.time()

@@ -40,6 +40,7 @@ class UpstreamAddress:
     models: tuple[str, ...] = ()  # patterns of `fnmatch`; none: what no other upstream of the dialect names
     key: str | None = field(default=None, repr=False)  # sent instead of the client's own
     proxy: str | None = field(default=None, repr=False)  # HTTP proxy on the way
+    stands_in_for: tuple[str, ...] = ()  # `asked=own` names of models, see `core.failover.named_there`
 
 
 DEFAULTS = (
@@ -55,11 +56,16 @@ _KEY_HEADERS = {"anthropic": (b"x-api-key", b""), "gemini": (b"x-goog-api-key", 
 class Address:
     """Where an upstream is, and the URL of a path there. Raises ConfigError for a base that is not plain http(s)."""
 
-    __slots__ = ("_host", "_is_complete", "_known", "_root", "breaker", "key", "models", "name", "place", "proxy")
+    __slots__ = (
+        "_host", "_is_complete", "_known", "_root", "breaker", "dialect", "key", "models", "name", "place", "proxy",
+        "stands_in_for",
+    )  # fmt: skip
 
     def __init__(self, configured: UpstreamAddress, breaker: Breaker, memo_bytes: int = MEMO_BYTES) -> None:
         self.name = configured.name
+        self.dialect = configured.dialect
         self.models = configured.models
+        self.stands_in_for = configured.stands_in_for
         self.breaker = breaker
         self.proxy = _proxy_of(configured)
         self.key: tuple[bytes, bytes] | None = None

@@ -1,12 +1,11 @@
 """Compressed bodies made readable: some servers compress whatever they were asked for, and some do not say so.
 
-A coding that is not known here (br and zstd need packages of their own) leaves the body as it is, with its header, for
-a client that may know it. A body that is not what its header says is one that was not compressed.
+ibid asks for no coding at all. One that is not known here leaves the body as it is, with its header, for a client that
+may know it. A body that is not what its header says is one that was not compressed.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from typing import Final
 
@@ -14,15 +13,12 @@ from proxy.core.errors import UpstreamError
 from proxy.ports import UpstreamResponse
 from proxy.upstreams.attempt import Peeked
 from proxy.upstreams.response import broken
+from proxy.upstreams.unpacking import CODINGS, GZIP_MAGIC, LONGEST_MARK, Unpacker
 
-PIECE_BYTES: Final = 256 * 1024
-"""At most so much comes out of one read, however little was compressed into it."""
-_MAGIC: Final = b"\x1f\x8b\x08"
-_TEXTS: Final = (b"{", b"[", b"data", b"event", b":")
-_GZIP: Final = frozenset({"gzip", "x-gzip"})
-_KNOWN: Final = _GZIP | {"deflate"}
 _OF_THE_CODING: Final = frozenset({"content-encoding", "etag", "content-md5", "digest", "content-digest"})
 """Response headers that speak of the compressed bytes."""
+_IN_MEMBERS: Final = frozenset({"gzip", "x-gzip", "zstd"})
+"""Codings of which several may stand one behind the other (RFC 1952 §2.2, RFC 8878 §3)."""
 
 
 async def readable(response: UpstreamResponse) -> UpstreamResponse:
@@ -30,10 +26,10 @@ async def readable(response: UpstreamResponse) -> UpstreamResponse:
     codings = codings_of(response)
     if not codings and response.content_length is not None:  # will be told, so it must be known of what
         first = await response.read_some()
-        if not first.startswith(_MAGIC):
+        if not first.startswith(GZIP_MAGIC):
             return Peeked(response, first)
         response = Peeked(response, first)
-    if not _KNOWN.issuperset(codings):
+    if not CODINGS.keys() >= set(codings):
         return response
     for coding in reversed(codings or ("gzip",)):
         response = Decoded(response, coding)
@@ -58,8 +54,7 @@ class Decoded:
         self._coding = coding
         self._packed = b""
         self._is_decided = False
-        self._unpacker: zlib._Decompress | None = None  # none for a body that is plain
-        self._holds_more = False  # of what was unpacked
+        self._unpacker: Unpacker | None = None  # none for a body that is plain
         if codings_of(response):
             self.headers = [line for line in response.headers if line[0].lower() not in _OF_THE_CODING]
 
@@ -69,7 +64,7 @@ class Decoded:
     async def read_some(self) -> bytes:
         """As any response's; also raises upstream_protocol_error for what cannot be decoded."""
         while True:
-            if self._unpacker is not None and (self._packed or self._holds_more):
+            if self._unpacker is not None and (self._packed or self._unpacker.holds_more):
                 if piece := self._unpack(self._unpacker):
                     return piece
                 continue
@@ -84,37 +79,29 @@ class Decoded:
 
     async def _decide(self, start: bytes) -> bytes:
         """Look at the first bytes, as many as it takes, and give them back."""
-        while len(start) < len(_MAGIC) and (more := await self._response.read_some()):
+        while len(start) < LONGEST_MARK and (more := await self._response.read_some()):
             start += more
         self._is_decided = True
-        if self._coding in _GZIP:
-            bits = zlib.MAX_WBITS | 16 if start.startswith(_MAGIC) else 0
-        elif len(start) >= 2 and start[0] & 0x0F == 8 and (start[0] << 8 | start[1]) % 31 == 0:  # RFC 1950 §2.2
-            bits = zlib.MAX_WBITS
-        else:
-            bits = 0 if start.startswith(_TEXTS) else -zlib.MAX_WBITS
-        self._unpacker = zlib.decompressobj(bits) if bits and start else None
+        self._unpacker = CODINGS[self._coding](start) if start else None
         return start
 
-    def _unpack(self, unpacker: zlib._Decompress) -> bytes:
+    def _unpack(self, unpacker: Unpacker) -> bytes:
+        if unpacker.has_ended:  # what follows is one more member, or padding
+            another = CODINGS[self._coding](self._packed) if self._coding in _IN_MEMBERS else None
+            if another is None:
+                self._packed = b""
+                return b""
+            self._unpacker = unpacker = another
         try:
-            piece = unpacker.decompress(self._packed, PIECE_BYTES)
-        except zlib.error as error:
+            piece, self._packed = unpacker.unpack(self._packed)
+        except ValueError as error:
             self.abort()
             message = "The upstream's answer is not valid for its Content-Encoding."
             raise UpstreamError(message, code="upstream_protocol_error") from error
-        self._holds_more = len(piece) == PIECE_BYTES
-        self._packed = unpacker.unconsumed_tail
-        if unpacker.eof:
-            self._packed, self._holds_more = unpacker.unused_data, False
-            if self._packed.startswith(_MAGIC):  # one more member (RFC 1952 §2.2)
-                self._unpacker = zlib.decompressobj(zlib.MAX_WBITS | 16)
-            else:
-                self._packed = b""
         return piece
 
-    def _end(self, unpacker: zlib._Decompress) -> bytes:
-        if not unpacker.eof:
+    def _end(self, unpacker: Unpacker) -> bytes:
+        if not unpacker.has_ended:
             self.abort()
             raise broken(False)
         return b""

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from proxy.core.dialects.openai_chat import OpenAIChat, forward_body
-from proxy.core.dialects.routes import CHAT_PATH
+from proxy.core.dialects.routes import CHAT_PATH, without_key
 from proxy.core.facts import Facts
 from proxy.core.identity import CREDENTIALS
 from proxy.core.jsontext import drop_member, parse, set_member
@@ -27,6 +27,7 @@ CHAT_SETTINGS = frozenset(
 way the other server does not know, so the question is not put to it."""
 
 _ASKING = frozenset({"content-type", "traceparent", "tracestate"})
+_OF_THE_DIALECT = _ASKING | {"anthropic-version", "anthropic-beta", "openai-beta"}
 _AS_JSON = ((b"content-type", b"application/json"),)
 
 
@@ -77,6 +78,21 @@ def to_other(query: Query, facts: Facts, upstream: str, model: str, mechanism: s
     )
 
 
+def elsewhere(variant: Query, mechanism: str) -> Sending:
+    """A question as it is asked of another server of its dialect, its target without a credential."""
+    path, mark, rest = variant.path_qs.partition("?")
+    return Sending(
+        variant.upstream,
+        variant.model,
+        path + without_key(mark + rest),
+        variant.forward_body,
+        variant.tier,
+        (mechanism,),
+        is_foreign=True,
+        is_other=True,
+    )
+
+
 def chat_body(query: Query, facts: Facts, model: str) -> bytes | None:
     """The question as a whole OpenAI chat request for another model; None when it is more than that can say."""
     if speaks_chat(query):
@@ -84,6 +100,8 @@ def chat_body(query: Query, facts: Facts, model: str) -> bytes | None:
         return set_member(body, "model", orjson.dumps(model))
     if facts.unknown or facts.inputs or query.dialect.operation != "chat" or not CHAT_SETTINGS >= facts.settings.keys():
         return None
+    if facts.previous_response or facts.background:
+        return None  # what was said before is kept elsewhere
     messages: list[Mapping[str, Any]] = [*facts.context]
     if not all([isinstance(message.get("role"), str) for message in messages]):
         return None
@@ -99,9 +117,8 @@ def headers_for(sending: Sending, headers: Sequence[tuple[bytes, bytes]]) -> Seq
     """The client's headers; to a server it did not ask, only those that say nothing of it."""
     if not sending.is_foreign:
         return headers
-    kept = [
-        line for line in headers if (low := line[0].lower()) not in CREDENTIALS and low.decode("latin-1") in _ASKING
-    ]
+    asking = _ASKING if sending.is_translated else _OF_THE_DIALECT
+    kept = [line for line in headers if (low := line[0].lower()) not in CREDENTIALS and low.decode("latin-1") in asking]
     return kept or list(_AS_JSON)
 
 

@@ -20,6 +20,7 @@ from yarl import URL
 from proxy.aiohttp_internals import CLOSING, IDEMPOTENT_METHODS, HttpProcessingError, serialize_headers
 from proxy.core.dialects.routes import family_of
 from proxy.core.errors import BadRequest, ConfigError, UpstreamError
+from proxy.core.failover import named_there
 from proxy.core.identity import BUILT_IN, HeaderRules, forwardable
 from proxy.core.memo import Memo, size_of
 from proxy.core.patterns import is_one_of
@@ -180,6 +181,17 @@ class Upstreams:
         """See `ports.Upstream.serves`."""
         models = self._addresses[upstream].models
         return not models or is_one_of(model, models)
+
+    def dialect(self, upstream: str) -> str:
+        return self._addresses[upstream].dialect
+
+    def named_there(self, upstream: str, model: str) -> str | None:
+        """See `ports.Upstream.named_there`."""
+        own = named_there(model, self._addresses[upstream].stands_in_for)
+        return own if own is not None and self.serves(upstream, own) else None
+
+    def is_failing(self, upstream: str) -> bool:
+        return self._addresses[upstream].breaker.is_open
 
     def place(self, upstream: str) -> str:
         """Its address, without version and credentials: upstreams of one place are one model server."""

@@ -117,7 +117,7 @@ class Server(web.Server):
 class Connection(internals.ServerConnection):
     __slots__ = ("has_begun",)
 
-    def head_begun(self) -> None:
+    def head_grew(self, size_bytes: int) -> None:
         self.has_begun = self.head_since
 
     def handle_error(self, request: web.BaseRequest, status: int = 500, exc: Any = None, message: Any = None) -> Any:
