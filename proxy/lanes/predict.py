@@ -90,7 +90,7 @@ class Predictor:
         self._cluster(scope).see(usage.accepted_prediction_tokens, usage.rejected_prediction_tokens)
 
     def refused(self, sending: Sending) -> None:
-        """An upstream did not take a call that was shaped."""
+        """An upstream did not take a call with a prediction that it took without."""
         if MECHANISM in sending.shaped_by:
             if len(self._refused_until) >= REFUSALS:  # the models are of clients' naming
                 del self._refused_until[next(iter(self._refused_until))]

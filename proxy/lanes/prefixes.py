@@ -1,24 +1,37 @@
 """Marks for the provider's own prefix cache: `cache_control` for Anthropic, `prompt_cache_key` for OpenAI.
 
 Only what the client left to us is marked. A key helps OpenAI to reads that it would have given anyway, so it books no
-saving; a breakpoint makes reads that there would not have been, and writes that may cost extra.
+saving; a breakpoint makes reads that there would not have been, and writes that may cost extra. So breakpoints go only
+to models of which the price list says that reads are cheaper, and rest where they were measured not to pay.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Final, Protocol
 
 import orjson
 
+from proxy import ports
 from proxy.core.dialects.anthropic import Messages
 from proxy.core.dialects.openai_chat import OpenAIChat
 from proxy.core.dialects.responses import Responses
 from proxy.core.jsontext import set_member
-from proxy.core.prefix import PrefixMemory, anthropic_breakpoints, inject, minimum_tokens, openai_cache_key
+from proxy.core.model import Usage
+from proxy.core.prefix import (
+    BYTES_PER_TOKEN,
+    Balance,
+    PrefixMemory,
+    anthropic_breakpoints,
+    inject,
+    minimum_tokens,
+    openai_cache_key,
+    without_breakpoints,
+)
+from proxy.core.rates import Rate, reads_cost_less, writes_cost_extra
 from proxy.records import Fetch
 from proxy.settings.lanes import PrefixLane
 from proxy.upstreams.sending import Sending
@@ -27,17 +40,21 @@ MECHANISM: Final = "cache.prefix"
 REFUSALS: Final = 1_024  # remembered, each for REFUSED_S
 REFUSED_S: Final = 3600.0
 
-WritesCostExtra = Callable[[str, str, int], bool]
-"""(upstream, model, ts_ms) → whether writing to the provider's cache is dearer than plain input."""
+
+class Prices(ports.PriceBook, Protocol):
+    """What this needs of the price list."""
+
+    def rates(self, upstream: str, model: str, tier: str, ts_ms: int) -> Sequence[Rate] | None: ...
 
 
 class PrefixMarks:
     """Memory of one process, bounded. Lives on the event loop."""
 
-    def __init__(self, lane: PrefixLane, secret: bytes, writes_cost_extra: WritesCostExtra) -> None:
+    def __init__(self, lane: PrefixLane, secret: bytes, prices: Prices) -> None:
         self._secret = secret
-        self._writes_cost_extra = writes_cost_extra
+        self._prices = prices
         self._memory = PrefixMemory(lane.lifetime_s)
+        self._balance = Balance()
         self._refused_until: dict[tuple[str, str], float] = {}
 
     def mark(self, sending: Sending, fetch: Fetch) -> Sending:
@@ -54,19 +71,33 @@ class PrefixMarks:
         return sending
 
     def _with_breakpoints(self, sending: Sending, fetch: Fetch) -> Sending:
-        body = orjson.loads(sending.body)
+        least_tokens, now_s = minimum_tokens(sending.model), time.monotonic()
+        if len(sending.body) < BYTES_PER_TOKEN * least_tokens:
+            return sending
+        rates = self._prices.rates(sending.upstream, sending.model, sending.tier, fetch.client.ts_ms)
+        if not reads_cost_less(rates) or self._balance.rests(_whose(fetch, sending), now_s):
+            return sending
         decision = self._memory.decide(
-            anthropic_breakpoints(body, self._salt(fetch, sending)),
-            time.monotonic(),
-            least_tokens=minimum_tokens(sending.model),
-            writes_cost_extra=self._writes_cost_extra(sending.upstream, sending.model, fetch.client.ts_ms),
+            anthropic_breakpoints(orjson.loads(sending.body), self._salt(fetch, sending)),
+            now_s,
+            least_tokens=least_tokens,
+            writes_cost_extra=writes_cost_extra(rates),
         )
         if not decision.places:
             return sending
-        return sending.by(MECHANISM, body=orjson.dumps(inject(body, decision.places)))
+        return sending.by(MECHANISM, body=inject(sending.body, decision.places))
+
+    def learn(self, fetch: Fetch, sending: Sending, usage: Usage) -> None:
+        """What a call with breakpoints cost, beside what it would have cost without."""
+        there = sending.upstream, sending.model
+        bare, paid = (
+            self._prices.price(*there, counted, sending.tier, fetch.client.ts_ms).nusd
+            for counted in (without_breakpoints(usage), usage)
+        )
+        self._balance.see(_whose(fetch, sending), bare - paid, time.monotonic())
 
     def refused(self, sending: Sending) -> None:
-        """An upstream did not take a call that was shaped."""
+        """An upstream did not take a call with breakpoints that it took without."""
         if MECHANISM in sending.shaped_by:
             if len(self._refused_until) >= REFUSALS:  # the models are of clients' naming
                 del self._refused_until[next(iter(self._refused_until))]
@@ -75,3 +106,7 @@ class PrefixMarks:
     def _salt(self, fetch: Fetch, sending: Sending) -> bytes:
         named = f"{fetch.asked.tenant}\0{sending.upstream}".encode()
         return hashlib.sha256(b"prefix\0" + self._secret + named).digest()
+
+
+def _whose(fetch: Fetch, sending: Sending) -> tuple[str, str, str]:
+    return fetch.asked.tenant, sending.upstream, sending.model
