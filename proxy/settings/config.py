@@ -13,15 +13,19 @@ from urllib.parse import urlsplit
 
 from proxy.core.errors import ConfigError
 from proxy.core.model import Limits, Rules
+from proxy.core.patterns import is_one_of
 from proxy.core.plan import (
     ALIASES,
     DEFAULT_PLAN,
     ORDER,
     STANDS_IN,
+    UPSTREAM,
+    Lane,
     Match,
     Plan,
     Policy,
     edited,
+    lane_of,
     lanes_of,
 )
 from proxy.settings.environment import overlay
@@ -33,6 +37,7 @@ from proxy.settings.sections import (
     POLICY,
     SECTIONS,
     Address,
+    AdminToken,
     Batch,
     Cache,
     Embedding,
@@ -59,6 +64,7 @@ FLAGS: Mapping[str, tuple[str, ...]] = {
     "admin": ("server", "admin"),
     "database": ("store", "database_url"),
     "data_dir": ("data_dir",),
+    "shadow": ("cache", "shadow"),
 }
 """Settings that a flag of another name gives; `--upstream` and `--workers` are read where they are needed."""
 
@@ -73,8 +79,9 @@ def load(flags: Flags, environ: Mapping[str, str]) -> Settings:
     for name, place in FLAGS.items():
         if given := getattr(flags, name):
             document.put(place, given, f"--{name.replace('_', '-')}")
-    top = frozenset({"data_dir", "prices", "upstream", "lane", "alias", POLICY, *SECTIONS})
+    top = frozenset({"data_dir", "admin", "prices", "upstream", "lane", "alias", POLICY, *SECTIONS})
     document.known("", document.values, top)
+    document.known("admin", document.table("admin"), frozenset({"token"}))
     document.known("prices", document.table("prices"), frozenset({"override"}))
     forward = _forward(document)
     settings = Settings(
@@ -95,6 +102,7 @@ def load(flags: Flags, environ: Mapping[str, str]) -> Settings:
         lanes=_lanes(document),
         policies=tuple(_policies(document)),
         aliases=_aliases(document),
+        admin_tokens=_admin_tokens(document, environ),
         source=document.path,
         is_data_dir_named="data_dir" in document.values,
     )
@@ -158,6 +166,23 @@ def _server(document: Document, flags: Flags, environ: Mapping[str, str]) -> Ser
     return server
 
 
+def _admin_tokens(document: Document, environ: Mapping[str, str]) -> Mapping[str, AdminToken]:
+    found = _named_tables(document, "admin.token", AdminToken, {})
+    held = {environ.get("IBID_ADMIN_TOKEN")}
+    for name, one in found.items():
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,31}", name) or name == "admin":
+            document.fail("admin.token", name, "must be 1-32 of a-z, 0-9, dot, hyphen, underscore, and not admin")
+        token = environ.get(one.token_env or "", "")
+        if not re.fullmatch(rf"[!-~]{{{TOKEN_CHARACTERS},}}", token):
+            needs = f"must name a variable that holds {TOKEN_CHARACTERS} printable ASCII characters or more, no spaces"
+            document.fail(f"admin.token.{name}", "token_env", needs)
+        if token in held:
+            document.fail(f"admin.token.{name}", "token_env", "holds the token of another name")
+        held.add(token)
+        found[name] = dataclasses.replace(one, token=token)
+    return types.MappingProxyType(found)
+
+
 def _forward(document: Document) -> Forward:
     forward = _section(document, "forward", Forward)
     if forward.proxy and forward.proxy != OFF and not _is_proxy(forward.proxy):
@@ -181,15 +206,18 @@ def _upstreams(
     for name, upstream in found.items():
         if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,31}", name):
             document.fail("upstream", name, "must be 1-32 of a-z, 0-9, dot, hyphen, underscore")
-        if problem := _url_problem(upstream.base_url):
+        if problem := url_problem(upstream.base_url):
             document.fail(f"upstream.{name}", "base_url", problem)
+        for pair in upstream.stands_in_for:
+            if not re.fullmatch(r"[^=](.*[^=])?=[^=]+", pair):
+                document.fail(f"upstream.{name}", "stands_in_for", f"{pair!r} must be asked=own")
         if upstream.key_env is not None:
             key = environ.get(upstream.key_env, "")
             if not re.fullmatch(r"[\x21-\x7e]+", key):
                 document.fail(f"upstream.{name}", "key_env", f"names {upstream.key_env}, which holds no key")
             found[name] = dataclasses.replace(upstream, key=key)
     if one := flags.upstream or environ.get("IBID_UPSTREAM"):
-        if problem := _url_problem(one):
+        if problem := url_problem(one):
             _named("--upstream" if flags.upstream else "IBID_UPSTREAM")(problem)
         own = () if flags.upstream else [name for name in found if f"upstream.{name}.base_url" in document.variables]
         found |= {name: dataclasses.replace(found[name], base_url=one) for name in DEFAULT_UPSTREAMS.keys() - own}
@@ -199,7 +227,7 @@ def _upstreams(
     return types.MappingProxyType(found)
 
 
-def _url_problem(url: str) -> str:
+def url_problem(url: str) -> str:
     """What is wrong with an upstream's address, without quoting it: it may hold a secret. "" when nothing is."""
     try:
         parts = urlsplit(url)
@@ -264,13 +292,23 @@ def _policies(document: Document) -> Iterator[Policy]:
         try:
             if "plan" in table:
                 lanes = lanes_of(policy.plan)
-            lanes |= {STANDS_IN[word] for word in policy.on_error}
         except ValueError as fault:
             document.fail(place, "plan", f"is not a plan: {fault}")
-        except KeyError as fault:
-            document.fail(place, "on_error", f"knows {', '.join(STANDS_IN)}, not {fault}")
+        lanes |= _standing_in(document, place, "on_error", policy.on_error)
+        lanes |= _standing_in(document, place, "on_rate_limit", policy.on_rate_limit or ())
         name = policy.name or f"policy {number + 1}"
-        yield Policy(name, policy.match or Match(), Plan(lanes, name, policy.ttl_s))
+        plan = Plan(
+            lanes, name, policy.ttl_s, policy.on_error, on_limit=policy.on_rate_limit, is_listed="plan" in table
+        )
+        yield Policy(name, policy.match or Match(), plan)
+
+
+def _standing_in(document: Document, place: str, setting: str, words: tuple[str, ...]) -> frozenset[Lane]:
+    try:
+        return frozenset([lane_of(word) for word in words])
+    except KeyError as fault:
+        known = ", ".join([f"{word}NAME" if word == UPSTREAM else word for word in STANDS_IN])
+        document.fail(place, setting, f"knows {known}, not {fault}")
 
 
 def _match(table: Any, fail: Fail) -> Match:
@@ -300,6 +338,22 @@ def _check_together(settings: Settings, document: Document) -> None:
     _check_lanes(settings, document)
 
 
+def _check_upstreams(settings: Settings, document: Document, place: str, setting: str, words: tuple[str, ...]) -> None:
+    """Every upstream that is to stand in is one."""
+    for word in words:
+        name = word.removeprefix(UPSTREAM)
+        if name != word and name not in settings.upstreams:
+            document.fail(place, setting, f"{word!r} is no upstream: {', '.join(settings.upstreams)}")
+
+
+def _check_serves(settings: Settings, document: Document, section: str, field: str, upstream: str, model: str) -> None:
+    """What a lane asks for by itself goes only where `models` lets a client's request go."""
+    taken = settings.upstreams[upstream].models
+    if taken and not is_one_of(model, taken):
+        said = model if field == "model" else f"{upstream}/{model}"
+        document.fail(section, field, f"{said!r} is left out by upstream.{upstream}.models: {', '.join(taken)}")
+
+
 def _check_lanes(settings: Settings, document: Document) -> None:
     """Every lane that a policy or an alias switches on has what it needs."""
     edge, route = settings.lanes.edge, settings.lanes.route
@@ -309,12 +363,17 @@ def _check_lanes(settings: Settings, document: Document) -> None:
         document.fail("lane.edge", "upstream", f"is not an upstream: {', '.join(settings.upstreams)}")
     if edge.upstream is not None and settings.upstreams[edge.upstream].dialect != "openai":
         document.fail("lane.edge", "upstream", "must be of the OpenAI dialect")
+    if edge.upstream is not None and edge.model is not None:
+        _check_serves(settings, document, "lane.edge", "model", edge.upstream, edge.model)
     for candidate in route.candidates:
         upstream, slash, model = candidate.partition("/")
         if not (slash and model and upstream in settings.upstreams):
             document.fail("lane.route", "candidates", f'{candidate!r} is not "upstream/model" of a known upstream')
+        _check_serves(settings, document, "lane.route", "candidates", upstream, model)
     plans = [(f"policy.{number}", policy.plan) for number, policy in enumerate(settings.policies)]
     for place, plan in plans:
+        for setting, words in (("on_error", plan.on_error), ("on_rate_limit", plan.on_limit or ())):
+            _check_upstreams(settings, document, place, setting, words)
         if missing := plan.lanes - settings.ready:
             named = min(missing, key=ORDER.__getitem__)
             document.fail(place, "plan", f"has the lane {named.value!r}, which [lane.*] does not make ready")

@@ -37,7 +37,7 @@ WHOLE: Final[Mapping[tuple[str, ...], type[Any]]] = {
 """What a variable gives whole: tables with names it could not spell, and the one setting outside all tables."""
 
 _OF_DEVELOPMENT: Final = re.compile(
-    r"IBID_(TEST_\w+|BIN|RUNNING|OPENAI2_PYTHON|FRAMEWORKS_PYTHON|SCHEMATHESIS|SCHEMA_EXAMPLES|WRITE_GOLDEN|BENCH_DATA)"
+    r"IBID_(TEST_\w+|BIN|RUNNING|[A-Z0-9]+_PYTHON|SCHEMATHESIS|SCHEMA_EXAMPLES|WRITE_GOLDEN|BENCH_DATA)"
 )
 _OF_KUBERNETES: Final = re.compile(  # set in every pod beside a Service whose name begins with "ibid"
     r"IBID_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
@@ -60,7 +60,12 @@ def overlay(document: Document, environ: Mapping[str, str]) -> None:
             place, wanted = found
             said = text.upper() if variable == "IBID_LOG_LEVEL" else text
             document.put(place, said if _is_text(wanted) else _toml(variable, said), variable)
-    keys = [table.get("key_env") for table in document.table("upstream").values() if isinstance(table, dict)]
+    keys = [
+        table.get(name)
+        for section, name in (("upstream", "key_env"), ("admin.token", "token_env"))
+        for table in document.table(section).values()
+        if isinstance(table, dict)
+    ]
     for variable in unknown:
         if variable not in keys:
             _refuse(variable)

@@ -19,6 +19,18 @@ class StaleLane:
 
 
 @dataclass(frozen=True, slots=True)
+class FailoverLane:
+    """Retries, and upstreams that stand in. What moves at all is the policies' `on_error` and `on_rate_limit`."""
+
+    retries: int = option(2, "further calls of one request at the upstream it asks, before the first byte", least=1)
+    within_s: float = option(10.0, "time from a request's begin in which they may begin, pauses included", least=0.001)
+    max_extra_load: float = option(0.05, "retries, as a share of the calls made; 8 more to begin with; 0: none", most=1)
+    probe_timeout_s: float = option(
+        10.0, "how long an upstream with an open circuit has for its first byte, where something stands in", least=0.001
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class EdgeLane:
     """The local model: lanes edge, edge-if-error, cascade and race need it."""
 
@@ -55,6 +67,9 @@ class PrefixLane:
     """Marks for the provider's own prefix cache."""
 
     lifetime_s: float = option(300.0, "how long a provider keeps a prefix; seen again within it, it is marked", least=1)
+    by_default: bool = option(
+        True, "on Anthropic requests whose policy lists no lanes; false: where a plan says prefix"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +123,7 @@ class LaneSettings:
     """`[lane.NAME]`: the limits of every lane that has some."""
 
     stale: StaleLane = field(default_factory=StaleLane)
+    failover: FailoverLane = field(default_factory=FailoverLane)
     edge: EdgeLane = field(default_factory=EdgeLane)
     cascade: CascadeLane = field(default_factory=CascadeLane)
     route: RouteLane = field(default_factory=RouteLane)
@@ -135,7 +151,12 @@ class PolicySettings:
         None, "all of it must hold: model, tenant, namespace, tag as patterns; stream, tools, deadline as true or false"
     )
     plan: tuple[str, ...] = option((), "lanes; unset: exact, semantic, collapse")
-    on_error: tuple[str, ...] = option((), "what stands in for a failed upstream, in this order: stale, edge")
+    on_error: tuple[str, ...] = option(
+        (), "what is tried when an upstream fails, in this order: retry, stale, upstream:NAME, edge"
+    )
+    on_rate_limit: tuple[str, ...] | None = option(
+        None, "the same after an upstream's own 429, which may be its word to one key alone; unset: as on_error"
+    )
     ttl_s: float | None = option(None, "life of what is stored, when the client does not say")
 
 

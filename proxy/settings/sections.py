@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 from proxy.core.model import Limits, Rules
 from proxy.core.option import option
 from proxy.core.pace import TOKENS_PER_S, Pace
-from proxy.core.plan import ALIASES, Lane, Policy
+from proxy.core.plan import ALIASES, UPSTREAM, Lane, Policy
 from proxy.core.units import MIB
 from proxy.settings.file import setting_names
 from proxy.settings.lanes import LANES, AliasSettings, LaneSettings, PolicySettings
@@ -61,6 +61,17 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True)
+class AdminToken:
+    """One more token of the admin listener, for somebody who may do less. Its name stands in the audit trail."""
+
+    role: Literal["stats", "auditor", "admin"] = option(
+        "stats", "stats: numbers without text; auditor: reads everything, judges answers; admin: everything"
+    )
+    token_env: str | None = option(None, "environment variable that holds the token, 32 characters or more; required")
+    token: str | None = field(default=None, repr=False, metadata={"environment_only": True})
+
+
+@dataclass(frozen=True, slots=True)
 class UpstreamSettings:
     """One model server. The table's name is the upstream's name in headers, scopes and the ledger."""
 
@@ -74,6 +85,9 @@ class UpstreamSettings:
     proxy: str | None = field(default=None, repr=False, metadata={"environment_only": True})
     batch: Literal["auto", "off"] = option("auto", "auto: use its batch API if it has one; off: ordinary calls only")
     prices_as: str | None = option(None, "provider whose list prices apply; unset: the one of the upstream's name")
+    stands_in_for: tuple[str, ...] = option(
+        (), "asked=own: what it calls the models it stands in for, with * and ?; none: any, under the same name"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +203,13 @@ class Log:
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = option("INFO", "INFO has one line per lookup")
     format: Literal["json", "text"] = option("json", "json for machines, text for people at a terminal")
+    sample: float = option(1.0, "share of lookups that have a line; failed and slow ones always have", least=0, most=1)
+    traces: Literal["off", "otlp"] = option(
+        "off", "otlp: a span of each request goes where the OTEL_EXPORTER_OTLP_ variables say; needs the extra otel"
+    )
+    slow_s: float = option(
+        120.0, "a request that takes longer is a warning, slow_request, with the time of its steps", above=0
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +262,7 @@ class Settings:
     lanes: LaneSettings = field(default_factory=LaneSettings)
     policies: tuple[Policy, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=lambda: ALIASES)
+    admin_tokens: Mapping[str, AdminToken] = field(default_factory=dict)
     source: Path | None = None
     is_data_dir_named: bool = False  # by somebody who may have mistyped it: then the folder above must exist
 
@@ -251,6 +273,9 @@ class Settings:
         needs = {
             Lane.REVALIDATE: lanes.stale.while_revalidate_s > 0,
             Lane.STALE_IF_ERROR: lanes.stale.if_error_s > 0,
+            Lane.UPSTREAM_IF_ERROR: any(
+                word.startswith(UPSTREAM) for policy in self.policies for word in policy.plan.on_any_error
+            ),
             Lane.ROUTE: bool(lanes.route.candidates),
             Lane.PREDICT: bool(lanes.predict.models),
             Lane.TIER: bool(lanes.tier.models),
@@ -271,6 +296,7 @@ class Flags:
     database: str | None = None
     data_dir: str | None = None
     workers: int | None = None
+    shadow: bool | None = None
 
 
 class Option(NamedTuple):
@@ -298,6 +324,7 @@ SECTIONS: Mapping[str, tuple[type[Any], ...]] = {
 NAMED: Mapping[str, type[Any]] = {
     "upstream": UpstreamSettings,
     "prices.override": PriceOverride,
+    "admin.token": AdminToken,
     "alias": AliasSettings,
 }
 POLICY = "policy"

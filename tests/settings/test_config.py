@@ -221,6 +221,21 @@ def test_a_weak_admin_token_is_refused_and_not_quoted(token: str) -> None:
     assert token not in caught.value.message
 
 
+def test_a_further_admin_token_needs_a_name_and_a_secret_of_its_own(tmp_path: Path) -> None:
+    text = '[admin.token.anna]\nrole = "auditor"\ntoken_env = "ANNA"\n'
+    anna = load(written(tmp_path, text), {**HOME, "ANNA": "a" * 32}).admin_tokens["anna"]
+    assert (anna.role, anna.token) == ("auditor", "a" * 32)
+    assert "a" * 32 not in repr(anna)
+    for environ in ({}, {"ANNA": "short-canary"}):
+        said = refusal(tmp_path, text, environ)
+        assert "line 3: admin.token.anna.token_env must name a variable" in said
+        assert "canary" not in said
+    shared = {"ANNA": "a" * 32, "IBID_ADMIN_TOKEN": "a" * 32}
+    assert "holds the token of another name" in refusal(tmp_path, text, shared)
+    assert "admin.token.admin must be" in refusal(tmp_path, text.replace("anna", "admin"), {"ANNA": "a" * 32})
+    assert "role must be one of stats" in refusal(tmp_path, text.replace("auditor", "boss"), {"ANNA": "a" * 32})
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_other_than_one_worker_is_refused(workers: int) -> None:
     with pytest.raises(ConfigError, match="workers"):
@@ -239,7 +254,7 @@ def documented(text: str) -> dict[tuple[str, str], tuple[str, str]]:
     found, section = {}, ""
     for line in text.splitlines():
         if header := re.match(r"^(?:# )?\[\[?(.+?)\]?\]$", line):
-            section = re.sub(r"^(upstream|alias|prices\.override)\..+", r"\1.NAME", header[1])
+            section = re.sub(r"^(upstream|alias|prices\.override|admin\.token)\..+", r"\1.NAME", header[1])
         elif setting := LINE.match(line):
             found[section, setting[2]] = (setting[3], setting[4])
     return found
@@ -265,7 +280,8 @@ def test_the_example_file_gives_the_defaults() -> None:
 
 def test_the_example_file_is_valid_with_every_comment_opened(tmp_path: Path) -> None:
     opened = re.sub(r"(?m)^# (\[\[?[a-z].*\]|[a-z_]+ = .*)$", r"\1", EXAMPLE.read_text())
-    settings = load(written(tmp_path, opened), {**HOME, "EXAMPLE_API_KEY": "sk-example"})
+    settings = load(written(tmp_path, opened), {**HOME, "EXAMPLE_API_KEY": "sk-example", "EXAMPLE_TOKEN": "t" * 32})
+    assert settings.admin_tokens["grafana"].token == "t" * 32
     assert settings.upstreams["example"].base_url == "https://models.example/v1"
     assert settings.upstreams["example"].key == "sk-example"
     assert "sk-example" not in repr(settings)
@@ -281,7 +297,15 @@ EDGE = "[upstream.lab]\nbase_url = 'http://h'\n[lane.edge]\nupstream = 'lab'\nmo
     [
         ("[[policy]]\nplan = ['exact']\n\n[[policy]]\nplan = ['warp']\n", 5, "'warp' is no lane"),
         ("[[policy]]\nplan = ['exact', 'edge']\n", 2, "has the lane 'edge', which [lane.*] does not make ready"),
-        ("[[policy]]\non_error = ['cloud']\n", 2, "policy.0.on_error knows stale, edge"),
+        ("[[policy]]\non_error = ['cloud']\n", 2, "on_error knows retry, stale, upstream:NAME, edge, not 'cloud'"),
+        (
+            "[[policy]]\non_rate_limit = ['upstream']\n",
+            2,
+            "on_rate_limit knows retry, stale, upstream:NAME, edge, not 'upstream'",
+        ),
+        ("[[policy]]\non_error = ['upstream:lab']\n", 2, "on_error 'upstream:lab' is no upstream: openai, anthropic"),
+        ("[[policy]]\non_rate_limit = ['retry', 'upstream:']\n", 2, "on_rate_limit 'upstream:' is no upstream: openai"),
+        ("[upstream.openai]\nstands_in_for = ['gpt-4o']\n", 2, "stands_in_for 'gpt-4o' must be asked=own"),
         ("[[policy]]\non_error = ['stale']\n", 1, "has the lane 'stale-if-error'"),
         ("[[policy]]\nmatch = { modle = 'x' }\n", 2, "policy.0.match knows model"),
         ("[[policy]]\nmatch = { stream = 'yes' }\n", 2, "stream must be true or false"),
@@ -297,6 +321,13 @@ EDGE = "[upstream.lab]\nbase_url = 'http://h'\n[lane.edge]\nupstream = 'lab'\nmo
         ("[lane.edge]\nupstream = 'lab'\nmodel = 'm'\n", 2, "lane.edge.upstream is not an upstream: openai"),
         ("[lane.edge]\nupstream = 'ollama'\nmodel = 'm'\n", 2, "lane.edge.upstream must be of the OpenAI dialect"),
         ("[lane.route]\ncandidates = ['m']\n", 2, "'m' is not \"upstream/model\""),
+        (
+            EDGE
+            + "[upstream.far]\nbase_url = 'http://h'\nmodels = ['a']\n[lane.route]\ncandidates = ['far/b', 'far/a']\n",
+            10,
+            "'far/b' is left out by upstream.far.models: a",
+        ),
+        (EDGE.replace("[lane", "models = ['a', 'b-*']\n[lane"), 6, "'m' is left out by upstream.lab.models: a, b-*"),
         ("[lane.cascade]\npattern = '('\n", 2, "lane.cascade.pattern is not a regular expression"),
     ],
 )
@@ -310,14 +341,17 @@ def test_policies_keep_their_order_and_what_they_say(tmp_path: Path) -> None:
     text = EDGE + (
         "[lane.stale]\nif_error_s = 60\n"
         "[[policy]]\nname = 'evaluations'\nmatch = { tag = 'eval', stream = false }\nplan = ['exact']\nttl_s = 5\n"
-        "[[policy]]\non_error = ['stale', 'edge']\n[alias.local]\nplan = '+edge'\n"
+        "[[policy]]\non_error = ['stale', 'upstream:lab', 'edge']\non_rate_limit = ['retry']\n"
+        "[alias.local]\nplan = '+edge'\n"
     )
     settings = load(written(tmp_path, text), HOME)
     first, second = settings.policies
     assert (first.name, first.match.tag, first.match.stream) == ("evaluations", "eval", False)
     assert (first.plan.text, first.plan.ttl_s) == ("exact", 5.0)
     assert second.name == "policy 2"
-    assert second.plan.text == "exact,semantic,collapse,stale-if-error,edge-if-error"
+    assert second.plan.text == "exact,semantic,collapse,retry,stale-if-error,upstream-if-error,edge-if-error"
+    assert second.plan.standing_in(is_limit=False) == ("stale", "upstream:lab", "edge")
+    assert second.plan.standing_in(is_limit=True) == ("retry",)
     assert settings.aliases["local"] == "+edge"
     assert settings.aliases["exact"] == "-semantic"
 
@@ -364,7 +398,7 @@ def variables(tree: dict[str, object], path: tuple[str, ...] = ()) -> dict[str, 
 def test_every_setting_can_be_given_by_a_variable_and_means_what_the_file_means(tmp_path: Path) -> None:
     """The example file with every comment opened has every setting there is (see above)."""
     opened = re.sub(r"(?m)^# (\[\[?[a-z].*\]|[a-z_]+ = .*)$", r"\1", EXAMPLE.read_text())
-    environ = {**HOME, "EXAMPLE_API_KEY": "sk-example"}
+    environ = {**HOME, "EXAMPLE_API_KEY": "sk-example", "EXAMPLE_TOKEN": "t" * 32}
     from_file = load(written(tmp_path, opened), environ)
     from_environment = load(Flags(), {**environ, **variables(tomllib.loads(opened, parse_float=Decimal))})
     assert dataclasses.replace(from_file, source=None) == from_environment
@@ -450,6 +484,12 @@ def test_a_variable_beats_the_file_and_a_flag_beats_both(tmp_path: Path) -> None
 )  # fmt: skip
 def test_what_others_set_beside_us_is_no_setting(variable: str) -> None:
     assert load(Flags(), {**HOME, variable: "tcp://10.0.0.1:4141"}) == load(Flags(), HOME)
+
+
+def test_what_make_gives_the_tests_is_no_setting() -> None:
+    exported = re.findall(r"(?m)^export (IBID_\w+)", (Path(__file__).parents[2] / "Makefile").read_text())
+    assert len(exported) > 5
+    assert load(Flags(), {**HOME, **dict.fromkeys(exported, "/tmp/x")}) == load(Flags(), HOME)
 
 
 def test_the_variable_of_an_upstreams_key_may_be_called_what_it_likes() -> None:
