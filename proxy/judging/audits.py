@@ -31,7 +31,7 @@ import orjson
 
 from proxy import ports
 from proxy.core.answer import decode_answer
-from proxy.core.model import Answer, Comparison, Entry
+from proxy.core.model import Answer, Comparison, Entry, RepeatedAnswer
 from proxy.core.policy import ALWAYS
 from proxy.core.purse import Purse
 from proxy.core.query import Query
@@ -61,8 +61,7 @@ AUDITS_AT_ONCE = 4
 AUDITS_WAITING = 16
 COMPARISONS_AT_ONCE = 32  # after misses; an audit, which was paid for, is always compared
 OTHER_GROUPS = 1  # further groups a new answer is compared with, to join one
-COMPARING = 0.1  # share of a core that comparisons after misses may take; others are left out, whatever they would say
-COMPARISON_S = 0.01  # what one takes, on a slow core
+COMPARING = 0.05  # share of a core that comparisons may take; after it misses go without, whatever they would say
 BURST_S = 2.0
 THICK_LABELS = 1_000.0  # of a scope; beyond them a miss is compared with the chance of THICK_LABELS / labels
 REMEMBERED = 16_384  # semantic hits that feedback can still name
@@ -129,7 +128,9 @@ class Auditor:
         self._audits = 0  # waiting or under way
         self._comparing = 0
         self._spare = Spare(COMPARING, BURST_S)
+        self._spent_s = 0.0  # by the comparer, as far as `_spare` knows of it
         self._hits: OrderedDict[str, _Hit] = OrderedDict()
+        self._shadowed: OrderedDict[tuple[bytes, int], None] = OrderedDict()  # pairs of a wording and an entry
         self._last_row = 0
         self._has_learned = False
         self._late: deque[tuple[Comparison, float]] = deque(maxlen=LATE)  # corrections that came while it was learning
@@ -144,7 +145,7 @@ class Auditor:
     def draw(self, opinion: Opinion, judged: Judged, uses: int = 1) -> None:
         """Draw whether serving this calls for an audit; for how many hits it then stands. A wording that was served
         `uses` times since it was judged last is audited for all of them."""
-        share = min(1.0, uses * self.judge.audit_share(opinion, judged))
+        share = self.judge.audit_share(opinion, judged, uses)
         due = self._meaning.comparer is not None and self._chance() < share
         opinion.stands_for = 1.0 / share if due else None
 
@@ -221,25 +222,67 @@ class Auditor:
             return again
         return again._replace(p_null=p_null, comparer=comparer)
 
-    def refetched(self, before: HotRow, query: Query, answer: Answer) -> None:
+    def refetched(self, before: HotRow, query: Query, request_id: str, answer: Answer) -> None:
         """A question was answered anew that had an answer: a repeat that costs nothing."""
-        if self.judge.comparer == BUILT_IN and self._may_compare():
-            _ = self._tasks.spawn(self._see_repeat(before, query, answer), "compare")
+        if self._may_compare():
+            _ = self._tasks.spawn(self._see_repeat(before, query, request_id, answer), "compare")
 
-    async def _see_repeat(self, before: HotRow, query: Query, answer: Answer) -> None:
+    async def _see_repeat(self, before: HotRow, query: Query, request_id: str, answer: Answer) -> None:
         place = Place(query.scope, query.controls.namespace, query.tenant, query.fingerprint)
         self._comparing += 1
         try:
-            self.judge.saw_repeat(place, await self._likeness(answer, before, query.tenant))
+            p_same = await self._likeness(answer, before, query.tenant)
         finally:
             self._comparing -= 1
+        if self.judge.comparer == BUILT_IN:
+            self.judge.saw_repeat(place, p_same)
+        self._comparisons.repeated(
+            RepeatedAnswer(int(self._clock() * 1000), request_id, before.entry.id, BUILT_IN, p_same)
+        )
+
+    def shadowed(
+        self, opinion: Opinion | None, kept: HotRow, query: Query, headers: Headers, request_id: str, answer: Answer
+    ) -> None:
+        """In shadow, a question that `kept` would have answered was answered anew: what comes of comparing both costs
+        nothing. Of a wording that is alike it is a label, once for each pair: what is asked often is no proof of what
+        is asked seldom. Of the very same question it tells how often two answers to one question look different."""
+        if opinion is None or opinion.chosen is None:
+            self.refetched(kept, query, request_id, answer)
+            return
+        pair = query.fingerprint, kept.entry.id
+        if pair in self._shadowed or not (self._wants(opinion) and self._may_compare()):
+            return
+        self._shadowed[pair] = None
+        if len(self._shadowed) > REMEMBERED:
+            self._shadowed.popitem(last=False)
+        _ = self._tasks.spawn(self._compare_shadow(opinion, kept, query, headers, request_id, answer), "compare")
+
+    async def _compare_shadow(
+        self, opinion: Opinion, kept: HotRow, query: Query, headers: Headers, request_id: str, answer: Answer
+    ) -> None:
+        judged = opinion.chosen
+        assert judged is not None
+        self._comparing += 1
+        try:
+            p_same, comparer = await self._verdict(answer, kept, query, headers, request_id, is_paid=False)
+            weight = await self._weight(opinion, judged, query, kept)
+        except ports.CACHE_FAULTS as fault:
+            self._telemetry.audit("failed")
+            log.debug("answers were not compared: %s", type(fault).__name__)
+            return
+        finally:
+            self._comparing -= 1
+        self._comparisons.record(self._learn(opinion, judged, p_same, weight, request_id, comparer, served=False))
 
     def _may_compare(self, *, is_paid: bool = False) -> bool:
         """What was paid for is always compared."""
-        if self._meaning.comparer is None or self._tasks.closed:
+        comparer = self._meaning.comparer
+        if comparer is None or self._tasks.closed:
             return False
+        self._spare.spend(comparer.spent_s - self._spent_s)
+        self._spent_s = comparer.spent_s
         has_slot = self._comparing < COMPARISONS_AT_ONCE
-        return is_paid or (has_slot and self._spare.take(COMPARISON_S, time.monotonic()))
+        return is_paid or (has_slot and self._spare.has_room(time.monotonic()))
 
     def _wants(self, opinion: Opinion) -> bool:
         """Draw whether a miss is worth comparing, and note for how many it stands: the more is known, the fewer are."""
@@ -277,7 +320,7 @@ class Auditor:
                         await self._close_audit(opinion, judged, again, p_same)
                     group = judged.group_id if p_same >= SAME_FROM else entry.id
             if group == entry.id:
-                group = await self._find_group(opinion, judged, answer, query.tenant) or entry.id
+                group = await self._find_group(opinion, judged, answer) or entry.id
         except ports.CACHE_FAULTS as fault:
             self._telemetry.audit("failed")
             log.debug("answers were not compared: %s", type(fault).__name__)
@@ -286,12 +329,14 @@ class Auditor:
             self._comparisons.record(found, entry.id, group)
             self.judge.enter(opinion.place, entry.id, group)
 
-    async def _find_group(self, opinion: Opinion, but: Judged | None, answer: Answer, tenant: str) -> int | None:
-        """The group of a further candidate that was given the same answer."""
+    async def _find_group(self, opinion: Opinion, but: Judged | None, answer: Answer) -> int | None:
+        """The group of a further candidate that was given the same answer, as far as words alone tell."""
+        comparer = self._meaning.comparer
+        assert comparer is not None
         others = [j for j in opinion.judged if j is not but and j.candidate.similarity >= LEARN_FROM]
         for judged in others[:OTHER_GROUPS]:
             kept = await self._kept(judged.candidate.entry_id)
-            if kept is not None and await self._likeness(answer, kept, tenant) >= SAME_FROM:
+            if kept is not None and comparer.by_words(_text(answer), _text(kept.answer)) >= SAME_FROM:
                 return judged.group_id
         return None
 
@@ -406,6 +451,12 @@ class Auditor:
             )
             self.judge.apply(found)
             await self._comparisons.keep(found)  # whoever gave the verdict is told that it counts
+
+    async def near_miss(self, seen: ports.SeenComparison, verdict: str) -> None:
+        """Learn whether what was nearly served had the same answer ("right") or another one ("wrong")."""
+        p_same = 1.0 if verdict == "right" else 0.0
+        await self._correct(seen.comparison, p_same)
+        await self._comparisons.correct(seen.id, p_same, "feedback")
 
     async def _correct(self, found: Comparison, p_same: float) -> None:
         """At once, or after what is written down was learned: the judge knows nothing of it before."""

@@ -12,6 +12,7 @@ import orjson
 from proxy import ports
 from proxy.core import policy
 from proxy.core.answer import encode_answer
+from proxy.core.directives import reason_told
 from proxy.core.model import (
     Answer,
     Bypass,
@@ -94,6 +95,7 @@ class Books:
         age_s: int | None = None,
         saved_nusd: int = 0,
         costs_nusd: Mapping[str, int] | None = None,
+        headers: Sequence[tuple[bytes, bytes]] = (),
     ) -> None:
         """Where everything ends that is asked: the one place that writes ledger row, counters and line of the log.
 
@@ -104,7 +106,7 @@ class Books:
         else:
             self._ledger.record_again(recurring, outcome.request_id, outcome.ts_ms, outcome.total_ms)
         self._telemetry.lookup(
-            outcome, steps_ms, scope=scope, age_s=age_s, saved_nusd=saved_nusd, costs_nusd=costs_nusd
+            outcome, steps_ms, scope=scope, age_s=age_s, saved_nusd=saved_nusd, costs_nusd=costs_nusd, headers=headers
         )
 
     def hit(
@@ -115,8 +117,9 @@ class Books:
         scope: bytes,
         age_s: int,
         ending: Ending | None = None,
+        looked: str = "",
     ) -> None:
-        """Book a hit; `ending`: of one that went out over time."""
+        """Book a hit; `ending`: of one that went out over time. `looked`: see `Outcome`."""
         if form.worth:
             self.purse.earn(form.worth)
         recurring: tuple[Any, ...] | None = form.recurring
@@ -126,7 +129,17 @@ class Books:
         else:
             outcome = again(form.recurring, client.request_id, client.ts_ms, _ttft_ms(ending, client), total_ms)
             outcome, recurring = outcome._replace(outcome=ending.word), None
-        self.settle(outcome, steps_ms, recurring=recurring, scope=scope, age_s=age_s, saved_nusd=form.baseline_nusd)
+        if looked:
+            outcome, recurring = outcome._replace(looked=looked), None
+        self.settle(
+            outcome,
+            steps_ms,
+            recurring=recurring,
+            scope=scope,
+            age_s=age_s,
+            saved_nusd=form.baseline_nusd,
+            headers=client.headers,
+        )
 
     def call_of(self, fetch: Fetch, status: int, size_bytes: int, *, is_stream: bool, won: bool) -> Call:
         """The upstream call of a fetch that has ended. Usage that was not told is estimated from what arrived."""
@@ -193,7 +206,9 @@ class Books:
             shaped_by=sending.shaped_by,
         )
 
-    def forwarded(self, query: Query, client: Client, fetch: Fetch, ending: Ending, *, collapsed: bool = False) -> int:
+    def forwarded(
+        self, query: Query, client: Client, fetch: Fetch, ending: Ending, *, collapsed: bool = False, looked: str = ""
+    ) -> int:
         """Book a request that was not answered from entries, or not all of it; what it cost, in nano-dollars."""
         verdict = COLLAPSED if collapsed else fetch.lookup.verdict
         calls = fetch.lookup.spent
@@ -206,15 +221,16 @@ class Books:
             outcome=ending.word,
             status=ending.status,
             cache_status=_cache_status(query, verdict, mechanism),
-            reason=verdict.reason,
+            reason=reason_told(verdict, shadow=query.controls.shadow),
             mechanism=mechanism,
             model_served=fetch.answer.model if fetch.answer is not None else query.model,
             similarity=verdict.similarity if isinstance(verdict, NearMiss | Hit) else None,
-            entry_id=verdict.entry_id if isinstance(verdict, NearMiss) else None,
+            entry_id=_entry_id(query, verdict),
             usage=usage,
             usage_basis=basis,
             calls=calls,
             retry_of=fetch.client.request_id if collapsed and client.is_retry else None,
+            looked=looked,
             ttft_ms=_ttft_ms(ending, client),
             total_ms=_ms_since(client),
         )
@@ -223,7 +239,14 @@ class Books:
             costs_nusd[made.upstream] = costs_nusd.get(made.upstream, 0) + self.cost(made)
         cost_nusd = sum(costs_nusd.values())
         saved_nusd = self.price(query, usage, client.ts_ms) - cost_nusd if outcome.is_partial else 0
-        self.settle(outcome, fetch.lookup.steps_ms, scope=query.scope, saved_nusd=saved_nusd, costs_nusd=costs_nusd)
+        self.settle(
+            outcome,
+            fetch.lookup.steps_ms,
+            scope=query.scope,
+            saved_nusd=saved_nusd,
+            costs_nusd=costs_nusd,
+            headers=client.headers,
+        )
         return cost_nusd
 
     def served(
@@ -252,7 +275,13 @@ class Books:
             ttft_ms=total_ms,
             total_ms=total_ms,
         )
-        self.settle(outcome, steps_ms, scope=query.scope, saved_nusd=self.price(query, usage, client.ts_ms))
+        self.settle(
+            outcome,
+            steps_ms,
+            scope=query.scope,
+            saved_nusd=self.price(query, usage, client.ts_ms),
+            headers=client.headers,
+        )
 
     def repeated(
         self, query: Query, client: Client, usage: Usage | None, model_served: str, word: str, status: int
@@ -270,7 +299,9 @@ class Books:
             usage_basis=_basis(usage),
             total_ms=_ms_since(client),
         )
-        self.settle(outcome, scope=query.scope, saved_nusd=self.price(query, usage, client.ts_ms))
+        self.settle(
+            outcome, scope=query.scope, saved_nusd=self.price(query, usage, client.ts_ms), headers=client.headers
+        )
 
     def batch_tier(self, query: Query, usage: Usage | None, ts_ms: int) -> str:
         """The tier a call of a provider's batch is booked at: "default", which is never too little, when nobody knows
@@ -345,7 +376,7 @@ def added(*usages: Usage | None) -> Usage | None:
 def draft_of(fetch: Fetch, answer: Answer, embedder: str, rules: Rules, now_ms: int) -> Draft:
     """The entry this answer becomes. Without a vector it is found by its exact identity only."""
     query, lookup = fetch.query, fetch.lookup
-    is_compared = not answer.opaque  # what is signed is for the very same question
+    is_compared = not (answer.opaque or answer.calls)  # what is signed, or acts, is for the very same question
     embedded = is_compared and lookup.vector is not None and lookup.signature is not None
     return Draft(
         scope=query.scope,
@@ -382,13 +413,20 @@ def _answered_by(fetch: Fetch, *, is_ok: bool, collapsed: bool) -> tuple[str | N
 
 
 def _cache_status(query: Query, verdict: Verdict, mechanism: str | None) -> str:
-    if query.controls.shadow:
-        return "SHADOW"
     if query.controls.refresh:
         return "REFRESH"
     if mechanism == "cache.stale-if-error":
         return "STALE"
-    return "BYPASS" if isinstance(verdict, Bypass) else "MISS"
+    if isinstance(verdict, Bypass):
+        return "BYPASS"
+    return "SHADOW" if query.controls.shadow else "MISS"
+
+
+def _entry_id(query: Query, verdict: Verdict) -> int | None:
+    """The entry that was nearly served, or would have been."""
+    if isinstance(verdict, Hit):
+        return verdict.entry.id if query.controls.shadow else None
+    return verdict.entry_id if isinstance(verdict, NearMiss) else None
 
 
 def _asked(query: Query) -> Outcome:

@@ -209,16 +209,21 @@ class KeyRing:
     ) -> None:
         """Let a request pass through. `model` None: whatever it is; `is_free`: it costs nothing upstream;
         `is_told`: what it costs can be known. Raises BadRequest: 401, 403, 429."""
+        self.check_passing(grant, ts_ms, is_free=is_free, is_told=is_told)
         self._check(grant, upstream, ts_ms)
         if model is not None:
             check_model(grant.live.key, model)
+        self._hold(grant.live, request_id, ts_ms, _ONE)
+
+    def check_passing(self, grant: Grant, ts_ms: int, *, is_free: bool, is_told: bool) -> None:
+        """What `admit_passing` refuses whatever a body says, before one is read. Raises BadRequest: 401, 403, 429."""
+        check_standing(grant.live.key, grant.digest, ts_ms)
         if not is_told and any([limit.kind is Kind.USD for limit in grant.live.key.limits]):
             message = "This ibid key has a limit of money, and nothing tells what a request to this path costs."
             raise BadRequest(message, status=403, code="cost_not_told")
-        spent = self._hold(grant.live, request_id, ts_ms, _ONE)
-        if spent is not None and not is_free:
-            self.let_go(request_id)
-            raise spent
+        for budget in exhausted(grant.live.budgets, ts_ms):
+            if budget.limit.kind is not Kind.USD or not is_free:
+                raise over(budget, ts_ms)
 
     def _check(self, grant: Grant, upstream: str, ts_ms: int) -> None:
         check_standing(grant.live.key, grant.digest, ts_ms)

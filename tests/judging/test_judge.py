@@ -297,6 +297,18 @@ def test_the_pair_guards_word_is_enough_where_the_measured_prior_is_within_the_b
     assert consider(guarded(0.02), candidate(1, 0.8)).chosen is None  # no word of the guard would be enough
 
 
+def test_what_lies_behind_another_question_is_not_served_on_the_guards_word() -> None:
+    judge = guarded(0.006)
+    opinion = consider(judge, candidate(1, 0.8), candidate(2, 0.78))
+    assert [judged.candidate.entry_id for judged in opinion.judged if judged.standing is not None] == [1]
+    judge.join(entry_id=2, group_id=1)  # the answers of both were found to be the same
+    opinion = consider(judge, candidate(1, 0.8), candidate(2, 0.78))
+    assert [judged.group_id for judged in opinion.judged if judged.standing is not None] == [1]
+    unlike = tokens.signature("How do I not reset the router of my office")
+    opinion = consider(guarded(0.006), candidate(1, 0.9, unlike), candidate(2, 0.78))
+    assert [judged.candidate.entry_id for judged in opinion.judged if judged.standing is not None] == [2]
+
+
 def test_what_a_guard_knows_no_prior_overrules() -> None:
     other = tokens.signature("How do I not reset the router of my office")
     assert consider(guarded(0.0001), candidate(1, 0.97, other)).chosen is None
