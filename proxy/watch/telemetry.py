@@ -5,12 +5,14 @@ Measured on 22 Nov 2026 (2-core EPYC, Python 3.11): one pre-bound `Counter.inc()
 sorted in 4 µs, and 5.5 µs in the log's thread to write the line. Everything but the line is called on the event loop's
 thread, scrapes included, so nothing is locked.
 
-Labels are words of our own, bounded in number: a label set beyond LABEL_LIMIT is counted under "other".
+Labels are words of our own, but for model, namespace and team, which a client or the operator named. All are bounded in
+number: a label set beyond LABEL_LIMIT is counted under "other".
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 from bisect import bisect_left
@@ -22,10 +24,12 @@ from prometheus_client.registry import Collector
 
 from proxy.core import saving
 from proxy.core.model import Outcome, Tier
-from proxy.watch.logs import LineFormat, LogWriter
+from proxy.watch.logs import LineFormat, LogWriter, Redactor
+from proxy.watch.tracing import Headers, Spans
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LABEL_LIMIT = 500
+NAME_LIMIT = 64  # characters of a name that somebody else chose
 BOUNDS_MS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 120_000)
 STEPS = ("plan", "exact", "embed", "search", "judge", "guard", "forward", "store")
 
@@ -39,6 +43,7 @@ _TIERS: Mapping[str | None, str] = {
     "cache.stale-if-error": Tier.STALE.value,
     "edge.local": Tier.EDGE.value,
     "edge.offline": Tier.EDGE.value,
+    "hybrid.failover": Tier.FAILOVER.value,
     "hybrid.route": "routed",
     "hybrid.cascade": Tier.EDGE.value,
     "spec.race": Tier.EDGE.value,
@@ -75,9 +80,15 @@ class Histogram:
 class Telemetry(Collector):
     """What the pipeline tells about its work. One per process; owns its registry, not the log writer."""
 
-    def __init__(self, log: LogWriter | None = None, *, level: int = logging.INFO) -> None:
+    def __init__(
+        self, log: LogWriter | None = None, *, level: int = logging.INFO, sample: float = 1.0, slow_ms: float = math.inf
+    ) -> None:
+        """`sample`: the share of unremarkable lookups that have a line. `slow_ms`: from when a request is slow."""
         self.log_lookups = log is not None and level <= logging.INFO
         self._log = log
+        self.spans: Spans | None = None  # set where traces are on
+        self._sample, self._due = sample, 0.0
+        self._slow_ms = slow_ms if level <= logging.WARNING else math.inf
         self._requests: dict[Labels, int] = {}
         self._vetoes: dict[Labels, int] = {}
         self._faults: dict[Labels, int] = {}
@@ -86,6 +97,9 @@ class Telemetry(Collector):
         self._refused: dict[Labels, int] = {}
         self._saved_nusd: dict[Labels, int] = {}
         self._cost_nusd: dict[Labels, int] = {}
+        self._asked: dict[Labels, int] = {}
+        self._asked_saved_nusd: dict[Labels, int] = {}
+        self._asked_cost_nusd: dict[Labels, int] = {}
         self._collapsed = 0
         self._lanes: dict[Labels, Histogram] = {}
         self._upstreams: dict[Labels, Histogram] = {}
@@ -112,11 +126,12 @@ class Telemetry(Collector):
         saved_nusd: int = 0,
         cost_nusd: int = 0,
         costs_nusd: Mapping[str, int] | None = None,
+        headers: Headers = (),
     ) -> None:
         """Count one finished request and queue its line. Never blocks, never raises; see the module on its cost.
 
-        `costs_nusd`: by upstream, where others than the one asked may take part. `steps_ms` has keys of STEPS; the
-        caller must not change it afterwards (the line is formatted later).
+        `headers`: the client's, for its trace. `costs_nusd`: by upstream, where others than the one asked may take
+        part. `steps_ms` has keys of STEPS; the caller must not change it afterwards (the line is formatted later).
         """
         answered_by = outcome.mechanism or saving.answered_by(outcome.calls)
         tier = "" if outcome.is_partial else _TIERS.get(answered_by, "other")
@@ -126,6 +141,12 @@ class Telemetry(Collector):
             requests[key] += 1
         else:
             _add(requests, key, 1)
+        who = (outcome.model_requested, outcome.namespace, outcome.team)
+        asked, asked_key = self._asked, (*who, outcome.cache_status)
+        if asked_key in asked:
+            asked[asked_key] += 1
+        else:
+            _add(asked, asked_key, 1)
         lane = (tier or "forward",)
         histogram = self._lanes.get(lane)
         if histogram is None:
@@ -134,11 +155,14 @@ class Telemetry(Collector):
         if saved_nusd:
             saved = self._saved_nusd
             saved[lane] = saved.get(lane, 0) + saved_nusd
+            _add(self._asked_saved_nusd, who, saved_nusd)
         if cost_nusd:
             _add(self._cost_nusd, (outcome.upstream,), cost_nusd)
+            _add(self._asked_cost_nusd, who, cost_nusd)
         elif costs_nusd:
             for upstream, nusd in costs_nusd.items():
                 _add(self._cost_nusd, (upstream,), nusd)
+                _add(self._asked_cost_nusd, who, nusd)
         if tier == "collapsed":
             self._collapsed += 1
         for call in outcome.calls:
@@ -148,8 +172,24 @@ class Telemetry(Collector):
             self._lookups.observe(sum(steps_ms.values()) - get("forward", 0.0) - get("store", 0.0))
             if (embed := steps_ms.get("embed")) is not None:
                 self._embeds.observe(embed)
-        if self.log_lookups and self._log is not None:
+        if self.spans is not None:
+            self.spans.note(outcome, steps_ms, headers)
+        if self._log is not None and self._has_line(outcome):
             self._log.post(self._line, outcome, steps_ms, scope, age_s)
+
+    def _has_line(self, outcome: Outcome) -> bool:
+        """Whether a lookup is written down: what failed or was slow always, of the others their share in turn."""
+        if outcome.total_ms >= self._slow_ms:
+            return True
+        if not self.log_lookups:
+            return False
+        if outcome.outcome != "ok" or outcome.status >= 400:
+            return True
+        self._due += self._sample
+        if self._due < 1.0:
+            return False
+        self._due -= 1.0
+        return True
 
     def veto(self, guard: str) -> None:
         """A guard refused a candidate."""
@@ -199,6 +239,12 @@ class Telemetry(Collector):
         yield _counter("ibid_collapsed", "Requests that shared another one's forward", (), [((), self._collapsed)])
         yield _counter("ibid_saved_usd", "Money not spent", ("lane",), _usd(self._saved_nusd))
         yield _counter("ibid_cost_usd", "Money spent upstream", ("upstream",), _usd(self._cost_nusd))
+        who, named = ("model", "namespace", "team"), self._named
+        yield _counter(
+            "ibid_asked", "Finished requests, by who asked what", (*who, "cache"), named(self._asked).items()
+        )
+        yield _counter("ibid_asked_saved_usd", "Money not spent", who, _usd(named(self._asked_saved_nusd)))
+        yield _counter("ibid_asked_cost_usd", "Money spent upstream", who, _usd(named(self._asked_cost_nusd)))
         if self._log is not None:
             yield _counter("ibid_log_lines_dropped", "Log lines lost to a full queue", (), [((), self._log.dropped)])
         yield _histogram("ibid_request_seconds", "Whole request, by lane", ("lane",), self._lanes.items())
@@ -210,6 +256,15 @@ class Telemetry(Collector):
             for labels, read in samples:
                 gauge.add_metric([labels[key] for key in sorted(labels)], float(read()))
             yield gauge
+
+    def _named(self, counts: Mapping[Labels, int]) -> dict[Labels, int]:
+        """Under names that are short and show no secret; those that look alike then are counted together."""
+        found: dict[Labels, int] = {}
+        redactor = Redactor() if self._log is None else self._log.form.redactor
+        for key, count in counts.items():
+            shown = tuple([redactor.clean(word)[:NAME_LIMIT] for word in key])
+            found[shown] = found.get(shown, 0) + count
+        return found
 
     def _timed(self, into: dict[Labels, Histogram], key: Labels, value_ms: float) -> None:
         histogram = into.get(key)
@@ -240,7 +295,9 @@ class Telemetry(Collector):
             words = self._words[key] = _words(form, o)
         request_id = f'"{o.request_id}"' if _PLAIN_ID(o.request_id) else form.redactor.encode(o.request_id)
         k = self._keys
-        head = form.head(int(time.time() * 1000), "info", "proxy.lookup", "lookup")
+        is_slow = o.total_ms >= self._slow_ms
+        level, event = ("warning", "slow_request") if is_slow else ("info", "lookup")
+        head = form.head(int(time.time() * 1000), level, "proxy.lookup", event)
         line = (
             f"{head}{k['request_id']}{request_id}{words}"
             f'{k["total_ms"]}{o.total_ms:.3f}{k["scope"]}"{scope[:4].hex()}"'

@@ -297,3 +297,55 @@ def test_invented_labels_cannot_grow_the_metrics_without_bound() -> None:
     assert text.count("ibid_requests_total{") <= LABEL_LIMIT + 1
     assert text.count("ibid_cost_usd_total{") <= LABEL_LIMIT + 1
     assert telemetry.count() == LABEL_LIMIT * 2
+
+
+def exposed(telemetry: Telemetry) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    families = text_string_to_metric_families(telemetry.exposition().decode())
+    return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
+
+
+def test_who_asked_what_is_counted_and_bounded_and_shows_no_secret() -> None:
+    telemetry = Telemetry()
+    for _ in range(3):
+        telemetry.lookup(outcome(namespace="shop", team="web"), saved_nusd=5_000)
+    telemetry.lookup(outcome(model_requested="sk-proj-canary0123456789abcdef", cache_status="MISS"), cost_nusd=7_000)
+    for long in ("m" * 500 + "1", "m" * 500 + "2"):  # alike once they are cut
+        telemetry.lookup(outcome(model_requested=long))
+    text = telemetry.exposition().decode()
+    assert 'ibid_asked_total{cache="HIT",model="gpt-5",namespace="shop",team="web"} 3.0' in text
+    assert 'ibid_asked_saved_usd_total{model="gpt-5",namespace="shop",team="web"} 1.5e-05' in text
+    assert "canary" not in text
+    assert f'ibid_asked_total{{cache="HIT",model="{"m" * 64}",namespace="",team=""}} 2.0' in text
+    for number in range(LABEL_LIMIT + 50):
+        telemetry.lookup(outcome(namespace=f"n{number}"))
+    asked = {labels: n for (name, labels), n in exposed(telemetry).items() if name == "ibid_asked_total"}
+    assert len(asked) == LABEL_LIMIT
+    assert sum(asked.values()) == telemetry.count()
+    other = ("other",) * 4
+    assert asked[tuple(sorted(zip(("cache", "model", "namespace", "team"), other, strict=True)))] == 54
+
+
+def test_lines_are_sampled_evenly_but_none_that_failed_or_was_slow(stream: io.StringIO) -> None:
+    writer = set_up("INFO", as_json=True, stream=stream)
+    telemetry = Telemetry(writer, sample=0.25, slow_ms=1000.0)
+    for number in range(100):
+        telemetry.lookup(outcome(request_id=f"ok-{number}"))
+    telemetry.lookup(outcome(request_id="failed", status=502, outcome="error"))
+    telemetry.lookup(outcome(request_id="left", outcome="cancelled"))
+    telemetry.lookup(outcome(request_id="slow", total_ms=1000.0), {"exact": 1.5, "forward": 998.0})
+    tear_down(writer)
+    lines = [orjson.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["request_id"] for line in lines[-3:]] == ["failed", "left", "slow"]
+    assert len(lines) == 25 + 3
+    assert (lines[-1]["level"], lines[-1]["event"], lines[-1]["forward_ms"]) == ("warning", "slow_request", 998.0)
+    assert {line["level"] for line in lines[:-1]} == {"info"}
+
+
+@pytest.mark.parametrize(("level", "written"), [(logging.WARNING, 1), (logging.ERROR, 0)])
+def test_a_slow_request_has_the_level_of_a_warning(stream: io.StringIO, level: int, written: int) -> None:
+    writer = set_up("DEBUG", as_json=True, stream=stream)
+    telemetry = Telemetry(writer, level=level, slow_ms=1000.0)
+    telemetry.lookup(outcome())
+    telemetry.lookup(outcome(total_ms=5000.0))
+    tear_down(writer)
+    assert len(stream.getvalue().splitlines()) == written
