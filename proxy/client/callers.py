@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from proxy.core import identity
 from proxy.core.identity import HeaderRules
 from proxy.core.memo import Memo, size_of
+from proxy.core.retries import retry_count
 from proxy.money.keys import Grant, KeyRing
 from proxy.request.reading import Caller, Target
 
@@ -55,12 +56,14 @@ class Callers:
         said = {name.lower(): value for name, value in reversed(headers)}  # the first of a name
         if target.keys and b"x-goog-api-key" not in said:
             headers = (*headers, (b"x-goog-api-key", target.keys[0]))
+        tried = retry_count(said)
         return Caller(
             identity.tenant_of(self._secret, who) if grant is None else grant.live.tenant,
             headers if grant is None else identity.without_credentials(headers),
             identity.scope_headers(headers, self._header_rules),
             is_json=_may_be_json(said.get(b"content-type", b"")),
-            is_retry=said.get(b"x-stainless-retry-count", b"0") not in (b"", b"0"),
+            is_retry=bool(tried),
+            tries_again=tried is not None,
             grant=grant,
             is_deferring=b"respond-async" in said.get(b"prefer", b""),
             origin=said.get(b"origin", b"").decode("latin-1"),

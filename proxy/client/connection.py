@@ -1,8 +1,8 @@
 """One client's connection: aiohttp's HTTP protocol with the deadlines, bounds and error envelopes it does not have.
 
 aiohttp bounds lines, headers and pipelining, and closes idle keep-alive connections. Added here (catalogue rows 5-12,
-47, 48, 51): an absolute deadline for a request's head, JSON envelopes for what the parser refuses, and an answer for a
-client that half-closes.
+47, 48, 51): an absolute deadline for a request's head, a bound on the memory of all half heads, JSON envelopes for what
+the parser refuses, and an answer for a client that half-closes.
 
 No request arms a timer. A connection in an unusual state (half a head, half closed, a reader that stalls) is put on
 the server's watch list, and one sweep every `tick_s` looks at that list only.
@@ -22,8 +22,9 @@ from collections.abc import Awaitable, Callable
 from aiohttp import HttpVersion11, web
 
 from proxy.aiohttp_internals import BadHttpMessage, ServerConnection, answer_as_http11, can_take_a_chunk
-from proxy.client.incoming import error_response, new_request_id, parser_error, raw_response
-from proxy.core.errors import BadRequest, IbidError
+from proxy.client.incoming import error_response, network_of, new_request_id, parser_error, raw_response
+from proxy.core.arrival import HeadRoom
+from proxy.core.errors import BadRequest, Busy, IbidError
 from proxy.core.model import Limits
 
 log = logging.getLogger(__name__)
@@ -59,8 +60,23 @@ class ClientConnection(ServerConnection):
         self._stalled = 0  # bytes waiting for a slow reader, when last seen
         self._stalled_since = 0.0
 
-    def head_begun(self) -> None:
+    def head_grew(self, size_bytes: int) -> None:
         self._owner.watch(self)
+        self._owner.hold_head(self, size_bytes)
+
+    def head_ended(self) -> None:
+        self._owner.heads.leave(self)
+
+    def refuse_head(self) -> None:
+        """End half a head at once, for want of room, and what is being answered before it too."""
+        transport = self.transport
+        if transport is None:
+            return
+        if self.is_idle():
+            transport.write(raw_response(Busy("Too many request heads are on their way.")))
+            self.force_close()
+        else:
+            transport.abort()
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection while something is being answered; the request itself must be whole."""
@@ -154,6 +170,12 @@ class ClientConnection(ServerConnection):
         return response
 
 
+def _address_of(connection: ClientConnection) -> str:
+    transport = connection.transport
+    peer = None if transport is None else transport.get_extra_info("peername")
+    return network_of(str(peer[0])) if peer else ""
+
+
 def _has_failed(transport: asyncio.Transport) -> bool:
     """Has the peer reset the connection while nothing was read from it? Linux reports EPIPE or ECONNRESET here."""
     sock = transport.get_extra_info("socket")
@@ -167,6 +189,7 @@ class ClientServer(web.Server):
         super().__init__(handler, handler_cancellation=True)
         self.limits = limits
         self.open_count = 0  # connections accepted and not lost yet
+        self.heads: HeadRoom[ClientConnection] = HeadRoom(limits)
         self._watched: set[ClientConnection] = set()
 
     def __call__(self) -> ClientConnection:
@@ -174,11 +197,17 @@ class ClientServer(web.Server):
 
     def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
         self.open_count -= 1
+        assert isinstance(handler, ClientConnection)
         self._watched.discard(handler)  # it holds its last request
+        self.heads.leave(handler)
         super().connection_lost(handler, exc)
 
     def watch(self, connection: ClientConnection) -> None:
         self._watched.add(connection)
+
+    def hold_head(self, connection: ClientConnection, size_bytes: int) -> None:
+        for ended in self.heads.hold(connection, _address_of(connection), size_bytes):
+            ended.refuse_head()
 
     def sweep(self, now: float) -> None:
         """`now` is loop time, seconds."""

@@ -188,9 +188,8 @@ class ClientHandler:
                 self.keys.check_query(grant, query)
             async with self._turn():
                 return await self.batches.defer(query, target.path_qs, caller.headers)
-        client = Client(
-            request_id, int(self._clock() * 1000), started_s, query.path_qs, caller.headers, caller.is_retry
-        )
+        client = Client(request_id, int(self._clock() * 1000), started_s, query.path_qs, caller.headers,
+                        caller.is_retry, caller.tries_again)  # fmt: skip
         spent = None if grant is None else self.keys.admit(grant, query, request_id, client.ts_ms)
         replay = None if spent is not None or query.batch is not None else self._pipeline.recall(query, client)
         if replay is not None and replay.paced is None:
@@ -317,6 +316,10 @@ class ClientHandler:
             if grant is not None:
                 self.keys.check(grant)
             return await self.batches.answer(request, target.place, asked)
+        if grant is not None:
+            self.keys.check_passing(
+                grant, int(self._clock() * 1000), is_free=is_free(request), is_told=_is_told(request, asked.path)
+            )
         return await self.passing.answer(request, asked)
 
     def _admit_passing(
@@ -324,10 +327,9 @@ class ClientHandler:
     ) -> None:
         """As `KeyRing.admit` for what passes through. A key held to some models must name one of them where that may
         cost something. Raises BadRequest."""
-        is_socket, costs_nothing = is_websocket(request), is_free(request)
         self.keys.admit_passing(
             grant, upstream, model, asked.request_id, int(self._clock() * 1000),
-            is_free=costs_nothing, is_told=costs_nothing or (not is_socket and tells_cost(asked.path)),
+            is_free=is_free(request), is_told=_is_told(request, asked.path),
         )  # fmt: skip
 
     # -- reading --------------------------------------------------------------------------------------------------
@@ -358,7 +360,9 @@ class ClientHandler:
     def _remember(self, request: web.BaseRequest, target: Target, caller: Caller, body: bytes, query: Query) -> None:
         """What was read of a request that was answered."""
         self._remember_caller(request, target, caller)
-        if len(body) <= MEMO_BODY_BYTES:
+        if (
+            len(body) <= MEMO_BODY_BYTES and query.eligibility.reason != "previous_response"
+        ):  # it may be known next time
             self._queries.put((target, caller, body), query, _size_of_query(query))
 
     def _remember_caller(self, request: web.BaseRequest, target: Target, caller: Caller) -> None:
@@ -397,6 +401,11 @@ class ClientHandler:
     def beat(self, now_s: float) -> None:
         """Called about once a second: keep silent event streams alive. `now_s` is `time.monotonic`."""
         self._delivery.beat(now_s)
+
+
+def _is_told(request: web.BaseRequest, path: str) -> bool:
+    """Whether what it costs can be known."""
+    return is_free(request) or (not is_websocket(request) and tells_cost(path))
 
 
 def _size_of_query(query: Query) -> int:

@@ -62,7 +62,11 @@ def check_head(request: web.BaseRequest) -> None:
 
 def address_of(request: web.BaseRequest) -> str:
     """Whose connection it is: the peer's address, and of IPv6 the network that one subscriber has (RFC 6177)."""
-    remote = request.remote or ""
+    return network_of(request.remote or "")
+
+
+def network_of(remote: str) -> str:
+    """An address, and of IPv6 the network that one subscriber has."""
     if ":" not in remote:
         return remote
     return str(ipaddress.IPv6Network((remote.partition("%")[0], 64), strict=False))

@@ -13,6 +13,7 @@ import textwrap
 import tracemalloc
 import zlib
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
@@ -24,7 +25,7 @@ from proxy.client.listener import Listener, start
 from proxy.core.errors import Busy, IbidError
 from proxy.core.model import Limits
 from tests.edge.rawclient import RawClient, get, post
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, until
 
 SHORT = Limits(
     body_bytes=64 * 1024,
@@ -296,6 +297,53 @@ async def test_half_a_head_behind_whole_requests_is_closed_too(short: Server) ->
     await client.send(b"GET /v1/b HTTP/1.1\r\n")
     assert (await client.answer()).code == "request_timeout"
     assert short.app.executed == ["/v1/a"]
+
+
+CUT = b"GET /v1/x HTTP/1.1\r\nHost: h\r\n" + b"".join(b"X-%d: %b\r\n" % (i, b"a" * 8000) for i in range(12))
+
+
+@pytest.mark.parametrize("first", [b"", get("/v1/wait")], ids=["alone", "behind a request"])
+async def test_half_heads_hold_no_more_than_their_room_and_others_are_answered(first: bytes) -> None:
+    limits = replace(PATIENT, heads_bytes=4 * len(CUT), connections=400)
+    tracemalloc.start()
+    try:
+        async with asynccontextmanager(serve)(limits) as server:
+            heads, before = server.listener.server.heads, tracemalloc.get_traced_memory()[0]
+            clients = [await server.client() for _ in range(60)]
+            for client in clients:
+                await client.send(first)
+            await until(lambda: len(server.app.executed) == len(clients) * bool(first))
+            for client in clients:
+                await client.send(CUT)
+            ends = {asyncio.create_task(client.rest()): client for client in clients}
+            while len(ends) > 3:  # of one address: three quarters of the room
+                done, _ = await asyncio.wait(ends, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
+                assert done, f"{len(ends)} half heads stay"
+                assert first or all(task.result().startswith(b"HTTP/1.1 503 ") for task in done)
+                for task in done:
+                    ends.pop(task).close()
+            other = await server.client()
+            await other.send(get("/v1/y"))
+            assert (await other.answer()).status == 200
+            assert 0 < heads.held_bytes <= limits.heads_bytes
+            assert tracemalloc.get_traced_memory()[0] - before < 6 * limits.heads_bytes
+            for task, client in ends.items():
+                task.cancel()
+                client.close()
+            await until(lambda: heads.held_bytes == 0)
+    finally:
+        tracemalloc.stop()
+
+
+async def test_a_head_that_becomes_whole_gives_its_room_back(patient: Server) -> None:
+    client, heads = await patient.client(), patient.listener.server.heads
+    whole = CUT + b"\r\n"
+    for end in (whole, CUT + b"no header\r\n\r\n"):  # taken, and refused
+        await client.send(end[:30_000])
+        await until(lambda: heads.held_bytes > 0)
+        await client.send(end[30_000:])
+        assert (await client.answer()).status == (200 if end is whole else 400)
+        assert heads.held_bytes == 0
 
 
 @pytest.mark.parametrize("drip", [b"", b"x"])
