@@ -1,5 +1,8 @@
 """Who may use the admin listener: the token's making and checking, and the refusals a browser's request can earn.
 
+A program sends the token with every request. A browser sends it once and then the cookie of a session, which counts
+for less: what changes something must also say that it comes from our own page.
+
 Access is bound to the handler by a decorator, never to a path (a path can be spelled in more ways than a check thinks
 of), and `refuse_unguarded` stops the start when a route has neither decorator.
 """
@@ -20,6 +23,9 @@ from typing import Any, NamedTuple
 
 from aiohttp import hdrs, web
 
+from proxy.admin.roles import FIRST, Role, Token, Who
+from proxy.admin.routes import BY_NAME
+from proxy.admin.sessions import SESSION_S, Sessions
 from proxy.core.errors import ConfigError, IbidError
 
 TOKEN_FILE = "admin-token"
@@ -28,6 +34,9 @@ LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 CLIENT_KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")
 _CLIENT_KEY_SHAPE = re.compile(r"(?:sk|pk|rk|gsk|xai|hf|r8|ibid)[-_]|AIza|eyJ").match
 _SHAPE = re.compile(r"[\x21-\x7e]+").fullmatch
+
+WHO = web.RequestKey("who", Who)
+"""Whose token a request came with."""
 
 Method = Callable[[Any, web.Request], Awaitable[web.StreamResponse]]
 
@@ -46,6 +55,8 @@ class Gate(NamedTuple):
     token: str
     hosts: frozenset[str] = LOOPBACK_NAMES  # names without a port, lower case; the socket's own address is implied
     is_client_key: Callable[[str], bool] | None = None
+    sessions: Sessions | None = None  # None: nobody signs in here
+    others: tuple[Token, ...] = ()  # more tokens, each with its role
 
 
 GATE = web.AppKey("gate", Gate)
@@ -106,11 +117,13 @@ def _checked(token: str, source: str) -> str:
 
 
 def guarded(handler: Method) -> Method:
-    """The handler, behind host, origin and token checks."""
+    """The handler, behind host, origin and token checks, and that of the role its route needs."""
+    route = BY_NAME.get(handler.__name__)
+    needed = Role.ADMIN if route is None else route.needs
 
     @functools.wraps(handler)
     async def checked(owner: Any, request: web.Request) -> web.StreamResponse:
-        admit(request)
+        admit(request, needed)
         return await handler(owner, request)
 
     checked.access = "token"  # type: ignore[attr-defined]
@@ -136,11 +149,18 @@ def refuse_unguarded(app: web.Application) -> None:
             raise ConfigError(f"the admin route {route.method} {route.resource} does not check who asks")
 
 
-def admit(request: web.Request) -> None:
-    """Raises Refused unless the request names this host, comes from no foreign page, and carries the token."""
+def admit(request: web.Request, needed: Role = Role.STATS) -> None:
+    """Raises Refused unless the request names this host, comes from no foreign page, and carries a token of that role
+    or a higher one."""
     check_host(request)
-    _check_origin(request)
-    _check_token(request)
+    check_origin(request)
+    if (who := signed_in(request)) is not None:
+        _check_page(request)
+    else:
+        who = _check_token(request)
+    request[WHO] = who
+    if who.role < needed:
+        raise Refused(f"this needs the role {needed}; the token {who.name} has the role {who.role}", code="role_needed")
 
 
 def check_host(request: web.Request) -> None:
@@ -166,7 +186,8 @@ def _own_address(request: web.Request) -> str | None:
     return str(ipaddress.ip_address(str(name[0]).partition("%")[0]))
 
 
-def _check_origin(request: web.Request) -> None:
+def check_origin(request: web.Request) -> None:
+    """Raises Refused for what another site's page sent."""
     site = request.headers.get("Sec-Fetch-Site", "none")
     origin = request.headers.get(hdrs.ORIGIN)
     own = f"{request.url.scheme}://{request.headers.get(hdrs.HOST, '')}"
@@ -174,19 +195,79 @@ def _check_origin(request: web.Request) -> None:
         raise Refused("requests from other sites' pages are refused", code="foreign_origin")
 
 
-def _check_token(request: web.Request) -> None:
-    """401 for nothing or a wrong token, 403 for a client's credential. Digests are compared, in constant time."""
+def _check_page(request: web.Request) -> None:
+    """Refuse a change that comes by cookie and does not say that our own page sent it."""
+    if request.method in (hdrs.METH_GET, hdrs.METH_HEAD):
+        return
+    if request.headers.get("Sec-Fetch-Site") != "same-origin" and hdrs.ORIGIN not in request.headers:
+        raise Refused("a change by cookie must come from the dashboard's own page", code="foreign_origin")
+
+
+def signed_in(request: web.Request) -> Who | None:
+    """Whose session's cookie came, where no other credential came that would speak for the request."""
+    sessions, secret = request.app[GATE].sessions, request.cookies.get(cookie_name(request))
+    if sessions is None or secret is None or hdrs.AUTHORIZATION in request.headers:
+        return None
+    return sessions.owner(secret)
+
+
+def cookie_name(request: web.Request) -> str:
+    """Of this listener alone: browsers keep the cookies of all ports of a host together."""
+    _, _, port = request.headers.get(hdrs.HOST, "").rpartition(":")
+    return f"ibid-session-{port}" if port.isdecimal() and port.isascii() else "ibid-session"
+
+
+def sign_in(request: web.Request, response: web.Response, *, token: str | None, ticket: str | None) -> None:
+    """Put a new session's cookie on the response. Raises Refused for a wrong token or a spent ticket."""
+    gate = request.app[GATE]
+    secret = None
+    if gate.sessions is not None and ticket is not None:
+        secret = gate.sessions.redeem(ticket)
+    elif gate.sessions is not None and token is not None and (who := _owner(token.strip(), gate)) is not None:
+        secret = gate.sessions.open(who)
+    if secret is None:
+        raise Refused(
+            "this is no admin token" if ticket is None else "this link was used or is too old; use the token",
+            code="invalid_admin_token" if ticket is None else "invalid_ticket",
+        )
+    response.set_cookie(
+        cookie_name(request),
+        secret,
+        max_age=SESSION_S,
+        httponly=True,
+        samesite="Strict",
+        secure=request.secure,
+    )
+
+
+def sign_out(request: web.Request, response: web.Response) -> None:
+    """End the session that asks, if one does."""
+    name = cookie_name(request)
+    sessions = request.app[GATE].sessions
+    if sessions is not None and name in request.cookies:
+        sessions.close(request.cookies[name])
+    response.del_cookie(name, httponly=True, samesite="Strict", secure=request.secure)
+
+
+def _check_token(request: web.Request) -> Who:
+    """Whose token it is. 401 for nothing or a wrong token, 403 for a client's credential."""
     gate = request.app[GATE]
     given = request.headers.getall(hdrs.AUTHORIZATION, [])
     scheme, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
-    is_token = hmac.compare_digest(_digest(token.strip()), _digest(gate.token))
-    if is_token and scheme.lower() == "bearer":
-        return
+    if (who := _owner(token.strip(), gate)) is not None and scheme.lower() == "bearer":
+        return who
     keys = [request.headers[name] for name in CLIENT_KEY_HEADERS if name in request.headers]
     is_known = gate.is_client_key is not None and any(gate.is_client_key(key) for key in (token, *keys) if key)
     if keys or is_known or _CLIENT_KEY_SHAPE(token):
         raise Refused("a client's credential does not open the admin listener", code="client_key")
     raise Refused("send the admin token as Authorization: Bearer", code="invalid_admin_token", status=401)
+
+
+def _owner(given: str, gate: Gate) -> Who | None:
+    """Whose token it is. Digests are compared, all of them, in constant time."""
+    known = [(FIRST, gate.token), *((Who(one.name, one.role), one.secret) for one in gate.others)]
+    owners = [who for who, secret in known if hmac.compare_digest(_digest(given), _digest(secret))]
+    return owners[0] if owners else None
 
 
 def _digest(text: str) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import orjson
@@ -13,6 +14,7 @@ from proxy.client.handlers import ClientHandler
 from proxy.core import identity, policy
 from proxy.core.answer import decode_answer
 from proxy.core.errors import BadRequest
+from proxy.core.keys import Key, tenant_of_project
 from proxy.core.model import Candidate, Entry, Level, NearMiss
 from proxy.core.query import Query
 from proxy.judging.judge import Judged, Opinion, Place, finite, verdict_of
@@ -21,11 +23,13 @@ from proxy.request.lookup import CANDIDATES
 from proxy.request.pipeline import Pipeline
 from proxy.request.reading import Caller
 from proxy.settings.lanes import LaneSettings
+from proxy.store.entries import TenantUse
 from proxy.store.selection import Filters
 from proxy.store.store import Store
 from proxy.store.traffic import read_mean_output
 
 TWINS = 20
+TENANTS = 8  # named where one has to be chosen
 
 
 class Explainer:
@@ -110,10 +114,28 @@ class Explainer:
         return foresee(query, self._lanes, self._prices, now_ms, output_tokens=output_tokens, is_hit=is_hit)
 
     async def _only_tenant(self) -> str:
-        tenants = await self._store.entries.tenants(limit=2)
-        if len(tenants) > 1:
-            raise BadRequest("More than one tenant has entries: name one.", code="invalid_value", param="tenant")
-        return tenants[0] if tenants else "0" * 64
+        uses = await self._store.entries.tenants(limit=TENANTS + 1)
+        if len(uses) > 1:
+            named = await self._named(uses[:TENANTS])
+            more = ", and others" if len(uses) > TENANTS else ""
+            message = f"More than one tenant has entries: name one (--tenant, or ?tenant=): {'; '.join(named)}{more}."
+            raise BadRequest(message, code="invalid_value", param="tenant")
+        return uses[0].tenant if uses else "0" * 64
+
+    async def _named(self, uses: Sequence[TenantUse]) -> list[str]:
+        """Each tenant with whom it stands for, as far as that is known: of a credential only its digest is."""
+        keys: dict[str, list[Key]] = {}
+        for key in await self._store.keys.keys():
+            keys.setdefault(tenant_of_project(key.project), []).append(key)
+        said = []
+        for use in uses:
+            owners = keys.get(use.tenant, [])
+            who = (
+                f"project {owners[0].project}, key {owners[0].id}" if owners else "a credential that is passed through"
+            )
+            last = datetime.fromtimestamp(use.used_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
+            said.append(f"{use.tenant} ({who}; {use.entries:,} entries, last used {last})")
+        return said
 
     async def _opinion(self, query: Query, now_ms: int) -> tuple[Opinion | None, str]:
         """What the judge makes of it, or why it is not asked. Pairs refused before are marked; rows are not read."""

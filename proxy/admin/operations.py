@@ -7,7 +7,7 @@ import datetime
 import os
 import sys
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +15,9 @@ import orjson
 
 from proxy.admin import server as admin
 from proxy.admin.reindex import Reindex
+from proxy.admin.roles import Who
+from proxy.admin.telling import bill, tell
+from proxy.admin.transfer import Importer, written
 from proxy.core.answer import decode_answer
 from proxy.core.errors import BadRequest, CacheFault
 from proxy.core.model import Draft
@@ -29,6 +32,7 @@ from proxy.watch.health import Health
 from proxy.watch.telemetry import Telemetry
 
 SIMULATE_S = 300.0
+SIMILAR_MOST = 10_000  # entries that one purge by meaning may name
 Explainer = Callable[[str, bytes, Mapping[str, str], str | None], Any]
 
 
@@ -49,6 +53,7 @@ class Operator:
         reindex: Callable[[], Reindex | None],
         spawn: Callable[[Coroutine[Any, Any, None], str], object],
         is_stopping: Callable[[], bool],
+        installation: str,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._pipeline = pipeline
@@ -62,6 +67,7 @@ class Operator:
         self._reindex = reindex
         self._spawn = spawn
         self._is_stopping = is_stopping
+        self._installation = installation  # tells it from others, and says nothing of its secret
         self._clock = clock
 
     def readiness(self) -> Mapping[str, Any]:
@@ -98,7 +104,7 @@ class Operator:
 
     async def entries(self, wanted: admin.EntryFilter) -> Sequence[Mapping[str, Any]]:
         page = await self._store.entries.search(
-            Filters(wanted.namespace, wanted.model, wanted.tag, wanted.q),
+            Filters(wanted.namespace, wanted.model, wanted.tag, wanted.q, ids=wanted.ids),
             limit=wanted.limit,
             cursor=None if wanted.cursor is None else str(wanted.cursor),
         )
@@ -120,12 +126,31 @@ class Operator:
             "answer": {"message": dict(answer.message), "finish_reason": answer.finish_reason, "model": answer.model},
         }
 
+    async def amend(self, entry_id: int, ttl_s: int | None, tags: Sequence[str] | None) -> Mapping[str, Any] | None:
+        expires_ms = None if ttl_s is None else int(self._clock() * 1000) + ttl_s * 1000
+        amended = await self._store.entries.amend(entry_id, expires_ms=expires_ms, tags=tags)
+        if amended is None:
+            return None
+        self._pipeline.entries.purged([entry_id])  # what memory and index hold of it is of before
+        self._pipeline.entries.propose(amended)
+        return await self.entry(entry_id)
+
     async def purge(self, selector: Selector, *, dry_run: bool) -> Sequence[int]:
         ids = await self._store.entries.purge(selector, dry_run=dry_run)
         if not dry_run:
             self._pipeline.entries.purged(ids)
             self._store.comparisons.forget(ids)
         return ids
+
+    async def similar(self, text: str, above: float) -> admin.Similar:
+        """Over the vectors in SQL: an index answers for one scope, and for its nearest alone."""
+        embedder = self._pipeline.embedder
+        if embedder is None:
+            raise CacheFault("there is no embedding model to compare with", code=self._pipeline.semantic_fault)
+        vector = await embedder.embed(text)
+        entries = self._store.entries
+        found = await entries.alike(embedder.identity, vector, above, SIMILAR_MOST)
+        return admin.Similar(found, await entries.count_lacking(embedder.identity))
 
     async def explain(
         self, path: str, body: bytes, headers: Mapping[str, str], tenant: str | None
@@ -138,21 +163,38 @@ class Operator:
         found = await self._store.feedback(verdict=verdict, ts_ms=now_ms, request_id=request_id, entry_id=entry_id)
         if found is None:
             return None
+        was_served = request_id is None or await self._was_served(request_id)
         await self._pipeline.auditor.feedback(request_id, found, verdict)
         await self._pipeline.errands.router.feedback(request_id, found, verdict, now_ms)
-        if found:
+        if found and was_served:
             changed = await self._store.entries.quarantine(found, on=verdict == "wrong")
             if verdict == "wrong":
                 self._pipeline.entries.purged([found])
             elif changed:
                 await self._reinstate(found)
-        return {"entry_id": found or None, "verdict": verdict, "quarantined": bool(found) and verdict == "wrong"}
+        return {
+            "entry_id": found or None,
+            "verdict": verdict,
+            "quarantined": bool(found and was_served) and verdict == "wrong",
+        }
+
+    async def _was_served(self, request_id: str) -> bool:
+        """Whether the entry of a request answered it; a near-miss names the one that did not."""
+        row = await self._store.queries.request(request_id)
+        return row is not None and str(row["lane"]).startswith("cache.")
 
     async def _reinstate(self, entry_id: int) -> None:
         """An entry that is served again goes back into the index; memory fills itself."""
         entry = await self._store.entries.get(entry_id)
         if entry is not None:
             self._pipeline.entries.propose(entry)
+
+    async def compare(self, comparison_id: int, verdict: str) -> Mapping[str, Any] | None:
+        seen = await self._store.comparisons.near_miss(comparison_id)
+        if seen is None:
+            return None
+        await self._pipeline.auditor.near_miss(seen, verdict)
+        return {"comparison_id": comparison_id, "verdict": verdict}
 
     async def comparisons(self, limit: int, cursor: int | None, *, near_misses: bool) -> Sequence[Mapping[str, Any]]:
         return await self._store.comparisons.recent(limit=limit, before_id=cursor, near_misses=near_misses)
@@ -200,14 +242,43 @@ class Operator:
         command += ["--data-dir", str(self._settings.data_dir)]
         if self._settings.source is not None:
             command += ["--config", str(self._settings.source)]
-        if wanted["max_error"] is not None:
-            command += ["--max-error", str(wanted["max_error"])]
+        for budget in wanted["max_errors"] or [wanted["max_error"]]:
+            command += [] if budget is None else ["--max-error", str(budget)]
         for guard in wanted["without"] or ():
             command += ["--without", guard]
         for name in ("namespace", "limit"):
             if wanted[name] is not None:
                 command += [f"--{name}", str(wanted[name])]
         return command
+
+    def export(self, after_id: int, namespace: str | None) -> AsyncIterator[tuple[str, bytes]]:
+        return written(self._store.entries, self._installation, after_id, namespace)
+
+    async def take_in(self, pieces: AsyncIterator[bytes], *, dry_run: bool, with_purged: bool) -> Mapping[str, Any]:
+        """What it stores has no vector yet: the reindex in the background is told."""
+        importer = Importer(
+            self._store.entries,
+            self._installation,
+            int(self._clock() * 1000),
+            self._pipeline.entries.propose,
+            dry_run=dry_run,
+            with_purged=with_purged,
+        )
+        try:
+            report = await importer.take(pieces)
+        finally:
+            if importer.report.stored and not dry_run:
+                self._pipeline.entries.on_lacking()
+        return {"dry_run": dry_run, **asdict(report)}
+
+    async def begin_act(self, who: Who, route: str, parameters: Mapping[str, Any]) -> int:
+        return await self._store.acts.begin(int(self._clock() * 1000), who.name, str(who.role), route, parameters)
+
+    async def end_act(self, act_id: int, outcome: str, touched: int | None) -> None:
+        await self._store.acts.end(act_id, outcome, touched)
+
+    async def acts(self, wanted: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        return await self._store.acts.recent(limit=wanted["limit"], before_id=wanted["cursor"], about=wanted["about"])
 
     def keys(self) -> Sequence[Mapping[str, Any]]:
         return self._keys.listed()
@@ -238,20 +309,25 @@ class Operator:
     def views(self) -> Sequence[Mapping[str, Any]]:
         return [{"name": name, "about": view.title, "columns": view.columns} for name, view in DESCRIBED.items()]
 
-    async def query(self, name: str | None, sql: str | None, limit: int) -> admin.Table:
-        if sql is not None:
-            result = await self._store.queries.run_readonly(sql, row_limit=limit)
-        elif name is not None:
-            result = await self._store.queries.named(name, row_limit=limit)
-        else:
-            raise BadRequest("name or sql is needed", code="invalid_value", param="name")
+    async def named(self, name: str, limit: int, since_ms: int | None, until_ms: int | None) -> admin.Table:
+        result = await self._store.queries.named(
+            name, since_day=_day(since_ms, ""), until_day=_day(until_ms, "9999"), row_limit=limit
+        )
+        return admin.Table(result.columns, result.rows, result.truncated)
+
+    async def query(self, sql: str, limit: int) -> admin.Table:
+        result = await self._store.queries.run_readonly(sql, row_limit=limit)
         return admin.Table(result.columns, result.rows, result.truncated)
 
     async def requests(self, wanted: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         return await self._store.queries.requests(**wanted)
 
     async def request(self, request_id: str) -> Mapping[str, Any] | None:
-        return await self._store.queries.request(request_id)
+        found = await self._store.queries.request(request_id)
+        return None if found is None else {**found, "story": tell(found), "bill": bill(found)}
+
+    async def batches(self, limit: int, cursor: str | None) -> Sequence[Mapping[str, Any]]:
+        return await self._store.batches.recent(limit=limit, before=cursor)
 
 
 _UNSHOWN = frozenset({"scope", "fingerprint", "usage", "answer", "embedding", "signature"})

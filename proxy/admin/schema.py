@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 MAX_LIMIT = 1000
 MAX_ID = 2**63 - 1
-MAX_ITEMS = 1000
 BODY_LIMIT_BYTES = 4 * 1024 * 1024
 
 Values = dict[str, Any]
@@ -38,6 +37,7 @@ _SCHEMAS: Mapping[str, Mapping[str, Any]] = {
     "integer": {"type": "integer"},
     "id": {"type": "integer", "minimum": 1, "maximum": MAX_ID},
     "boolean": {"type": "boolean"},
+    "shares": {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}},
     "share": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
     "time": {"type": "string", "description": "ISO 8601 date or time, or an age such as 30d, 12h, 15m"},
     "choices": {"type": "string"},
@@ -48,7 +48,10 @@ _SCHEMAS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Param:
-    """One query parameter or body field. `kind` is a key of _SCHEMAS; times come out as epoch milliseconds."""
+    """One query parameter or body field. `kind` is a key of _SCHEMAS; times come out as epoch milliseconds.
+
+    `low` and `high` bound a number, or how many a list has.
+    """
 
     name: str
     kind: str
@@ -60,6 +63,7 @@ class Param:
     high: int = MAX_LIMIT
     length: int = 200
     pattern: str = ""
+    is_private: bool = False  # a text of somebody's: written down nowhere
 
     def schema(self) -> dict[str, Any]:
         """As JSON Schema."""
@@ -68,8 +72,10 @@ class Param:
             out |= {"minimum": self.low, "maximum": self.high}
         if self.kind == "text":
             out |= {"maxLength": self.length} | ({"pattern": self.pattern} if self.pattern else {})
-        if self.kind in ("ids", "texts"):
-            out |= {"maxItems": MAX_ITEMS}
+        if self.kind in ("ids", "texts", "shares"):
+            out |= {"minItems": self.low, "maxItems": self.high}
+        if self.kind == "texts" and self.pattern:
+            out["items"] = {**out["items"], "pattern": self.pattern}
         if self.kind == "text" and self.choices:
             out |= {"enum": list(self.choices)}
         if self.kind == "choices":
@@ -163,9 +169,9 @@ def _read(param: Param, value: Any, now_ms: int, from_text: bool) -> Any:
                 return value
             raise invalid(param.name, "must be true or false")
         case "share":
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-                raise invalid(param.name, "must be a number between 0 and 1")
-            return float(value)
+            return _share(param.name, value)
+        case "shares":
+            return tuple(_share(param.name, item) for item in _items(param, value))
         case "time":
             return read_time(param.name, _text(param, value), now_ms)
         case "choices":
@@ -174,15 +180,22 @@ def _read(param: Param, value: Any, now_ms: int, from_text: bool) -> Any:
                 raise invalid(param.name, f"must be different words of {', '.join(param.choices)}")
             return tuple(chosen)
         case "ids":
-            return tuple(_integer(param.name, item, 1, MAX_ID, isinstance(item, str)) for item in _items(param, value))
+            items = _items(param, value.split(",") if from_text and isinstance(value, str) else value)
+            return tuple(_integer(param.name, item, 1, MAX_ID, isinstance(item, str)) for item in items)
         case _:
             return tuple(_text(param, item) for item in _items(param, value))
 
 
 def _items(param: Param, value: Any) -> Iterable[Any]:
-    if not isinstance(value, list) or not 1 <= len(value) <= MAX_ITEMS:
-        raise invalid(param.name, f"must be a list of 1 to {MAX_ITEMS}")
+    if not isinstance(value, list) or not param.low <= len(value) <= param.high:
+        raise invalid(param.name, f"must be a list of {param.low} to {param.high}")
     return value
+
+
+def _share(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise invalid(name, "must be a number between 0 and 1")
+    return float(value)
 
 
 def _text(param: Param, value: Any) -> str:

@@ -7,10 +7,11 @@ composition root implements over the pipeline and the store.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -18,9 +19,22 @@ import orjson
 from aiohttp import web
 
 from proxy import ports
-from proxy.admin.auth import GATE, Gate, admit, guarded, refuse_unguarded, unguarded
-from proxy.admin.routes import BY_NAME, ROUTES, describe
+from proxy.admin import assets, manual
+from proxy.admin.auth import (
+    GATE,
+    Gate,
+    admit,
+    check_origin,
+    guarded,
+    refuse_unguarded,
+    sign_in,
+    sign_out,
+    signed_in,
+    unguarded,
+)
+from proxy.admin.routes import BY_NAME, JSON_LINES, ROUTES, WITH_BODY, describe
 from proxy.admin.schema import BODY_LIMIT_BYTES, Values, invalid, read_body, read_bytes, read_query, read_values
+from proxy.admin.trail import BROKEN, OUTCOME, Trail, begin, recorder, touched
 from proxy.client.incoming import error_response, new_request_id
 from proxy.core.errors import BadRequest, CacheFault, IbidError
 from proxy.core.purges import Selector
@@ -29,26 +43,16 @@ from proxy.watch.telemetry import CONTENT_TYPE, Telemetry
 log = logging.getLogger(__name__)
 
 SHOWN_IDS = 1000
+ALIKE = 0.9  # similarity from which a purge by meaning selects, unless told
 _OWN_HEADERS = frozenset({"authorization", "cookie", "host", "x-api-key", "api-key", "x-goog-api-key"})
+DATA_POLICY = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 SECURITY_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Server": "ibid",
 }
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>ibid</title>
-<h1>ibid</h1>
-<p>This is the admin listener. Send the admin token as <code>Authorization: Bearer …</code>; the routes are described
-in <code>/openapi.json</code>. The shell has them too: <code>ibid stats</code>, <code>ibid entries</code>,
-<code>ibid savings</code>, <code>ibid purge</code>, <code>ibid explain</code>.</p>
-<p>Open to all: <a href="/healthz">/healthz</a>, <a href="/readyz">/readyz</a>.</p>
-</html>
-"""
-
-
 T = TypeVar("T")
 
 
@@ -61,6 +65,7 @@ class EntryFilter(NamedTuple):
     q: str | None
     limit: int
     cursor: int | None
+    ids: Sequence[int] | None = None
 
 
 class Table(NamedTuple):
@@ -71,7 +76,14 @@ class Table(NamedTuple):
     truncated: bool = False
 
 
-class Operations(Protocol):
+class Similar(NamedTuple):
+    """Entries by how similar their questions are, the most similar first; `lacking` have no vector to compare."""
+
+    similarities: Mapping[int, float]
+    lacking: int
+
+
+class Operations(Trail, Protocol):
     """What the routes ask of the program. Every method may raise CacheFault (503) and BadRequest (4xx)."""
 
     def readiness(self) -> Mapping[str, Any]:
@@ -93,8 +105,16 @@ class Operations(Protocol):
         """One entry with its prompt and answer."""
         ...
 
+    async def amend(self, entry_id: int, ttl_s: int | None, tags: Sequence[str] | None) -> Mapping[str, Any] | None:
+        """The entry as `entry` shows it, now fresh for `ttl_s` seconds, with these tags; None leaves one as it is."""
+        ...
+
     async def purge(self, selector: Selector, *, dry_run: bool) -> Sequence[int]:
         """Ids selected, and unless `dry_run` gone from SQL, index and memory before this returns."""
+        ...
+
+    async def similar(self, text: str, above: float) -> Similar:
+        """Entries of any scope whose question means about this."""
         ...
 
     async def explain(
@@ -108,12 +128,24 @@ class Operations(Protocol):
         ...
 
     async def feedback(self, request_id: str | None, entry_id: int | None, verdict: str) -> Mapping[str, Any] | None:
-        """Record "right" or "wrong" on an entry or the entry a request was served from; wrong quarantines the entry,
-        right restores it. None when there is no such entry or request."""
+        """Record "right" or "wrong" on an entry, or on the one a request was served or nearly served; wrong quarantines
+        what was served, right restores it. None when there is no such entry or request."""
+        ...
+
+    async def compare(self, comparison_id: int, verdict: str) -> Mapping[str, Any] | None:
+        """Record of a near-miss that its answers are the same ("right") or not; None when there is no such one."""
         ...
 
     async def comparisons(self, limit: int, cursor: int | None, *, near_misses: bool) -> Sequence[Mapping[str, Any]]:
         """Answers that were compared, newest first: after near-misses, or after hits that were audited."""
+        ...
+
+    def export(self, after_id: int, namespace: str | None) -> AsyncIterator[tuple[str, bytes]]:
+        """(kind, line) as `admin.transfer` has them."""
+        ...
+
+    async def take_in(self, pieces: AsyncIterator[bytes], *, dry_run: bool, with_purged: bool) -> Mapping[str, Any]:
+        """What became of the lines of an export, as counts."""
         ...
 
     def policy(self) -> Mapping[str, Any]:
@@ -156,16 +188,24 @@ class Operations(Protocol):
         """The same of the views, for one's own SELECT."""
         ...
 
-    async def query(self, name: str | None, sql: str | None, limit: int) -> Table:
-        """A named query or one read-only statement, time- and row-limited. Raises BadRequest on either's fault."""
+    async def named(self, name: str, limit: int, since_ms: int | None, until_ms: int | None) -> Table:
+        """A named query over whole days, time- and row-limited. Raises BadRequest for an unknown one."""
+        ...
+
+    async def query(self, sql: str, limit: int) -> Table:
+        """One read-only statement, time- and row-limited. Raises BadRequest on its fault."""
         ...
 
     async def requests(self, wanted: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        """Ledger rows, newest first; `wanted` has limit, since, until, model, cache_status."""
+        """Ledger rows, newest first; `wanted` has the route's values."""
         ...
 
     async def request(self, request_id: str) -> Mapping[str, Any] | None:
-        """One ledger row with its upstream calls and savings steps."""
+        """One ledger row, its upstream calls and steps of money, how it was looked up, and its story in sentences."""
+        ...
+
+    async def batches(self, limit: int, cursor: str | None) -> Sequence[Mapping[str, Any]]:
+        """Batches of all tenants, newest first."""
         ...
 
 
@@ -178,18 +218,50 @@ class Admin:
         self._now_ms = clock_ms or (lambda: int(time.time() * 1000))
 
     async def _read(self, request: web.Request) -> Values:
-        """Path, query and body values of this route, checked. Raises BadRequest naming the parameter."""
+        """Path, query and body values of this route, checked. Raises BadRequest naming the parameter.
+
+        What it is asked for is written down, if it is an act, before this returns."""
         route = BY_NAME[str(request.match_info.route.name)]
         now_ms = self._now_ms()
         values = read_values(dict(request.match_info), route.places, now_ms, from_text=True)
         values |= read_query(request, route.query, now_ms)
-        if route.body is not None and request.method == "POST":
+        if route.body is not None and request.method in WITH_BODY:
             values |= await read_body(request, route.body, now_ms)
+        await begin(self._do, request, route, values)
         return values
 
     @unguarded
     async def page(self, request: web.Request) -> web.Response:
-        return web.Response(text=PAGE, content_type="text/html")
+        return assets.response(assets.PAGE)
+
+    @unguarded
+    async def asset(self, request: web.Request) -> web.Response:
+        values = await self._read(request)
+        return assets.response(_found(values["name"] if values["name"] in assets.served() else None, "asset"))
+
+    @unguarded
+    async def session(self, request: web.Request) -> web.Response:
+        await self._read(request)
+        who = signed_in(request)
+        return reply({"signed_in": who is not None, "role": None if who is None else str(who.role)})
+
+    @unguarded
+    async def sign_in(self, request: web.Request) -> web.Response:
+        check_origin(request)
+        values = await self._read(request)
+        if (values["token"] is None) == (values["ticket"] is None):
+            raise invalid("token", "name either token or ticket")
+        response = reply({"signed_in": True})
+        sign_in(request, response, **values)
+        return response
+
+    @unguarded
+    async def sign_out(self, request: web.Request) -> web.Response:
+        check_origin(request)
+        await self._read(request)
+        response = reply({"signed_in": False})
+        sign_out(request, response)
+        return response
 
     @unguarded
     async def healthz(self, request: web.Request) -> web.Response:
@@ -233,9 +305,19 @@ class Admin:
         return reply(_found(await self._do.entry(values["id"]), "entry"))
 
     @guarded
+    async def amend_entry(self, request: web.Request) -> web.Response:
+        values = await self._read(request)
+        if values["ttl_s"] is None and values["tags"] is None:
+            raise BadRequest("name ttl_s, tags or both", code="missing_parameter", param="ttl_s")
+        amended = _found(await self._do.amend(values["id"], values["ttl_s"], values["tags"]), "entry")
+        touched(request, 1)
+        return reply(amended)
+
+    @guarded
     async def delete_entry(self, request: web.Request) -> web.Response:
         values = await self._read(request)
         ids = await self._do.purge(Selector(ids=(values["id"],)), dry_run=False)
+        touched(request, len(ids))
         return reply(_purged(_found(ids or None, "entry"), dry_run=False))
 
     @guarded
@@ -250,30 +332,41 @@ class Admin:
             older_than_ms=values["older_than"],
             writer=values["writer"],
         )
-        if selector == Selector():
-            raise BadRequest(f"name at least one of {', '.join(values)}", code="missing_parameter", param="ids")
-        ids = await self._do.purge(selector, dry_run=dry_run)
+        found: Similar | None = None
+        if values["similar_to"] is not None:
+            found = await self._do.similar(values["similar_to"], values["above"] or ALIKE)
+            chosen = set(found.similarities).intersection(selector.ids or found.similarities)
+            selector = dataclasses.replace(selector, ids=tuple(sorted(chosen)))
+        elif selector == Selector():
+            named = ", ".join(name for name in values if name != "above")
+            raise BadRequest(f"name at least one of {named}", code="missing_parameter", param="ids")
+        nothing_alike = found is not None and not selector.ids
+        ids = () if nothing_alike else await self._do.purge(selector, dry_run=dry_run)
+        touched(request, len(ids), dry_run=dry_run)
         log.info("purge", extra={"entries": len(ids), "dry_run": dry_run})
-        return reply(_purged(ids, dry_run=dry_run))
+        told = _purged(ids, dry_run=dry_run)
+        return reply(told if found is None else told | _alike(found, ids))
 
     @guarded
     async def flush(self, request: web.Request) -> web.Response:
         await self._read(request)
-        return reply(_purged(await self._flush(), dry_run=False))
+        return reply(_purged(await self._flush(request), dry_run=False))
 
     @guarded
     async def delete(self, request: web.Request) -> web.Response:
         values = await self._read(request)
         ids = await self._do.purge(Selector(ids=values["keys"]), dry_run=False)
+        touched(request, len(ids))
         return reply({"status": "success", "deleted": len(ids)})
 
     @guarded
     async def flushall(self, request: web.Request) -> web.Response:
         await self._read(request)
-        return reply({"status": "success", "deleted": len(await self._flush())})
+        return reply({"status": "success", "deleted": len(await self._flush(request))})
 
-    async def _flush(self) -> Sequence[int]:
+    async def _flush(self, request: web.Request) -> Sequence[int]:
         ids = await self._do.purge(Selector(everything=True), dry_run=False)
+        touched(request, len(ids))
         log.warning("flush", extra={"entries": len(ids)})
         return ids
 
@@ -289,10 +382,17 @@ class Admin:
     @guarded
     async def feedback(self, request: web.Request) -> web.Response:
         values = await self._read(request)
-        if (values["request_id"] is None) == (values["entry_id"] is None):
-            raise invalid("entry_id", "name either entry_id or request_id")
+        named = [name for name in ("entry_id", "request_id", "comparison_id") if values[name] is not None]
+        if len(named) != 1:
+            raise invalid("entry_id", "name one of entry_id, request_id and comparison_id")
+        if named == ["comparison_id"]:
+            compared = _found(await self._do.compare(values["comparison_id"], values["verdict"]), "comparison")
+            touched(request, 1)
+            return reply(compared)
         done = await self._do.feedback(values["request_id"], values["entry_id"], values["verdict"])
-        return reply(_found(done, "entry"))
+        found = _found(done, "entry")
+        touched(request, 1)
+        return reply(found)
 
     @guarded
     async def near_misses(self, request: web.Request) -> web.Response:
@@ -308,6 +408,47 @@ class Admin:
         more = rows[-1]["id"] if len(rows) == values["limit"] else None
         return reply({"comparisons": rows, "next_cursor": more})
 
+    # -- taking entries out and in -----------------------------------------------------------------------------------
+
+    @guarded
+    async def export(self, request: web.Request) -> web.StreamResponse:
+        values = await self._read(request)
+        response = web.StreamResponse(headers={"Content-Type": JSON_LINES})
+        await response.prepare(request)
+        count, kind = 0, ""
+        try:
+            async for kind, line in self._do.export(values["after"] or 0, values["namespace"]):
+                await response.write(line)
+                count += kind == "entry"
+        except ConnectionResetError:  # whoever read it has gone
+            kind = "broken"
+        touched(request, count)
+        if kind == "broken":
+            request[OUTCOME] = BROKEN
+        return response  # aiohttp ends it, once the outcome of this act is written down
+
+    @guarded
+    async def take_in(self, request: web.Request) -> web.Response:
+        if request.content_type not in (JSON_LINES, "application/jsonl", "application/json"):
+            raise BadRequest(f"send {JSON_LINES}", code="unsupported_media_type", status=415)
+        values = await self._read(request)
+        report = await self._do.take_in(
+            request.content.iter_any(), dry_run=values["dry_run"], with_purged=values["purged"]
+        )
+        touched(request, report["stored"], dry_run=values["dry_run"])
+        return reply(report)
+
+    # -- the audit trail ---------------------------------------------------------------------------------------------
+
+    @guarded
+    async def acts(self, request: web.Request) -> web.Response:
+        values = await self._read(request)
+        rows = await self._do.acts(values)
+        more = rows[-1]["id"] if len(rows) == values["limit"] else None
+        return reply({"acts": rows, "next_cursor": more})
+
+    # -- the judge ---------------------------------------------------------------------------------------------------
+
     @guarded
     async def policy(self, request: web.Request) -> web.Response:
         await self._read(request)
@@ -320,7 +461,10 @@ class Admin:
 
     @guarded
     async def simulate(self, request: web.Request) -> web.Response:
-        return reply(await self._do.simulate(await self._read(request)))
+        values = await self._read(request)
+        if values["max_error"] is not None and values["max_errors"] is not None:
+            raise invalid("max_errors", "name either max_error or max_errors")
+        return reply(await self._do.simulate(values))
 
     @guarded
     async def keys(self, request: web.Request) -> web.Response:
@@ -335,6 +479,7 @@ class Admin:
     @guarded
     async def create_key(self, request: web.Request) -> web.Response:
         made = await self._do.create_key(await self._read(request))
+        touched(request, 1)
         log.info("key created", extra={"virtual": made["id"], "project": made["project"]})
         return reply(made)
 
@@ -342,6 +487,7 @@ class Admin:
     async def revoke_key(self, request: web.Request) -> web.Response:
         values = await self._read(request)
         revoked = _found(await self._do.revoke_key(values["id"]), "key")
+        touched(request, 1)
         log.info("key revoked", extra={"virtual": values["id"]})
         return reply(revoked)
 
@@ -349,6 +495,7 @@ class Admin:
     async def rotate_key(self, request: web.Request) -> web.Response:
         values = await self._read(request)
         rotated = _found(await self._do.rotate_key(values["id"]), "key")
+        touched(request, 1)
         log.info("key rotated", extra={"virtual": values["id"]})
         return reply(rotated)
 
@@ -367,21 +514,46 @@ class Admin:
         values = await self._read(request)
         if (values["name"] is None) == (values["sql"] is None):
             raise invalid("name", "name either name or sql")
-        return reply(_shown(await self._do.query(values["name"], values["sql"], values["limit"])))
+        name, limit, since, until = values["name"], values["limit"], values["since"], values["until"]
+        if name is not None:
+            return reply(_shown(await self._do.named(name, limit, since, until)))
+        if since is not None or until is not None:
+            raise invalid("since", "goes with a named query; write it into your own SQL")
+        return reply(_shown(await self._do.query(values["sql"], limit)))
 
     @guarded
     async def requests(self, request: web.Request) -> web.Response:
-        return reply({"requests": await self._do.requests(await self._read(request))})
+        values = await self._read(request)
+        rows = await self._do.requests(values)
+        more = f"{rows[-1]['ts']}:{rows[-1]['id']}" if len(rows) == values["limit"] else None
+        return reply({"requests": rows, "next_cursor": more})
 
     @guarded
     async def request(self, request: web.Request) -> web.Response:
         values = await self._read(request)
         return reply(_found(await self._do.request(values["id"]), "request"))
 
+    @guarded
+    async def batches(self, request: web.Request) -> web.Response:
+        values = await self._read(request)
+        rows = await self._do.batches(values["limit"], values["cursor"])
+        more = f"{rows[-1]['created_ms']}:{rows[-1]['id']}" if len(rows) == values["limit"] else None
+        return reply({"batches": rows, "next_cursor": more})
+
+    @guarded
+    async def manual(self, request: web.Request) -> web.Response:
+        await self._read(request)
+        return reply({"pages": [manual.LIST, *manual.names()]})
+
+    @guarded
+    async def manual_page(self, request: web.Request) -> web.Response:
+        values = await self._read(request)
+        return reply({"name": values["name"], "markdown": _found(manual.markdown(values["name"]), "page")})
+
 
 def build(operations: Operations, telemetry: Telemetry, gate: Gate) -> web.Application:
     """The admin application, ready for a runner. Raises ConfigError when a route does not check who asks."""
-    app = web.Application(middlewares=[edge], client_max_size=BODY_LIMIT_BYTES)
+    app = web.Application(middlewares=[edge, recorder(operations)], client_max_size=BODY_LIMIT_BYTES)
     app[GATE] = gate
     app.on_response_prepare.append(_secure)
     admin = Admin(operations, telemetry)
@@ -426,6 +598,7 @@ async def edge(
 async def _secure(request: web.Request, response: web.StreamResponse) -> None:
     for name, value in SECURITY_HEADERS.items():
         response.headers[name] = value
+    response.headers.setdefault("Content-Security-Policy", DATA_POLICY)
 
 
 def reply(value: object, *, status: int = 200) -> web.Response:
@@ -455,6 +628,14 @@ def _found(value: T | None, what: str) -> T:
 
 def _purged(ids: Sequence[int], *, dry_run: bool) -> dict[str, Any]:
     return {"dry_run": dry_run, "count": len(ids), "ids": list(ids[:SHOWN_IDS])}
+
+
+def _alike(found: Similar, ids: Sequence[int]) -> dict[str, Any]:
+    """The similarity of what was selected, the most similar first, and how many entries could not be compared."""
+    selected = set(ids)
+    nearest = [(entry_id, likeness) for entry_id, likeness in found.similarities.items() if entry_id in selected]
+    shown = [{"id": entry_id, "similarity": round(likeness, 4)} for entry_id, likeness in nearest[:SHOWN_IDS]]
+    return {"nearest": shown, "not_compared": found.lacking}
 
 
 def _shown(table: Table) -> dict[str, Any]:

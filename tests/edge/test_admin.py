@@ -21,9 +21,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proxy.admin.auth import GATE, LOOPBACK_NAMES, Gate, find_token, guarded, load_token, read_token, refuse_unguarded
-from proxy.admin.routes import ROUTES, Route
+from proxy.admin.roles import Who
+from proxy.admin.routes import ROUTES, WITH_BODY, Route
 from proxy.admin.schema import LAST_MS, MAX_LIMIT, Param, read_time, read_values
 from proxy.admin.server import EntryFilter, Selector, Table, build
+from proxy.admin.sessions import Sessions
 from proxy.core.errors import BadRequest, CacheFault, ConfigError
 from proxy.watch.logs import set_up, tear_down
 from proxy.watch.telemetry import Telemetry
@@ -71,6 +73,14 @@ class FakeOperations:
         self._note("entry", entry_id)
         return {"id": 9, "prompt": CANARY} if entry_id == 9 else None
 
+    async def amend(self, entry_id: int, ttl_s: int | None, tags: Sequence[str] | None) -> Mapping[str, Any] | None:
+        self._note("amend", entry_id, ttl_s, tags)
+        return {"id": 9, "prompt": CANARY} if entry_id == 9 else None
+
+    async def batches(self, limit: int, cursor: str | None) -> Sequence[Mapping[str, Any]]:
+        self._note("batches", limit, cursor)
+        return [{"id": "batch_1", "created_ms": 5, "note": CANARY}]
+
     async def purge(self, selector: Selector, *, dry_run: bool) -> Sequence[int]:
         self._note("purge", selector, dry_run)
         return [i for i in selector.ids if i == 9] if selector.ids else list(range(1, 1503))
@@ -84,6 +94,10 @@ class FakeOperations:
     async def feedback(self, request_id: str | None, entry_id: int | None, verdict: str) -> Mapping[str, Any] | None:
         self._note("feedback", request_id, entry_id, verdict)
         return {"entry_id": 9, "quarantined": verdict == "wrong"} if entry_id == 9 or request_id else None
+
+    async def compare(self, comparison_id: int, verdict: str) -> Mapping[str, Any] | None:
+        self._note("compare", comparison_id, verdict)
+        return {"comparison_id": 5, "verdict": verdict, "note": CANARY} if comparison_id == 5 else None
 
     async def comparisons(self, limit: int, cursor: int | None, *, near_misses: bool) -> Sequence[Mapping[str, Any]]:
         self._note("comparisons", limit, cursor, near_misses)
@@ -133,13 +147,35 @@ class FakeOperations:
         self._note("views")
         return [{"name": "savings_daily", "about": "What was saved?", "columns": {"day": "UTC"}}]
 
-    async def query(self, name: str | None, sql: str | None, limit: int) -> Table:
-        self._note("query", name, sql, limit)
+    async def named(self, name: str, limit: int, since_ms: int | None, until_ms: int | None) -> Table:
+        self._note("named", name, limit, since_ms, until_ms)
         return Table(("a", "b"), [(b"\x01", Decimal("1.5")), (CANARY, None)], truncated=True)
+
+    async def query(self, sql: str, limit: int) -> Table:
+        self._note("query", sql, limit)
+        return Table(("a", "b"), [(b"\x01", Decimal("1.5")), (CANARY, None)], truncated=True)
+
+    async def export(self, after_id: int, namespace: str | None) -> AsyncIterator[tuple[str, bytes]]:
+        self._note("export", after_id, namespace)
+        yield "entry", b'{"note":"canary"}\n'
+
+    async def take_in(self, pieces: AsyncIterator[bytes], *, dry_run: bool, with_purged: bool) -> Mapping[str, Any]:
+        self._note("take_in", b"".join([piece async for piece in pieces]), dry_run, with_purged)
+        return {"stored": 0, "note": CANARY}
+
+    async def begin_act(self, who: Who, route: str, parameters: Mapping[str, Any]) -> int:
+        return 1
+
+    async def end_act(self, act_id: int, outcome: str, touched: int | None) -> None:
+        return None
+
+    async def acts(self, wanted: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        self._note("acts", dict(wanted))
+        return [{"id": 5, "who": CANARY}]
 
     async def requests(self, wanted: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         self._note("requests", dict(wanted))
-        return [{"id": "r-1", "note": CANARY}]
+        return [{"id": "r-1", "ts": 7, "note": CANARY}]
 
     async def request(self, request_id: str) -> Mapping[str, Any] | None:
         self._note("request", request_id)
@@ -153,7 +189,9 @@ def operations() -> FakeOperations:
 
 @pytest.fixture
 async def client(operations: FakeOperations) -> AsyncIterator[TestClient[web.Request, web.Application]]:
-    gate = Gate(TOKEN, LOOPBACK_NAMES | {"ibid.internal"}, is_client_key=lambda key: key == "known-client")
+    gate = Gate(
+        TOKEN, LOOPBACK_NAMES | {"ibid.internal"}, is_client_key=lambda key: key == "known-client", sessions=Sessions()
+    )
     telemetry = Telemetry()
     async with TestClient(
         TestServer(build(operations, telemetry, gate)), cookie_jar=aiohttp.DummyCookieJar()
@@ -162,7 +200,9 @@ async def client(operations: FakeOperations) -> AsyncIterator[TestClient[web.Req
 
 
 def path_of(route: Route) -> str:
-    return route.path.replace("{id}", "9" if "entries" in route.path else "r-1")
+    return route.path.replace("{id}", "9" if "entries" in route.path else "r-1").replace(
+        "{name}", "index" if "docs" in route.path else "style.css"
+    )
 
 
 async def refused(response: aiohttp.ClientResponse, status: int, method: str = "GET") -> dict[str, Any]:
@@ -248,9 +288,9 @@ async def test_every_route_answers_its_own_verb_with_the_token_and_405_to_others
         "invalidate": {"ids": [9]}, "flush": {"confirm": "flush"}, "delete": {"keys": ["9"]}, "flushall": {},
         "explain": {"messages": []}, "feedback": {"entry_id": 9, "verdict": "wrong"}, "run_query": {"name": "total"},
         "reindex": {}, "simulate": {"max_error": 0.02}, "create_key": {"project": "red"}, "revoke_key": {},
-        "rotate_key": {},
+        "rotate_key": {}, "sign_in": {"token": TOKEN}, "amend_entry": {"ttl_s": 60}, "take_in": {},
     }  # fmt: skip
-    body = bodies[route.name] if route.method == "POST" else None
+    body = bodies[route.name] if route.method in WITH_BODY else None
     response = await client.request(route.method, path_of(route), headers=AUTH, json=body)
     assert response.status == 200, await response.text()
     assert response.headers["X-Content-Type-Options"] == "nosniff"
@@ -258,7 +298,7 @@ async def test_every_route_answers_its_own_verb_with_the_token_and_405_to_others
     assert response.headers["Cache-Control"] == "no-store"
     assert response.headers["Server"] == "ibid"
     assert not any(name.lower().startswith("access-control") for name in response.headers)
-    assert "Set-Cookie" not in response.headers
+    assert ("Set-Cookie" in response.headers) == (route.name in ("sign_in", "sign_out"))
     own = {r.method for r in ROUTES if r.path == route.path}
     for verb in set(VERBS) - own:
         other = await client.request(verb, path_of(route), headers=AUTH, json=body)
@@ -353,8 +393,12 @@ async def test_hostile_text_in_a_query_parameter_is_refused_by_name_or_passed_on
             route.method, path_of(route), headers=AUTH, params={param.name: text}, json=body
         )
         if response.status == 200:
-            assert param.kind == "text"
-            assert text in str(operations.asked) or text in repr(operations.asked).encode().decode("unicode_escape")
+            assert param.kind == "text" or (param.kind, text) == ("boolean", "true")
+            assert (
+                text in str(operations.asked).lower()
+                or text in str(operations.asked)
+                or text in repr(operations.asked).encode().decode("unicode_escape")
+            )
         else:
             error = await refused(response, 400)
             assert (error["param"], error["code"]) == (param.name, "invalid_value")
@@ -523,7 +567,7 @@ async def test_savings_and_queries_give_columns_and_rows(
     got = await answer(await client.get("/savings?group_by=day,model&since=2026-11-01T00:00:00%2B01:00", headers=AUTH))
     assert got["rows"] == [["2026-11-22", 1500, CANARY]]
     assert operations.asked[0] == ("savings", ("day", "model"), 1_793_487_600_000, None)
-    for group_by in ("day,day", "hour", "day,", "day;model"):
+    for group_by in ("day,day", "week", "day,", "day;model"):
         error = await refused(await client.get("/savings", params={"group_by": group_by}, headers=AUTH), 400)
         assert error["param"] == "group_by"
     got = await answer(await client.get("/savings/queries", headers=AUTH))
@@ -679,3 +723,60 @@ async def test_every_parameter_may_be_at_its_longest(tmp_path: Path) -> None:
         headers = {"Authorization": f"Bearer {FLOW_TOKEN}"}
         async with ibid.session.get(ibid.admin_url + "/cache/entries", params=query, headers=headers) as response:
             assert (response.status, response.content_type) in ((200, "application/json"), (400, "application/json"))
+
+
+async def test_an_entry_is_amended_within_what_a_client_could_have_asked(
+    client: TestClient[web.Request, web.Application], operations: FakeOperations
+) -> None:
+    for body, param in (
+        ({}, "ttl_s"), ({"ttl_s": 0}, "ttl_s"), ({"ttl_s": 10**12}, "ttl_s"), ({"ttl_s": "60"}, "ttl_s"),
+        ({"tags": ["<b>"]}, "tags"), ({"tags": "a"}, "tags"), ({"tags": ["a"] * 17}, "tags"),
+        ({"prompt": "x"}, "prompt"),
+    ):  # fmt: skip
+        error = await refused(await client.patch("/cache/entries/9", headers=AUTH, json=body), 400)
+        assert error["param"] == param, body
+    await refused(await client.patch("/cache/entries/8", headers=AUTH, json={"tags": []}), 404)
+    await answer(await client.patch("/cache/entries/9", headers=AUTH, json={"ttl_s": 60, "tags": ["doc:42"]}))
+    assert operations.asked == [("amend", 8, None, ()), ("amend", 9, 60, ("doc:42",))]
+
+
+async def test_pages_of_requests_and_batches_go_on_from_the_last_row(
+    client: TestClient[web.Request, web.Application], operations: FakeOperations
+) -> None:
+    for path, cursor in (("/requests", "7:r-1"), ("/batches", "5:batch_1")):
+        page = await answer(await client.get(f"{path}?limit=1", headers=AUTH))
+        assert page["next_cursor"] == cursor
+        assert (await answer(await client.get(f"{path}?limit=2&cursor={cursor}", headers=AUTH)))["next_cursor"] is None
+        for wrong in ("7", "x:r-1", "7:", "7:r/1", "1" * 16 + ":r"):
+            await refused(await client.get(path, params={"cursor": wrong}, headers=AUTH), 400)
+
+
+async def test_a_named_query_has_days_and_free_sql_has_its_own(
+    client: TestClient[web.Request, web.Application], operations: FakeOperations
+) -> None:
+    named = {"name": "total", "since": "2026-11-22", "limit": 5}
+    await answer(await client.post("/savings/query", headers=AUTH, json=named))
+    assert operations.asked == [("named", "total", 5, 1_795_305_600_000, None)]
+    error = await refused(
+        await client.post("/savings/query", headers=AUTH, json={"sql": "SELECT 1", "since": "1d"}), 400
+    )
+    assert error["param"] == "since"
+
+
+async def test_the_manual_is_told_as_it_was_written(client: TestClient[web.Request, web.Application]) -> None:
+    pages = (await answer(await client.get("/docs", headers=AUTH)))["pages"]
+    assert {"index", "dashboard", "admin"} <= set(pages)
+    page = await answer(await client.get("/docs/dashboard", headers=AUTH))
+    assert page["markdown"].startswith("# The dashboard\n")
+    await refused(await client.get("/docs/nowhere", headers=AUTH), 404)
+    await refused(await client.get("/docs/..%2Fadmin", headers=AUTH), 400)
+
+
+async def test_a_rehearsal_takes_one_budget_or_several(
+    client: TestClient[web.Request, web.Application], operations: FakeOperations
+) -> None:
+    await answer(await client.post("/cache/simulate", headers=AUTH, json={"max_errors": [0.01, 0.02]}))
+    assert operations.asked[0][1]["max_errors"] == (0.01, 0.02)
+    for body in ({"max_errors": []}, {"max_errors": [0.0]}, {"max_errors": [0.1] * 13}, {"max_errors": [True]},
+                 {"max_error": 0.1, "max_errors": [0.1]}):  # fmt: skip
+        await refused(await client.post("/cache/simulate", headers=AUTH, json=body), 400)
