@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import http.client
 import importlib.metadata
 import os
 import socket
@@ -14,12 +15,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import orjson
 
 from index.errors import ModelFault
 from proxy.commands import printing
 from proxy.commands.codes import ACT, FINE
 from proxy.core.errors import ConfigError
 from proxy.core.patterns import is_one_of
+from proxy.core.plan import UPSTREAM
 from proxy.meaning import SNAPSHOT_NAME
 from proxy.money.prices import Prices, configured
 from proxy.settings.config import Address, Settings
@@ -28,6 +33,8 @@ OUR_PACKAGES = ("proxy", "index")
 OUR_DISTRIBUTION = "ibid-proxy"
 EARLIEST_S = 1_760_000_000  # October 2025, before this program was written
 LATEST_S = 4_102_444_800  # the year 2100
+HEALTH_S = 5.0  # longest wait for a running ibid to say that it is there
+HEALTH_BYTES = 4096
 
 
 class Finding(NamedTuple):
@@ -41,7 +48,8 @@ class Finding(NamedTuple):
 def inspect(settings: Settings) -> list[Finding]:
     """Every part looked at, in the order a start uses them."""
     looks: tuple[Callable[[Settings], Iterator[Finding]], ...] = (
-        _configuration, _upstreams, _prices, _packages, _clock, _data_dir, _database, _model, _snapshot, _token, _ports,
+        _configuration, _upstreams, _failover, _prices, _packages, _clock, _data_dir, _database, _model, _snapshot,
+        _token, _ports,
     )  # fmt: skip
     return [finding for look in looks for finding in look(settings)]
 
@@ -65,7 +73,35 @@ def _upstreams(settings: Settings) -> Iterator[Finding]:
 
 
 def _named_by_lanes(settings: Settings) -> set[str | None]:
-    return {settings.lanes.edge.upstream, *(name.partition("/")[0] for name in settings.lanes.route.candidates)}
+    routed = [name.partition("/")[0] for name in settings.lanes.route.candidates]
+    return {settings.lanes.edge.upstream, *routed, *_stand_ins(settings)}
+
+
+def _stand_ins(settings: Settings) -> dict[str, str]:
+    """Upstreams that stand in for failed ones, and the setting that first says so."""
+    found: dict[str, str] = {}
+    for number, policy in enumerate(settings.policies):
+        for setting, words in (("on_error", policy.plan.on_error), ("on_rate_limit", policy.plan.on_limit or ())):
+            for word in words:
+                if word.startswith(UPSTREAM):
+                    found.setdefault(word.removeprefix(UPSTREAM), f"policy.{number}.{setting}")
+    return found
+
+
+def _failover(settings: Settings) -> Iterator[Finding]:
+    """What would keep an upstream from standing in."""
+    for name, setting in _stand_ins(settings).items():
+        upstream = settings.upstreams[name]
+        if upstream.key is None and not _is_here(upstream.base_url):
+            note = f"{setting}: upstream {name} has no key of its own, and is never sent a client's. Set its key_env"
+            yield Finding("failover", "warn", note)
+        if upstream.dialect != "openai":
+            note = f"{setting}: upstream {name} stands in for requests of the dialect {upstream.dialect} alone"
+            yield Finding("failover", "ok", note)
+
+
+def _is_here(base_url: str) -> bool:
+    return Address(urlsplit(base_url).hostname or "", 0).is_loopback
 
 
 class Use(NamedTuple):
@@ -259,9 +295,34 @@ def _ports(settings: Settings) -> Iterator[Finding]:
         try:
             _bind(address)
         except OSError as error:
-            yield Finding(part, "fail", f"cannot listen on {address}: {error.strerror} (is ibid running already?)")
+            yield _taken(settings, part, address, error.strerror or "")
         else:
             yield Finding(part, "ok", str(address))
+
+
+def _taken(settings: Settings, part: str, address: Address, why: str) -> Finding:
+    """Of a port that cannot be had: by the ibid that runs on this data directory it is as it should be."""
+    from proxy.store.engine import is_locked
+
+    if not _answers(settings.server.admin):
+        return Finding(part, "fail", f"cannot listen on {address}: {why}; no ibid answers on {settings.server.admin}")
+    if is_locked(settings.data_dir):
+        return Finding(part, "ok", f"{address}, in use by the ibid that runs here")
+    return Finding(part, "fail", f"cannot listen on {address}: {why}; an ibid with another data directory is running")
+
+
+def _answers(admin: Address) -> bool:
+    """Whether an ibid's admin listener is there."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(admin.host, admin.host)
+    connection = http.client.HTTPConnection(host, admin.port, timeout=HEALTH_S)
+    try:
+        connection.request("GET", "/healthz")
+        answer = orjson.loads(connection.getresponse().read(HEALTH_BYTES))
+    except (OSError, http.client.HTTPException, orjson.JSONDecodeError):
+        return False
+    finally:
+        connection.close()
+    return isinstance(answer, dict) and answer.get("status") == "ok"
 
 
 def _bind(address: Address) -> None:

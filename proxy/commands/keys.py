@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from proxy.admin.routes import BY_NAME
 from proxy.admin.schema import read_values
 from proxy.commands import printing, running
 from proxy.commands.codes import FINE
-from proxy.core.errors import BadRequest
+from proxy.core.errors import BadRequest, CacheFault
 from proxy.core.keys import Kind, moment
 from proxy.money.keys import KeyRing
 from proxy.money.prices import configured
@@ -25,6 +26,9 @@ from proxy.store.store import open_store
 
 Asked = Callable[[str, str, bytes | None], dict[str, Any] | None]
 """(method, path, body) → what the admin listener answers, None when none does."""
+
+COMMAND_LINE = "command line"
+"""Who acted, in the audit trail, where no ibid runs."""
 
 WORDS = ("project", "name", "plan", "expires")
 LISTS = (*(f"limit_{kind.value}" for kind in Kind), "models")
@@ -78,14 +82,21 @@ def _done(
     may_run = server.admin_token is not None or (settings.data_dir / TOKEN_FILE).exists()
     answer = ask(method, path, body) if may_run else None
     is_first = method == "POST" and path == "/cache/keys"
-    return asyncio.run(_directly(settings, act, may_begin=is_first)) if answer is None else answer
+    if answer is not None:
+        return answer
+    written = None if method == "GET" else (f"{method} {path}", orjson.loads(body or b"{}"))
+    return asyncio.run(_directly(settings, act, written, may_begin=is_first))
 
 
 async def _directly(
-    settings: Settings, act: Callable[[KeyRing], Awaitable[dict[str, Any]]], *, may_begin: bool
+    settings: Settings,
+    act: Callable[[KeyRing], Awaitable[dict[str, Any]]],
+    written: tuple[str, Mapping[str, Any]] | None,
+    *,
+    may_begin: bool,
 ) -> dict[str, Any]:
     """Without a running ibid, or on another machine's: it follows the table. `may_begin`: a database that is not there
-    yet is made."""
+    yet is made. `written`: route and parameters of what is written down as an act."""
     prices, url = configured(settings), settings.store.database_url or None
     if not may_begin:
         refuse_unless_there(url, settings.data_dir)
@@ -95,7 +106,17 @@ async def _directly(
             print(f"ibid: made a new database: {store.database.label}", file=sys.stderr)
         ring = KeyRing(store.keys, prices)
         await ring.load()
-        return await act(ring)
+        if written is None:
+            return await act(ring)
+        route, parameters = written
+        act_id = await store.acts.begin(int(time.time() * 1000), COMMAND_LINE, "admin", route, parameters)
+        try:
+            done = await act(ring)
+        except (BadRequest, CacheFault) as error:
+            await store.acts.end(act_id, error.code, None)
+            raise
+        await store.acts.end(act_id, "done", 1)
+        return done
     finally:
         await store.close()
 

@@ -1,7 +1,7 @@
 """Labelled questions from files, plain or gzip: streams to replay in their order, and pairs to judge alone.
 
 - a *stream* row has `query` and `answer_id`; a cached answer is right when the ids are equal. A row whose `context` is
-  not empty is a later turn.
+  not empty is a later turn. `answer`, the text, is what labels come from where they come from answers.
 - a *pair* row has `a`, `b` and `label` (1: one answer serves both), and perhaps `kind`; a and b are texts, or
   conversations.
 - a *reading* has `a`, `b` and `same`: what a reader found of a pair that the labels call wrong.
@@ -32,6 +32,7 @@ class Asked:
     answer: str
     is_first_turn: bool = True
     scope: bytes = SCOPE
+    told: str = ""  # the answer's text; "" where there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,8 @@ def read(path: Path) -> tuple[list[Asked], list[Pair]]:
     for number, row in _rows(path):
         try:
             if "query" in row:
-                streams.append(Asked(_text(row["query"]), _text(row["answer_id"]), not row.get("context")))
+                told = _text(row.get("answer") or "")
+                streams.append(Asked(_text(row["query"]), _text(row["answer_id"]), not row.get("context"), told=told))
             else:
                 pairs.append(_pair(row))
         except (KeyError, TypeError, IndexError) as fault:

@@ -1,8 +1,8 @@
 """The command `ibid`. Exit codes: 0 fine, 2 the operator must act, 75 it may heal by itself: try again later (one line
 on standard error says what), 1 a bug.
 
-`serve` runs the program. `savings` and `sql` read the database directly, whether a server runs or not; `stats`,
-`entries`, `explain` and `purge` ask a running one over its admin listener; `keys` does either.
+`serve` runs the program. `savings`, `report` and `sql` read the database directly, whether a server runs or not;
+`stats`, `entries`, `explain` and `purge` ask a running one over its admin listener; `keys` does either.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from proxy.commands.codes import ACT, FINE, INTERRUPTED, TRY_AGAIN
 from proxy.core.errors import BadRequest, CacheFault, ConfigError, NotYet
 from proxy.settings import config
 
+ADOPTED = ("litellm", "portkey", "helicone", "gptcache", "cachellm", "bifrost")
+"""Gateways whose configuration is read."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
@@ -28,9 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.ERROR, format="ibid: %(message)s")  # `serve` sets up its own
     try:
         flags = {name: getattr(chosen, name, None) for name in config.Flags.__slots__}
-        around = (
-            {"HOME": "/"} if chosen.run is _docs else os.environ
-        )  # the manual is read while a setting is wrong, too
+        needs_none = chosen.run in (_docs, _adopt)  # the manual is read while a setting is wrong, too
+        around = {"HOME": "/"} if needs_none else os.environ
         settings = config.load(config.Flags(**flags), around)
         if not settings.is_data_dir_named and chosen.run in (_serve, _migrate, _keys, _evaluate):
             settings.data_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -77,9 +79,26 @@ def _parser() -> argparse.ArgumentParser:
     command("rebuild-index", _rebuild_index, "build the index from SQL and save it; no server may be running")
     command("stats", _stats, "what a running ibid holds and has done", machine)
     _add_selection(command("entries", _entries, "list stored answers", machine), listing=True)
-    _add_explain(command("explain", _explain, "how a request would be answered; nothing is served or stored", machine))
+    _add_explain(
+        command(
+            "explain",
+            _explain,
+            "how a request would be answered, or why one was as it was",
+            machine,
+        )
+    )
     _add_selection(command("purge", _purge, "remove stored answers; says which unless --yes", machine), listing=False)
+    _add_export(command("export", _export, "stored answers as lines of JSON, from a running ibid"))
+    _add_import(command("import", _import, "store the lines of an export in a running ibid", machine))
     _add_savings(command("savings", _savings, "what was saved: a summary, or a named query", table))
+    _add_adopt(
+        commands.add_parser(
+            "adopt",
+            help="another gateway's configuration as one of ibid's",
+            description="Write an ibid configuration from another gateway's, and say what became of each setting.",
+        )
+    )
+    _add_report(command("report", _report, "what shadow, or serving, showed: hits, money, wrong ones, and advice"))
     _add_evaluate(
         command("evaluate", _evaluate, "hits and wrong hits of the shipped matching on labelled questions", machine)
     )
@@ -108,12 +127,28 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--listen", metavar="HOST:PORT", help="client listener (IBID_LISTEN)")
     parser.add_argument("--upstream", metavar="URL", help="one address for every dialect (IBID_UPSTREAM)")
     parser.add_argument("--workers", type=int, metavar="N", help="event loops sharing the port")
+    parser.add_argument(
+        "--shadow", action="store_true", default=None, help="look up and tell, but serve nothing; then `ibid report`"
+    )
 
 
 def _add_explain(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", nargs="?", default="-", help="JSON of a request (standard input)")
+    asked = "JSON of a request, a file or standard input; or the x-request-id of one that was answered"
+    parser.add_argument("file", nargs="?", default="-", metavar="REQUEST", help=asked)
     parser.add_argument("--path", metavar="PATH", help="where it would be sent (/v1/chat/completions)")
     parser.add_argument("--tenant", metavar="HEX", help="look as this tenant")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", nargs="?", default="-", metavar="FILE", help="where to (standard output)")
+    parser.add_argument("--after", metavar="ID", help="go on after this entry; a file is added to")
+    parser.add_argument("--namespace", metavar="NAME", help="of this namespace")
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="an export; - for standard input")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would become of the lines")
+    parser.add_argument("--purged", action="store_true", help="store again what a purge removed since")
 
 
 def _add_savings(parser: argparse.ArgumentParser) -> None:
@@ -127,6 +162,21 @@ def _add_savings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group-by", default="day", metavar="COLUMNS", help=f"of {','.join(GROUPS)} (day)")
 
 
+def _add_adopt(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("peer", choices=ADOPTED, metavar="PEER", help=", ".join(ADOPTED))
+    parser.add_argument("file", metavar="FILE", help="its configuration, or headers of a client; - for standard input")
+    parser.add_argument("--output", metavar="FILE", help="where to write it (standard output)")
+    parser.add_argument("--force", action="store_true", help="overwrite that file if it exists")
+    parser.set_defaults(run=_adopt)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--since", default="1d", metavar="WHEN", help="12h, 7d, 2026-11-01 (1d)")
+    parser.add_argument("--format", choices=("text", "json", "html"), default="text", help="how (text)")
+    parser.add_argument("--json", dest="format", action="store_const", const="json", help="the same as --format json")
+    parser.add_argument("--text", action="store_true", help="show the repeated questions themselves")
+
+
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help="JSON lines, plain or .gz: streams or pairs")
     parser.add_argument("--max-error", type=float, action="append", metavar="SHARE", help="budgets (.005 .01 .02 .05)")
@@ -135,7 +185,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--labels",
         choices=("perfect", "answers", "none"),
         default="perfect",
-        help="what the judge is told: the truth, what comparing answers would find, nothing",
+        help="what the judge is told: the truth, what comparing answers finds, nothing",
     )
     parser.add_argument("--readings", metavar="FILE", help="pairs that a person read: a, b, same")
     parser.add_argument("--plot", metavar="SVG", help="draw hit rate against error")  # fmt: skip
@@ -186,6 +236,8 @@ def _add_selection(parser: argparse.ArgumentParser, *, listing: bool) -> None:
     parser.add_argument("--tag", dest="tags", action="append", metavar="TAG", help="may be given again")
     parser.add_argument("--older-than", metavar="WHEN", help="30d, 2026-11-01")
     parser.add_argument("--writer", metavar="ID", help="the request, or the tenant, that caused them")
+    parser.add_argument("--similar-to", metavar="TEXT", help="whose question means about this")
+    parser.add_argument("--above", type=float, metavar="SHARE", help="how similar at least (.9)")
     parser.add_argument("--everything", action="store_true", help="all of them; with --yes alone")
     parser.add_argument("--yes", action="store_true", help="do it")
 
@@ -253,6 +305,18 @@ def _explain(settings: config.Settings, chosen: argparse.Namespace) -> int:
     return running.explain(settings, chosen)
 
 
+def _export(settings: config.Settings, chosen: argparse.Namespace) -> int:
+    from proxy.commands import transfer
+
+    return transfer.export(settings, chosen)
+
+
+def _import(settings: config.Settings, chosen: argparse.Namespace) -> int:
+    from proxy.commands import transfer
+
+    return transfer.take_in(settings, chosen)
+
+
 def _purge(settings: config.Settings, chosen: argparse.Namespace) -> int:
     from proxy.commands import running
 
@@ -269,6 +333,18 @@ def _sql(settings: config.Settings, chosen: argparse.Namespace) -> int:
     from proxy.commands import savings
 
     return savings.sql(settings, chosen)
+
+
+def _adopt(_settings: config.Settings, chosen: argparse.Namespace) -> int:
+    from proxy.commands.adopt import command
+
+    return command.run(chosen.peer, chosen.file, chosen.output, force=chosen.force)
+
+
+def _report(settings: config.Settings, chosen: argparse.Namespace) -> int:
+    from proxy.commands import report
+
+    return report.run(settings, chosen.since, chosen.format, with_text=chosen.text)
 
 
 def _evaluate(settings: config.Settings, chosen: argparse.Namespace) -> int:

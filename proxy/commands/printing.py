@@ -87,6 +87,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode("ascii") for c in text)
 
 
+def printable_lines(text: str) -> str:
+    """As `printable`, line by line."""
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
 class Bar:
     """A progress bar on standard error; nothing when that is no terminal."""
 

@@ -16,10 +16,13 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from index.answers import compared
+from index.batcher import SPECIAL_TOKENS
+from index.closeness import Closeness, closeness
 from index.embedder import Backend, TokenStates
-from index.errors import TextTooLong
+from index.errors import EmbedderFault, TextTooLong
 from index.features import compile_features
-from index.guard.head import Guard
+from index.guard.head import MAX_TOKENS, Guard
 from index.kernels import compile_kernels
 from index.learner import Learner
 from index.levels import LEVELS
@@ -47,7 +50,9 @@ LABELS: Final = {
 """Where labels come from → (share of right answers that are called wrong, share of wrong ones that are overlooked).
 
 "perfect": the file's own, as somebody who knows would give them; "answers": as comparing freely worded answers would,
-which errs (`index.answers`), and an audit asks the kept question again; "none": there are none.
+which errs (`index.answers`), and an audit asks the kept question again; "none": there are none. Where both rows have
+their answer's text, "answers" compares the two; else, and for the kept question's own repeat, of which a file has no
+answer, it errs as often as was measured.
 """
 
 SEEMS: Final = {True: 0.9, False: 0.1}
@@ -97,6 +102,7 @@ class Texts:
         self._guard = guard
         self._states: dict[str, TokenStates | None] = {}
         self._logits: dict[tuple[str, str], float] = {}
+        self._alike: dict[tuple[str, str], float] = {}
         if backend.batch_limit > 1:
             backend.batch_limit = BATCH
 
@@ -156,6 +162,25 @@ class Texts:
             (known,) = self._guard.judge(self.states(asked), [self.states(kept)])
             self._logits[asked, kept] = known
         return known
+
+    def says_same(self, a: str, b: str) -> float:
+        """Probability that two answers say the same, as serving compares them."""
+        one, other = sorted((a, b))
+        known = self._alike.get((one, other))
+        if known is None:
+            known = self._alike[one, other] = compared(one, other, self._closeness)
+        return known
+
+    def _closeness(self, one: str, other: str) -> Closeness:
+        found = []
+        for text in (one, other):
+            ids = self.backend.tokens(text)
+            if len(ids) <= SPECIAL_TOKENS:
+                raise EmbedderFault("a text without tokens cannot be matched")
+            if len(ids) > MAX_TOKENS + SPECIAL_TOKENS:
+                ids = [*ids[: MAX_TOKENS + 1], ids[-1]]
+            found.append(self.backend.encode_states([ids])[1][0])
+        return closeness(found[0], found[1])
 
     def states(self, text: str) -> TokenStates | None:
         """Token states as the guard takes them; None for a text longer than the window."""
@@ -290,15 +315,15 @@ class Rehearsal:
         if judged is None or judged.candidate.similarity < LEARN_FROM:
             return
         kept = self._kept[judged.candidate.entry_id]
-        same = self._says_same(kept, asked)
-        if same is None:
+        p_same = self._p_same(kept, asked)
+        if p_same is None:
             return
         guarded = self._rules.pair_guard and self._texts.can_verify
         if not served and guarded and self._texts.logit(asked.text, kept.text) <= 0.0:
             weight = 0.0
-        p_same, p_null, comparer = float(same), None, FEEDBACK
+        p_null, comparer = None, FEEDBACK
         if self._errs:
-            p_same, comparer = SEEMS[same], BUILT_IN
+            comparer = BUILT_IN
             p_null = SEEMS[self._rng.random() >= self._false_alarm] if served else None
         label = comparison(
             opinion, judged, p_same=p_same, weight=weight, served=served, source="audit" if served else "forward",
@@ -306,12 +331,15 @@ class Rehearsal:
         )  # fmt: skip
         self._judge.apply(label)
 
-    def _says_same(self, kept: Asked, asked: Asked) -> bool | None:
-        """What comparing the two answers would say; None when they cannot be compared."""
+    def _p_same(self, kept: Asked, asked: Asked) -> float | None:
+        """What comparing the two answers says, or would say; None when they cannot be compared."""
+        if self._errs and kept.told and asked.told:
+            return self._texts.says_same(kept.told, asked.told)
         same = self._truth(kept, asked)
-        if same is None or (not self._false_alarm and not self._overlooked):
-            return same
-        return self._rng.random() >= self._false_alarm if same else self._rng.random() < self._overlooked
+        if same is None or not self._errs:
+            return same if same is None else float(same)
+        seems = self._rng.random() >= self._false_alarm if same else self._rng.random() < self._overlooked
+        return SEEMS[seems]
 
     def _store(
         self,

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import uvloop
 
+from proxy.admin.sessions import TICKET_S
 from proxy.app import App, open_app
 from proxy.doorstep import Doorstep
 from proxy.meaning import Meaning
@@ -49,6 +50,8 @@ async def run(settings: Settings, door: Doorstep | None = None) -> None:
             is_open, meaning = True, app.pipeline.meaning
             settle_garbage()
             _say(banner(app))
+            if sys.stderr.isatty():  # whoever reads the terminal may sign in; a log file is read by others
+                _say(link(app))
             await _first(stopping.wait(), meaning.settled())
             settle_garbage()
             await stopping.wait()
@@ -75,16 +78,25 @@ async def _first(*events: Coroutine[Any, Any, object]) -> None:
 def banner(app: App) -> str:
     """What the operator needs to know, once, without secrets."""
     token = app.admin_token_path or "IBID_ADMIN_TOKEN"
-    host = app.settings.server
+    host, rules = app.settings.server, app.settings.rules
     lines = [
         f"ibid serves   http://{host.listen.host}:{app.port}/v1",
         f"admin         http://{host.admin.host}:{app.admin_port}  (token: {token})",
         f"upstreams     {', '.join(f'{n} {u.base_url}' for n, u in app.settings.upstreams.items())}",
         f"database      {app.store.database.label}{' (new)' if app.store.database.is_new else ''}",
         f"semantic      {describe(app.pipeline.meaning)}",
+        *(["shadow        everything is looked up, nothing is served: see `ibid report`"] if rules.shadow else []),
         *degraded_lines(app.health),
     ]
     return "\n".join(lines)
+
+
+def link(app: App) -> str:
+    """The address that signs one browser in, once. What follows # reaches no server's log."""
+    host = app.settings.server.admin.host
+    name = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    address = f"http://{name}:{app.admin_port}/#ticket={app.sessions.ticket()}"
+    return f"dashboard     {address}  (works once, for {TICKET_S // 60} minutes)"
 
 
 def _say(line: str) -> None:

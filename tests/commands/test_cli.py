@@ -24,6 +24,7 @@ from aiohttp import web
 from index.tokens import WIDTH
 from index.vectors import VectorOwner
 from proxy.admin.auth import Gate, load_token
+from proxy.admin.roles import Who
 from proxy.admin.server import EntryFilter, Selector, build
 from proxy.commands import checks, printing, rebuild
 from proxy.commands import main as cli
@@ -203,6 +204,16 @@ class Running:
         self.asked.append((body, tenant))
         return {"verdict": "miss", "candidates": [{"id": 1, "similarity": 0.5}]}
 
+    async def request(self, request_id: str) -> Mapping[str, Any] | None:
+        self.asked.append(request_id)
+        return {"id": request_id, "lane": "forward", "story": ["Not answered from the cache."], "bill": ["$1 saved."]}
+
+    async def begin_act(self, who: Who, route: str, parameters: Mapping[str, Any]) -> int:
+        return 1
+
+    async def end_act(self, act_id: int, outcome: str, touched: int | None) -> None:
+        return None
+
     def _run(self) -> None:
         self._loop.run_until_complete(self._serve())
         self._loop.run_forever()
@@ -251,6 +262,16 @@ def test_stats_entries_and_explain_ask_the_running_ibid(
     assert code == 0
     assert "candidates[0].similarity" in out
     assert running.asked[-1] == (b'{"messages": []}', "a" * 64)
+
+
+def test_explain_tells_the_story_of_a_request_that_was_answered(
+    capsys: pytest.CaptureFixture[str], running: Running
+) -> None:
+    code, out, _ = run(capsys, "explain", "5c" * 16)
+    assert (code, running.asked) == (0, ["5c" * 16])
+    assert out.startswith("Not answered from the cache.\n$1 saved.\n\n")
+    assert "lane" in out
+    assert json.loads(run(capsys, "explain", "5c" * 16, "--json")[1])["bill"] == ["$1 saved."]
 
 
 def test_purge_only_says_which_until_told_yes(capsys: pytest.CaptureFixture[str], running: Running) -> None:

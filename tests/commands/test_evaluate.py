@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,26 @@ def test_labels_that_err_serve_less_than_perfect_ones(texts: Texts) -> None:
     )
     assert answers["within"]
     assert 0 < answers["hits"] < perfect["hits"]
+
+
+def test_labels_of_answers_are_those_of_the_texts_where_there_are_texts(texts: Texts) -> None:
+    """Every answer is told in the same words, or every one in others: what the ids say of them teaches nothing."""
+    rows = rows_of(600)
+    texts.prepare(row.text for row in rows)
+    alike = [replace(row, told=f"{'Sure! ' * (n % 2)}The router is reset with a pin.") for n, row in enumerate(rows)]
+    apart = [replace(row, told=f"{row.text} That takes {n} minutes and {7 * n} euros.") for n, row in enumerate(rows)]
+    trusting, doubting = (
+        evaluate.stream(texts, told, Rules(), [0.02], "answers", 0)["budgets"][0] for told in (alike, apart)
+    )
+    assert trusting["error"] > 0.04  # ids differ, answers do not
+    assert trusting["hits"] > 2 * doubting["hits"]
+
+
+def test_an_answers_text_is_read_with_its_question(tmp_path: Path) -> None:
+    file = tmp_path / "asked.jsonl"
+    file.write_text('{"query": "a?", "answer_id": 1, "answer": "Yes, on Mondays."}\n{"query": "b?", "answer_id": 2}\n')
+    rows, _ = read(file)
+    assert [row.told for row in rows] == ["Yes, on Mondays.", ""]
 
 
 def test_exact_repeats_and_later_turns_are_counted_apart(texts: Texts) -> None:

@@ -20,7 +20,10 @@ from proxy.commands.main import ACT, TRY_AGAIN
 from proxy.commands.serve import banner
 from proxy.settings import config
 from proxy.store.engine import open_database
-from tests.pg import pg_server, pg_url
+from tests.flows.running import started
+from tests.pg import init_postgres, pg_server, pg_url, run_postgres, stop_postgres
+from tests.upstream import ScriptedUpstream
+from tests.waiting import PATIENCE_S, until
 
 __all__ = ["pg_server", "pg_url"]
 
@@ -63,6 +66,34 @@ def test_a_database_that_is_not_up_yet_is_waited_for_and_named_with_its_port(cap
     code, said = serve(capsys, tmp_path, "--database", f"postgresql://ann:canary@127.0.0.1:{port}/ledger")
     assert code == TRY_AGAIN
     assert f"postgresql 127.0.0.1:{port}/ledger" in said
+
+
+async def test_the_same_command_serves_once_its_database_has_come_up(
+    tmp_path: Path,
+) -> None:
+    """What a supervisor does that starts it again after exit code 75."""
+    directory = init_postgres()
+    (tmp_path / "ibid.toml").write_text("[cache]\nsemantic = false\n")
+    arguments = ["--config", str(tmp_path / "ibid.toml"), "--data-dir", str(tmp_path / "data")]
+    arguments += ["--database", f"postgresql://postgres@/postgres?host={directory}"]
+    command = [sys.executable, "-m", "proxy", "serve", *arguments]
+    places = ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
+    down = await asyncio.to_thread(
+        subprocess.run, [*command, *places], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert down.returncode == TRY_AGAIN, down.stderr
+    assert TRY_AGAIN not in [int(code) for code in unit()["Service"]["RestartPreventExitStatus"].split()]
+    server = run_postgres(directory)
+    try:
+        async with ScriptedUpstream() as up, started([*arguments, "--upstream", up.url], tmp_path / "log", {}) as ibid:
+            assert (await ibid.ask("hose?")).cache == "MISS"
+
+            async def is_kept() -> bool:
+                return (await ibid.ask("hose?")).cache == "HIT"
+
+            await until(is_kept)
+    finally:
+        stop_postgres(server)
 
 
 def test_a_host_nobody_knows_is_named_with_its_port(capsys: Capture, tmp_path: Path) -> None:

@@ -56,11 +56,11 @@ TOKENS = "input_usd_per_mtok = 1\noutput_usd_per_mtok = 1\n"
         (LAB + "prices_as = 'mistral'\n", ["warn: upstream.lab.models: upstream lab has no default price of llama-x"]),
         ("[lane.tier]\nmodels = ['gpt-5.4', 'gpt-4', 'gpt-5*']\n",
          ["fail: lane.tier.models: upstream openai has no flex price of gpt-4"]),
-        (LAB + '[prices.override."lab/llama-x"]\nper_second_usd = 1\n[lane.edge]\nupstream = "lab"\nmodel = "tiny"\n'
-         '[lane.route]\ncandidates = ["lab/tiny", "lab/llama-x", "openai/gpt-99"]\n',
+        (LAB + '[prices.override."lab/llama-x"]\nper_second_usd = 1\n[lane.edge]\nupstream = "lab"\nmodel = "qwen-1"\n'
+         '[lane.route]\ncandidates = ["lab/qwen-1", "lab/llama-x", "openai/gpt-99"]\n',
          ["warn: calls of other models to upstream lab are booked as unpriced",
-          "warn: lane.edge.model: upstream lab has no default price of tiny",
-          "warn: lane.route.candidates: upstream lab has no default price of tiny",
+          "warn: lane.edge.model: upstream lab has no default price of qwen-1",
+          "warn: lane.route.candidates: upstream lab has no default price of qwen-1",
           "warn: lane.route.candidates: upstream openai has no default price of gpt-99"]),
         ('[prices.override."opnai/gpt-4"]\n' + TOKENS,
          ['warn: [prices.override."opnai/…"] prices an upstream that is not configured']),
@@ -100,6 +100,8 @@ def test_an_unknown_price_context_is_an_error_of_the_file(tmp_path: Path) -> Non
         ("[upstream.lab]\nbase_url = 'http://h'\n",
          ["ok: openai: any model at openai",
           "warn: lab is asked for nothing: openai, before it, takes every model. Set upstream.lab.models"]),
+        ("[upstream.lab]\nbase_url = 'http://h'\n[[policy]]\non_rate_limit = ['upstream:lab']\n",
+         ["ok: openai: any model at openai"]),
         ("[upstream.lab]\nbase_url = 'http://h'\n[lane.edge]\nupstream = 'lab'\nmodel = 'tiny'\n",
          ["ok: openai: any model at openai"]),
     ],
@@ -111,3 +113,17 @@ def test_check_says_which_models_are_open(tmp_path: Path, text: str, notes: list
     for dialect in ("anthropic", "gemini", "ollama"):
         found.remove(f"ok: {dialect}: any model at {dialect}")
     assert found == notes
+
+
+def test_check_says_what_would_keep_an_upstream_from_standing_in(tmp_path: Path) -> None:
+    (tmp_path / "ibid.toml").write_text(
+        "[upstream.lab]\nbase_url = 'http://h'\n[upstream.here]\nbase_url = 'http://127.0.0.1:8000'\n"
+        "[[policy]]\non_error = ['upstream:here', 'upstream:lab']\non_rate_limit = ['upstream:gemini']\n"
+    )
+    settings = config.load(config.Flags(config=str(tmp_path / "ibid.toml")), {"HOME": "/home/ann"})
+    keyless = "has no key of its own, and is never sent a client's. Set its key_env"
+    assert [f"{finding.state}: {finding.note}" for finding in checks._failover(settings)] == [
+        f"warn: policy.0.on_error: upstream lab {keyless}",
+        f"warn: policy.0.on_rate_limit: upstream gemini {keyless}",
+        "ok: policy.0.on_rate_limit: upstream gemini stands in for requests of the dialect gemini alone",
+    ]
