@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import importlib.metadata
 import logging
 import os
 import socket
 import stat
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from aiohttp import web
@@ -27,6 +29,8 @@ from proxy.admin import server as admin
 from proxy.admin.auth import LOOPBACK_NAMES, Gate, load_token
 from proxy.admin.explain import Explainer
 from proxy.admin.operations import Operator
+from proxy.admin.roles import Role, Token
+from proxy.admin.sessions import Sessions
 from proxy.batch.http.api import BatchApi
 from proxy.client import listener
 from proxy.client.connection import ClientServer
@@ -48,6 +52,7 @@ from proxy.watch.health import Health
 from proxy.watch.memory import Memory
 from proxy.watch.pulse import Pulse
 from proxy.watch.telemetry import Telemetry
+from proxy.watch.tracing import Spans
 
 SECRET_NAME = "installation-secret"
 ACCEPT_TICK_S = 0.25
@@ -73,6 +78,7 @@ class App:
     stopping: asyncio.Event
     admin_token: str
     admin_token_path: Path | None
+    sessions: Sessions = field(default_factory=Sessions)
     port: int = 0
     admin_port: int = 0
 
@@ -164,6 +170,7 @@ def assemble(
         reindex=lambda: semantic.reindex,
         spawn=work.background.spawn,
         is_stopping=stopping.is_set,
+        installation=hashlib.sha256(b"ibid installation\x00" + secret).hexdigest()[:16],
     )
     return App(
         settings, edges, work, pipeline, handler, batches, semantic, operator, health, memory, pulse, stopping, *token
@@ -183,7 +190,12 @@ async def open_edges(
     settings: Settings, log_writer: logs.LogWriter | None, stack: contextlib.AsyncExitStack, tell: Tell
 ) -> Edges:
     """What answers requests without meaning; `stack` closes it. Raises ConfigError."""
-    telemetry = Telemetry(log_writer, level=logging.getLevelNamesMapping()[settings.log.level])
+    log = settings.log
+    level = logging.getLevelNamesMapping()[log.level]
+    telemetry = Telemetry(log_writer, level=level, sample=log.sample, slow_ms=log.slow_s * 1e3)
+    if log.traces == "otlp":
+        telemetry.spans = spans = Spans(importlib.metadata.version("ibid-proxy"))
+        stack.push_async_callback(asyncio.to_thread, spans.close)
     prices = configured(settings)
     prices.load()  # before anybody is answered: every row has a price, and a request must not wait for an import
     booking = Booking(prices)
@@ -229,7 +241,15 @@ async def open_upstreams(settings: Settings) -> Upstreams:
 
 
 def upstream_address(name: str, settings: UpstreamSettings) -> UpstreamAddress:
-    return UpstreamAddress(name, settings.base_url, settings.dialect, settings.models, settings.key, settings.proxy)
+    return UpstreamAddress(
+        name,
+        settings.base_url,
+        settings.dialect,
+        settings.models,
+        settings.key,
+        settings.proxy,
+        settings.stands_in_for,
+    )
 
 
 def open_token(settings: Settings, log_writer: logs.LogWriter | None) -> tuple[str, Path | None]:
@@ -237,7 +257,15 @@ def open_token(settings: Settings, log_writer: logs.LogWriter | None) -> tuple[s
     token, path = load_token(settings.server.admin_token, settings.data_dir)
     if log_writer is not None:
         log_writer.form.redactor.register(token)
+        for other in other_tokens(settings):
+            log_writer.form.redactor.register(other.secret)
     return token, path
+
+
+def other_tokens(settings: Settings) -> tuple[Token, ...]:
+    """The admin tokens that a file names, each with its role."""
+    named = settings.admin_tokens.items()
+    return tuple(Token(name, Role[one.role.upper()], one.token) for name, one in named if one.token is not None)
 
 
 def read_secret(data_dir: Path) -> bytes:
@@ -270,7 +298,8 @@ async def open_keys(keys: KeyRing) -> None:
 
 async def open_admin(app: App, sockets: Sequence[socket.socket], stack: contextlib.AsyncExitStack) -> int:
     """Port of the admin listener, accepting; `stack` closes it."""
-    gate = Gate(app.admin_token, LOOPBACK_NAMES | {app.settings.server.admin.host})
+    hosts = LOOPBACK_NAMES | {app.settings.server.admin.host}
+    gate = Gate(app.admin_token, hosts, sessions=app.sessions, others=other_tokens(app.settings))
     built = admin.build(app.operator, app.telemetry, gate)
     runner = web.AppRunner(built, access_log=None, handle_signals=False, max_line_size=ADMIN_LINE_BYTES)
     await runner.setup()
@@ -322,7 +351,7 @@ def start(app: App, behind: contextlib.AsyncExitStack, tell: Tell) -> list[async
         spawn(app.semantic.renew(), "reindex"),
     ]
     if is_shared:
-        endless.append(spawn(follow(app.pipeline, fault), "follow"))
+        endless.append(spawn(follow(app.pipeline, app.semantic, fault), "follow"))
     if app.batches is not None:
         endless.append(spawn(take_up(app.batches, app.semantic, shared=is_shared), "batches"))
     return endless

@@ -18,6 +18,7 @@ from proxy.batch.http.api import BatchApi
 from proxy.batch.lines import Lines
 from proxy.client.handlers import ClientHandler
 from proxy.core.answer import decode_answer
+from proxy.core.chains import Chains
 from proxy.core.contrast import Noise
 from proxy.core.cors import Cors
 from proxy.core.dialects.routes import Routes
@@ -25,7 +26,6 @@ from proxy.core.errors import CacheFault, ConfigError
 from proxy.core.identity import HeaderRules
 from proxy.core.model import Answer
 from proxy.core.purse import Purse
-from proxy.core.rates import writes_cost_extra
 from proxy.core.risk import LevelName, Tally
 from proxy.core.units import DAY_S
 from proxy.hot import HotRows
@@ -86,6 +86,7 @@ class Ground:
     meaning: Meaning
     routes: Routes
     reader: Reader
+    chains: Chains
     ring: KeyRing
     books: Books
     model_aliases: dict[str, set[str]]
@@ -93,8 +94,8 @@ class Ground:
 
 def make_ground(settings: Settings, edges: Edges, work: Work, secret: bytes) -> Ground:
     """Raises ConfigError."""
-    routes = Routes(orjson.loads)
-    steering = Steering(settings.policies, settings.aliases, settings.ready)
+    routes, chains = Routes(orjson.loads), Chains()
+    steering = Steering(settings.policies, settings.aliases, settings.ready, marks=settings.lanes.prefix.by_default)
     ring = KeyRing(edges.store.keys, edges.prices, keyed=keyed(settings), only=settings.server.keys_only)
     ledger = MeteredLedger(edges.store.ledger, ring)
     return Ground(
@@ -105,14 +106,17 @@ def make_ground(settings: Settings, edges: Edges, work: Work, secret: bytes) -> 
         hot=HotRows(settings.cache.hot_bytes),
         meaning=Meaning(),
         routes=routes,
-        reader=Reader(routes, edges.upstreams, settings.rules, settings.limits, steering, header_rules(settings)),
+        chains=chains,
+        reader=Reader(
+            routes, edges.upstreams, settings.rules, settings.limits, steering, header_rules(settings), chains
+        ),
         ring=ring,
         books=Books(ledger, edges.prices, edges.telemetry, Purse(settings.rules.learning_share)),
         model_aliases=aliases_of(settings.forward.model_aliases),
     )
 
 
-BUILT_IN_NOISE = Noise(FALSE_ALARMS[1], FALSE_ALARMS[0], MISSES[1], MISSES[1] - MISSES[0])
+BUILT_IN_NOISE = Noise.measured(FALSE_ALARMS, MISSES)
 """Of `index.answers`, on answers it was not fitted on."""
 
 
@@ -149,13 +153,9 @@ def make_forwarder(ground: Ground) -> Forwarder:
     return Forwarder(
         upstream=edges.upstreams,
         lanes=settings.lanes,
-        facts=ground.reader.facts,
+        reader=ground.reader,
         predictor=Predictor(settings.lanes.predict, answers_of(edges.store.entries, ground.hot)),
-        prefixes=PrefixMarks(
-            settings.lanes.prefix,
-            ground.secret,
-            lambda upstream, model, ts_ms: writes_cost_extra(edges.prices.rates(upstream, model, "default", ts_ms)),
-        ),
+        prefixes=PrefixMarks(settings.lanes.prefix, ground.secret, edges.prices),
         purges=edges.store.entries.purges,
     )
 
@@ -184,6 +184,7 @@ def make_pipeline(ground: Ground, auditor: Auditor, forwarder: Forwarder) -> Pip
         pace=settings.stream.pace,
         finisher=Finisher(settings.stream.on_leave, ground.work.finishing, settings.rules.answer_limit_bytes),
         model_aliases=ground.model_aliases,
+        chains=ground.chains,
         semantic_misses_per_min=settings.cache.semantic_misses_per_min,
     )
 

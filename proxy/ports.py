@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from index.errors import IndexRoomError
 from proxy.core.errors import CacheFault
 from proxy.core.keys import Cost, Key
-from proxy.core.model import Call, Comparison, Draft, Entry, Outcome, Usage
+from proxy.core.model import Call, Comparison, Draft, Entry, Outcome, RepeatedAnswer, Usage
 from proxy.core.purges import Began, Purges
 from proxy.core.query import Query
 from proxy.core.risk import Counted, LevelName, Tally
@@ -143,6 +143,15 @@ within the budget. See `index.guard.prior`."""
 class AnswerComparer(Protocol):
     """Whether two answers say the same. See `index.answers`."""
 
+    @property
+    def spent_s(self) -> float:
+        """Processor time of all comparisons so far."""
+        ...
+
+    def by_words(self, a: str, b: str) -> float:
+        """A probability without the model: rarely above `judging.judge.SAME_FROM` where the model would say less."""
+        ...
+
     async def compare(self, a: str, b: str, tenant: str = "") -> float:
         """A probability; never raises."""
         ...
@@ -198,6 +207,10 @@ class Comparisons(Protocol):
 
     def record(self, found: Comparison | None, entry_id: int = 0, group_id: int = 0) -> None:
         """Keep a comparison, and that an entry's answer is the same as another's. Never blocks, never raises."""
+        ...
+
+    def repeated(self, found: RepeatedAnswer) -> None:
+        """Keep how alike two answers to one question were. Never blocks, never raises."""
         ...
 
     def note(self, embedder: str, level: LevelName, change: Tally) -> None:
@@ -434,6 +447,18 @@ class Upstream(Protocol):
 
     def serves(self, upstream: str, model: str) -> bool:
         """Whether this model may be asked for there."""
+        ...
+
+    def dialect(self, upstream: str) -> str:
+        """ "openai", "anthropic", "gemini" or "ollama"."""
+        ...
+
+    def named_there(self, upstream: str, model: str) -> str | None:
+        """What it calls a model that is asked elsewhere; None where it does not stand in for it."""
+        ...
+
+    def is_failing(self, upstream: str) -> bool:
+        """Whether its circuit is open: most requests are refused at once, one now and then is a probe."""
         ...
 
     def place(self, upstream: str) -> str:

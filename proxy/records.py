@@ -26,6 +26,7 @@ class Client(NamedTuple):
     path_qs: str
     headers: Sequence[tuple[bytes, bytes]]
     is_retry: bool = False
+    tries_again: bool = False  # its library says how often it did
 
 
 class Stale(NamedTuple):
@@ -68,6 +69,8 @@ class Fetch:
     again: Again | None = None  # set when a served question is asked again, for nobody but the judge
     purpose: str = "answer"  # else why it is made for no client: a key of `EXTRA_CALLS`
     asked_as: Query | None = None
+    flight_key: bytes = b""  # under which others find its call
+    was_awaited: bool = False  # its call went on for a while when a client had given it up that tries again
     first: Sending | None = None  # the call as it is sent when no lane shapes it
     attempt: Attempt | None = None  # the call whose answer this is
     attempts: list[Attempt] = field(default_factory=list)  # every call made for it

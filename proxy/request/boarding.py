@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from functools import partial
 
-from proxy.core import policy
+from proxy.core import policy, retries
 from proxy.core.dialects.dialect import is_streamed
 from proxy.core.errors import BadRequest, UpstreamError
+from proxy.core.identity import scope_headers
 from proxy.core.model import Level, Miss
 from proxy.core.plan import Lane
 from proxy.core.query import Query
 from proxy.lanes.forwarding import ACTING
 from proxy.lanes.route import Choice
 from proxy.ports import UpstreamResponse
-from proxy.records import Fetch, Lookup
+from proxy.records import Client, Fetch, Lookup
 from proxy.relay import Ending, Relay, Replay
 from proxy.request.collapse import Flight, Seat
 from proxy.request.entries import Entries
@@ -39,15 +40,14 @@ class Boarding:
         self._server = server
         self._settler = settler
 
-    def joinable(self, query: Query) -> Flight[Fetch] | None:
+    def joinable(self, query: Query, client: Client) -> Flight[Fetch] | None:
         """The flight whose answer will be this question's too."""
-        if not _may_share(query):
-            return None
-        flight = self._flights.get(query.fingerprint)
+        key = _key_of(query, client, client.is_retry)
+        flight = self._flights.get(key) if key else None
         if flight is None or not flight.joinable:
             return None
         first = flight.context.asked
-        if first.plan.lanes & ACTING != query.plan.lanes & ACTING:
+        if first.plan.acts(ACTING) != query.plan.acts(ACTING):
             return None  # what may answer the one may not answer the other
         asked, own = first.output_limit, query.output_limit
         return flight if own is None or (asked is not None and asked <= own) else None
@@ -85,8 +85,9 @@ class Boarding:
         if choice is not None:
             fetch.query, fetch.asked_as, fetch.first = choice.query, query, choice.sending
             fetch.routed_to, fetch.neighbour = choice.candidate, choice.neighbour
-        current = self._flights.get(query.fingerprint)  # while others can join it, it goes on for those it suits
-        shared = _may_share(query) and (current is None or not current.joinable)
+        fetch.flight_key = _key_of(query, client, client.tries_again)
+        current = self._flights.get(fetch.flight_key)  # while others can join it, it goes on for those it suits
+        shared = bool(fetch.flight_key) and (current is None or not current.joinable)
         flight = self.take_off(fetch, shared=shared)
         return await self._board(request, flight, flight.join())
 
@@ -95,7 +96,8 @@ class Boarding:
         flight = Flight(fetch, partial(self._forwarder.open, fetch), self._landed, shared=shared, on_left=self._on_left)
         self._aloft.add(flight)
         if shared:
-            self._flights[fetch.asked.fingerprint] = flight
+            fetch.flight_key = fetch.flight_key or fetch.asked.fingerprint
+            self._flights[fetch.flight_key] = flight
         return flight
 
     def _landed(self, flight: Flight[Fetch]) -> None:
@@ -138,7 +140,22 @@ class Boarding:
 
 
 def _may_share(query: Query) -> bool:
-    return query.controls.read and query.eligibility.level is not Level.NONE and Lane.COLLAPSE in query.plan.lanes
+    """In shadow every request makes its own call."""
+    controls = query.controls
+    if not controls.read or controls.shadow:
+        return False
+    return query.eligibility.level is not Level.NONE and Lane.COLLAPSE in query.plan.lanes
+
+
+def _key_of(query: Query, client: Client, tries_again: bool) -> bytes:
+    """By what others find its call: whoever asks the same, or else only its own client when it tries again; b"" where
+    nobody may."""
+    if _may_share(query):
+        return query.fingerprint
+    if not tries_again:
+        return b""
+    named = [value for name, value in client.headers if name.lower() == b"idempotency-key"]
+    return retries.key_of(query.tenant, query.path_qs, scope_headers(client.headers), named, query.body)
 
 
 async def _is_streamed(request: Request, response: UpstreamResponse, seat: Seat[Fetch]) -> bool:

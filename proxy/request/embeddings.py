@@ -374,6 +374,8 @@ class Embeddings:
             header=response.header,
             aliases=self._pipeline.names_of(query),
         )
+        if query.controls.shadow and isinstance(fetch.lookup.verdict, Hit):
+            return  # what would have been served ends when it would have ended
         if reason is None:
             _ = self._tasks.spawn(self._keep(fetch, missing, answered), "store")
         else:

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from proxy.core import freshness
 from proxy.core.dialects.dialect import JSON
 from proxy.core.directives import stale_headers, verdict_headers
-from proxy.core.model import Bypass, Entry, Hit
+from proxy.core.model import Bypass, Entry, Hit, Tier
 from proxy.core.query import Query
-from proxy.lanes.forwarding import STALE_IF_ERROR
+from proxy.lanes.failover import MOVED, STALE_IF_ERROR
 from proxy.money.books import COLLAPSED
 from proxy.records import Client, Fetch
 from proxy.relay import Head
 from proxy.request.settle import Request
+from proxy.upstreams.sending import Sending
 
 
 def hit_head(query: Query, client: Client, hit: Hit, entries: Sequence[Entry], saved_nusd: int, plan: str = "") -> Head:
@@ -63,9 +64,15 @@ def forward_headers(request: Request, fetch: Fetch, status: int, plan: str = "")
         collapsed=request.is_collapsed,
         shadow=query.controls.shadow,
         refresh=query.controls.refresh,
-        edge=sending.is_other and sending.is_foreign,
+        server=_server_of(sending),
         plan=plan,
     )
+
+
+def _server_of(sending: Sending) -> Tier | None:
+    if not (sending.is_other and sending.is_foreign):
+        return None
+    return Tier.FAILOVER if MOVED in sending.shaped_by else Tier.EDGE
 
 
 def passed_headers(verdict: Bypass, request_id: str, upstream: str, status: int) -> list[tuple[str, str]]:

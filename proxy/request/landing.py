@@ -8,11 +8,12 @@ from dataclasses import replace
 from proxy import ports
 from proxy.core import policy
 from proxy.core.dialects.dialect import Recording, is_streamed
-from proxy.core.model import Answer, Level
+from proxy.core.model import Answer, Hit, Level, Tier
 from proxy.core.pace import has_pace, runs_of, texts_of
 from proxy.core.plan import Lane
 from proxy.core.query import Query
-from proxy.lanes.forwarding import STALE_IF_ERROR
+from proxy.hot import HotRow
+from proxy.lanes.failover import STALE_IF_ERROR
 from proxy.lanes.route import MECHANISM as ROUTED
 from proxy.money.books import draft_of
 from proxy.records import Fetch
@@ -20,6 +21,7 @@ from proxy.request.collapse import Flight
 from proxy.request.entries import Entries
 from proxy.request.errands import REPEAT, Errands, reason_of
 from proxy.request.parts import Parts
+from proxy.upstreams.decoding import codings_of
 
 
 class Landing:
@@ -67,6 +69,9 @@ class Landing:
         elif status == 200:
             recording = query.dialect.record(body, is_stream=is_stream, n=query.n, keeps_id=query.keeps_id)
             fetch.usage = fetch.usage or recording.usage
+        if recording is not None and recording.answer is not None and query.keeps_id:
+            asked = fetch.query
+            self._parts.chains.learn(asked.tenant, asked.upstream, asked.fingerprint, recording.answer)
         fetch.unstored = self._why_unstored(flight, recording)
         answer = None if recording is None or fetch.unstored else recording.answer
         if answer is None:
@@ -102,6 +107,8 @@ class Landing:
         answer = None if recording is None else recording.answer
         if answer is not None:
             self._parts.naming.see(sending.upstream, sending.model, answer.model)
+        if recording is not None and codings_of(response):
+            return "encoded"
         return (
             policy.storable(
                 None if recording is None else answer or recording.refusal_reason,
@@ -123,12 +130,18 @@ class Landing:
             self._forget_flight(flight)
 
     def _forget_flight(self, flight: Flight[Fetch]) -> None:
-        fingerprint = flight.context.asked.fingerprint
-        if self._parts.flights.get(fingerprint) is flight:
-            del self._parts.flights[fingerprint]
+        key = flight.context.flight_key
+        if self._parts.flights.get(key) is flight:
+            del self._parts.flights[key]
 
     async def keep(self, fetch: Fetch, answer: Answer) -> None:
         """Store an answer, and learn from it."""
+        if (seen := _seen_in_shadow(fetch)) is not None:
+            self._parts.store.mark_used(seen.entry.id, int(self._parts.clock() * 1000))
+            self._parts.auditor.shadowed(
+                fetch.lookup.opinion, seen, fetch.query, fetch.client.headers, fetch.client.request_id, answer
+            )
+            return
         embedder = self._parts.meaning.embedder
         identity = "" if embedder is None else embedder.identity
         draft = draft_of(fetch, answer, identity, self._parts.rules, int(self._parts.clock() * 1000))
@@ -138,13 +151,23 @@ class Landing:
             if entry is None:
                 return
             if before is not None and fetch.again is None and not fetch.routed_to:
-                self._parts.auditor.refetched(before, fetch.query, answer)
+                self._parts.auditor.refetched(before, fetch.query, fetch.client.request_id, answer)
             opinion = None if fetch.routed_to else fetch.lookup.opinion  # of answers of the model asked for
             self._parts.auditor.stored(opinion, fetch.again, fetch.query, fetch.client.headers, entry, answer)
             if fetch.purpose == "answer" and may_route(fetch.asked):
                 self._errands.stored(fetch, entry, answer)
         except ports.CACHE_FAULTS as fault:
             self._telemetry.fault(reason_of(fault))
+
+
+def _seen_in_shadow(fetch: Fetch) -> HotRow | None:
+    """What would have been served in place of this call. Its question is not stored anew, for it would not have been:
+    an entry ends when it would have ended, and a wording that is alike stays alike."""
+    verdict = fetch.lookup.verdict
+    if not fetch.asked.controls.shadow or fetch.routed_to or fetch.purpose != "answer":
+        return None
+    is_served = isinstance(verdict, Hit) and verdict.tier in (Tier.EXACT, Tier.SEMANTIC)
+    return fetch.lookup.row if is_served else None
 
 
 def may_route(query: Query) -> bool:

@@ -121,7 +121,8 @@ class Finder:
             lookup.row = row
             lookup.verdict = Hit(entry, Tier.STALE, 1.0, 1.0, "stale")
             return True
-        if Lane.STALE_IF_ERROR in lanes and freshness.may_serve_stale(*times, self._stale.if_error_s):
+        may_stand_in = Lane.STALE_IF_ERROR in lanes and not controls.shadow
+        if may_stand_in and freshness.may_serve_stale(*times, self._stale.if_error_s):
             lookup.stale = Stale(row, began)
         return False
 

@@ -1,6 +1,6 @@
 """Which entry answers a question of this normal form, in memory: found without embedding, and without SQL.
 
-A hint like the index: the row decides. Bounded, the oldest leave; what other processes store is not in it.
+A hint like the index: the row decides. Bounded, the oldest leave; what other processes store is in it within seconds.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from proxy import ports
+from proxy.core.chains import Chains
 from proxy.core.dialects.dialect import UsageMode
 from proxy.core.model import Rules
 from proxy.core.naming import Naming
@@ -48,6 +49,7 @@ class Parts:
     finisher: Finisher | None = None
     model_aliases: Mapping[str, Collection[str]] = field(default_factory=dict)
     naming: Naming = field(default_factory=Naming)
+    chains: Chains = field(default_factory=Chains)
     semantic_misses_per_min: int = 0
     clock: Callable[[], float] = time.time
     flights: dict[bytes, Flight[Fetch]] = field(init=False, default_factory=dict)  # that others may join

@@ -20,7 +20,7 @@ from proxy.relay import Relay, Replay
 from proxy.request.boarding import Boarding
 from proxy.request.entries import Entries
 from proxy.request.errands import Errands, reason_of
-from proxy.request.explanation import explanation
+from proxy.request.explanation import explanation, of_lookup
 from proxy.request.landing import Landing, may_route
 from proxy.request.lookup import Finder, is_fresh
 from proxy.request.parts import Parts
@@ -97,7 +97,7 @@ class Pipeline(Parts):
         query, client = request.query, request.client
         if Lane.PREFETCH in query.plan.lanes and not query.controls.only_if_cached:
             self.errands.foresee(query, client)
-        while (flight := self.boarding.joinable(query)) is not None or request.lookup is None:
+        while (flight := self.boarding.joinable(query, client)) is not None or request.lookup is None:
             if flight is None:
                 request.lookup = await self.finder.look_up(query, client, is_capped=True)
                 if (served := self._serve(query, client, request.lookup)) is not None:
@@ -121,7 +121,8 @@ class Pipeline(Parts):
         if lookup.row is None or not isinstance(hit := lookup.verdict, Hit) or query.controls.shadow:
             return None
         self.settler.learn(query, client, lookup, refetches=refetches)
-        return self.server.serve(query, client, lookup.row, hit, lookup.steps_ms)
+        looked = "" if lookup.opinion is None else of_lookup(query, lookup)
+        return self.server.serve(query, client, lookup.row, hit, lookup.steps_ms, looked)
 
     async def _route(self, request: Request) -> Choice | None:
         query, lookup = request.query, request.lookup
@@ -132,7 +133,7 @@ class Pipeline(Parts):
     async def _serve_routed(self, choice: Choice, request: Request) -> Replay | None:
         """What the chosen model answered to this very question before, if that is fresh."""
         query, client, found = request.query, request.client, Lookup(Miss("routed"))
-        if not query.controls.read:
+        if not query.controls.read or query.controls.shadow:
             return None
         try:
             if not await self.finder.find_exact(choice.query, client, found) or found.row is None:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from proxy.core import fingerprint, identity, jsontext, keys, policy
 from proxy.core.answer import to_json
 from proxy.core.batches import Place, place_of
+from proxy.core.chains import Chains
+from proxy.core.dialects.anthropic import Messages
 from proxy.core.dialects.dialect import Dialect
 from proxy.core.dialects.fields import CACHE_TWIN
 from proxy.core.dialects.routes import Routes, family_of, keys_in, without_key
@@ -32,6 +34,7 @@ from proxy.core.plan import (
     Policy,
     choose,
     edited,
+    marked,
     refuse_unready,
     split_alias,
 )
@@ -65,6 +68,7 @@ class Caller:
 
     __slots__ = (
         "controls", "grant", "headers", "is_deferring", "is_json", "is_retry", "origin", "scope_headers", "tenant",
+        "tries_again",
     )  # fmt: skip
 
     def __init__(
@@ -75,6 +79,7 @@ class Caller:
         *,
         is_json: bool,
         is_retry: bool,
+        tries_again: bool = False,
         grant: Grant | None = None,
         is_deferring: bool = False,
         origin: str = "",
@@ -87,6 +92,7 @@ class Caller:
         self.scope_headers = scope_headers
         self.is_json = is_json
         self.is_retry = is_retry
+        self.tries_again = tries_again  # its library says how often it did
         self.grant = grant  # of a virtual key; `headers` are without it
 
     @property
@@ -110,6 +116,7 @@ class Steering:
     policies: Sequence[Policy] = ()
     aliases: Mapping[str, str] = field(default_factory=lambda: ALIASES)
     ready: frozenset[Lane] = DEFAULT_PLAN.lanes
+    marks: bool = False  # mark beginnings for Anthropic's own cache by default
 
 
 class Reader:
@@ -123,6 +130,7 @@ class Reader:
         limits: Limits,
         steering: Steering | None = None,
         header_rules: HeaderRules = BUILT_IN,
+        chains: Chains | None = None,
     ) -> None:
         self._routes = routes
         self._upstream = upstream
@@ -130,6 +138,7 @@ class Reader:
         self._limits = limits
         self._steering = steering or Steering()
         self._header_rules = header_rules
+        self._chains = chains or Chains()
         self._forms: Memo[tuple[object, ...], int] = Memo(limits.memo_bytes)
         self._numbers = itertools.count(1)
 
@@ -159,8 +168,8 @@ class Reader:
         if len(facts.model) > MODEL_LIMIT:
             message = f"Invalid value for 'model': expected at most {MODEL_LIMIT} characters."
             raise BadRequest(message, code="invalid_value", param="model")
-        controls = _controls(caller, body.get(CACHE_TWIN))
-        plan = self._plan(facts, controls, caller, edit)
+        controls = _controls(caller, body.get(CACHE_TWIN), shadow=self._rules.shadow)
+        plan = self._plan(facts, controls, caller, edit, marks=isinstance(target.dialect, Messages))
         upstream = self._upstream.route(target.path, {}, facts.model)
         return self._query(target, caller, raw, body, facts, _narrowed(controls, plan), plan, upstream)
 
@@ -197,7 +206,7 @@ class Reader:
             return target, raw, body, ""
         return *_renamed(target, raw, body, model), edit
 
-    def _plan(self, facts: Facts, controls: Controls, caller: Caller, alias: str) -> Plan:
+    def _plan(self, facts: Facts, controls: Controls, caller: Caller, alias: str, *, marks: bool) -> Plan:
         steering = self._steering
         plan = DEFAULT_PLAN
         if steering.policies:
@@ -212,6 +221,8 @@ class Reader:
                 controls.deadline_s is not None,
             )
             plan = choose(steering.policies, asked)
+        if marks and steering.marks:
+            plan = marked(plan)
         for edit in filter(None, (caller.plan, alias)):  # of what is not configured here these take nothing
             plan = edited(plan, edit)
             plan = replace(plan, lanes=plan.lanes & steering.ready)
@@ -236,6 +247,7 @@ class Reader:
     ) -> Query:
         dialect = target.dialect
         assert dialect is not None
+        facts = self._continued(facts, caller.tenant, upstream) if facts.continues else facts
         eligibility = policy.classify(facts, controls, self._rules)
         scope = digest = b""
         if eligibility.level is not Level.NONE:
@@ -283,6 +295,14 @@ class Reader:
             team=caller.team,
         )
 
+    def _continued(self, facts: Facts, tenant: str, upstream: str) -> Facts:
+        """The same with what was said before in its identity, where that is known; it is never compared by meaning."""
+        before = self._chains.find(tenant, upstream, facts.continues)
+        if before is None:
+            return facts
+        settings = {**facts.settings, "previous_response_id": before.hex()}
+        return replace(facts, settings=settings, previous_response=False, first_turn=False)
+
     def _form_of(self, asked: tuple[object, ...]) -> int:
         """A number for what decides how a hit is told and booked; never one for two."""
         form = self._forms.get(asked)
@@ -297,10 +317,12 @@ def _facts(target: Target, body: Mapping[str, Any]) -> Facts:
     return target.dialect.read(body, model=target.model, stream=target.stream)
 
 
-def _controls(caller: Caller, twin: object) -> Controls:
+def _controls(caller: Caller, twin: object, *, shadow: bool) -> Controls:
     controls = caller.controls if twin is None else None
     if controls is None:
         controls = controls_of(caller.headers, twin)
+        if shadow:
+            controls = replace(controls, shadow=True)
         if twin is None:
             caller.controls = controls
     return controls

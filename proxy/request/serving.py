@@ -20,14 +20,28 @@ class Server:
 
     def __init__(self, parts: Parts) -> None:
         self._books = parts.books
+        self._chains = parts.chains
         self._hot = parts.hot
         self._usage_on_hit = parts.usage_on_hit
         self._pace = parts.pace
 
-    def serve(self, query: Query, client: Client, row: HotRow, hit: Hit, steps_ms: dict[str, float] | None) -> Replay:
-        """Replay an entry. What two hits of one entry share is made once: template, headers of a second, ledger row."""
+    def serve(
+        self,
+        query: Query,
+        client: Client,
+        row: HotRow,
+        hit: Hit,
+        steps_ms: dict[str, float] | None,
+        looked: str = "",
+    ) -> Replay:
+        """Replay an entry; `looked`: how the judge came to it, where it was asked.
+
+        What two hits of one entry share is made once: template, headers of a second, ledger row.
+        """
         kind = (query.form, hit.tier, hit.similarity)
         form = row.forms.get(kind)
+        if query.keeps_id:  # its client may continue it by its id
+            self._chains.learn(query.tenant, query.upstream, row.entry.draft.fingerprint, row.answer)
         if form is None:
             form = row.forms[kind] = self._form(query, client, row, hit)
             self._hot.grew(row, form.template.nbytes)
@@ -44,10 +58,10 @@ class Server:
 
             def settle(first_byte_s: float | None, word: str) -> None:
                 ending = Ending(word, first_byte_s=first_byte_s)
-                self._books.hit(form, client, steps_ms, query.scope, age_s, ending)
+                self._books.hit(form, client, steps_ms, query.scope, age_s, ending, looked)
 
             return replay._replace(paced=Paced(due, query.dialect.heartbeat, settle))
-        self._books.hit(form, client, steps_ms, query.scope, age_s)
+        self._books.hit(form, client, steps_ms, query.scope, age_s, looked=looked)
         return replay
 
     def share(self, query: Query, client: Client, answer: Answer) -> Replay:

@@ -25,6 +25,7 @@ from proxy.records import Client, Fetch, Lookup
 from proxy.relay import Ending
 from proxy.request.collapse import Flight
 from proxy.request.errands import Errands
+from proxy.request.explanation import recorded
 from proxy.request.parts import Parts
 
 GROWTH: Final = 4  # of the uses of an alias, each time it was judged anew
@@ -87,7 +88,10 @@ class Settler:
         return Fetch(request.query, client, lookup, time.perf_counter(), began)
 
     def _book(self, request: Request, fetch: Fetch, ending: Ending) -> None:
-        cost_nusd = self._books.forwarded(request.query, request.client, fetch, ending, collapsed=request.is_collapsed)
+        looked = recorded(request.query, fetch, request.is_collapsed)
+        cost_nusd = self._books.forwarded(
+            request.query, request.client, fetch, ending, collapsed=request.is_collapsed, looked=looked
+        )
         request.headers.append(("x-cost-usd", usd(cost_nusd)))  # in time for an answer that is not a stream
 
     def learn_again(self, query: Query, client: Client, hit: Hit) -> None:

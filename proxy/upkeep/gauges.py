@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterable
 from functools import partial
+from importlib import metadata
 
 from proxy.batch.http.api import BatchApi
 from proxy.client.handlers import ClientHandler
 from proxy.core.model import Limits
 from proxy.hot import HotRows
 from proxy.money.prices import Booking
+from proxy.store.schema import HEAD
 from proxy.store.store import Store
 from proxy.upkeep.semantic import Semantic
 from proxy.upstreams.upstream import Upstreams
@@ -51,6 +54,8 @@ def watch_batches(telemetry: Telemetry, batches: BatchApi) -> None:
 
 def watch_process(telemetry: Telemetry, hot: HotRows, memory: Memory, pulse: Pulse, booking: Booking) -> None:
     gauge = telemetry.watch
+    version, python = metadata.version("ibid-proxy"), platform.python_version()
+    gauge("ibid_build_info", "Which ibid it is", lambda: 1.0, version=version, python=python, schema=HEAD)
     gauge("ibid_hot_bytes", "Memory of rows served without SQL", lambda: hot.size_bytes)
     gauge("ibid_memory_used_share", "Resident memory by what it may be", lambda: memory.used_share)
     gauge("ibid_loop_stall_seconds_max", "Longest stall of the event loop", lambda: pulse.longest_ms / 1e3)

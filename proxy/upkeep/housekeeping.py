@@ -45,14 +45,16 @@ async def housekeep(settings: Settings, pipeline: Pipeline, store: Store, semant
             fault(error.code if isinstance(error, CacheFault) else error.reason)
 
 
-async def follow(pipeline: Pipeline, fault: Fault) -> None:
-    """Take up what other replicas of this database purge, and what they learn, after what is written down."""
+async def follow(pipeline: Pipeline, semantic: Semantic, fault: Fault) -> None:
+    """Take up what other replicas of this database purge, what they learn, after what is written down, and the normal
+    forms of what they store."""
     while True:
         await asyncio.sleep(FOLLOW_S)
         try:
             await pipeline.entries.follow()
             if pipeline.meaning.parts is not None:
                 await pipeline.auditor.follow()
+                await semantic.follow()
         except CacheFault as error:
             fault(error.code)
 

@@ -48,7 +48,11 @@ class Opened:
         return Parts(
             embedder,
             self.index,
-            Comparer(embedder.match if embedder.can_match else None, lambda: embedder.queue_length),
+            Comparer(
+                embedder.match if embedder.can_match else None,
+                lambda: embedder.queue_length,
+                lambda: embedder.matching_s,
+            ),
             lambda: embedder.queue_length,
             embedder.verify if guarded and embedder.can_verify else None,
             embedder.shed,

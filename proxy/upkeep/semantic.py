@@ -47,6 +47,7 @@ class Semantic:
         self.reindex: Reindex | None = None
         self.refusal: ConfigError | None = None  # why the program stops by itself
         self.unlearned = ""  # why the judge starts without what it had learned
+        self._last_question = 0  # whose normal form is known
         self.unsaved = ""  # why the last saving of the snapshot failed
         self._settings = settings
         self._pipeline = pipeline
@@ -119,12 +120,20 @@ class Semantic:
         try:
             await self._pipeline.auditor.load()
             await self._pipeline.errands.router.load()
-            async for questions in self._store.entries.questions(self.meaning.identity, NORMALS, NORMALS_AT_ONCE):
-                for entry_id, scope, prompt in questions:
-                    self._pipeline.entries.normals.keep(entry_id, scope, prompt)
+            await self.follow()
         except CacheFault as fault:
             log.error("the judge starts without what it had learned", extra={"cause": fault.message})
             self.unlearned = fault.message
+
+    async def follow(self) -> None:
+        """Know the normal forms of what was stored since, by any process. Raises CacheFault."""
+        found = self._store.entries.questions(
+            self.meaning.identity, NORMALS, NORMALS_AT_ONCE, after_id=self._last_question
+        )
+        async for questions in found:
+            for entry_id, scope, prompt in questions:
+                self._pipeline.entries.normals.keep(entry_id, scope, prompt)
+            self._last_question = questions[-1][0]
 
     async def renew(self) -> None:
         """Vectors of this model for the entries that have none of it. Ends only where there is no model."""
