@@ -11,13 +11,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests.upstream import EMBEDDING_PATHS, Body, Chat, Json, Raw, Reply, Seen, Stream, Vectors, chat_chunks
 
 PIECES = 4
 MODEL = "m-1"
 ARGUMENTS = {"city": "Paris"}
+
+
+class Call(NamedTuple):
+    """What a model says when it wants a tool to be run."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+WEATHER = Call("weather", ARGUMENTS)
 
 
 def provider(seen: Seen) -> Reply:
@@ -39,15 +49,22 @@ def provider(seen: Seen) -> Reply:
 def _native(seen: Seen, path: str) -> Reply:
     if path.endswith(EMBEDDING_PATHS):
         return Vectors()
-    if path.endswith("/messages"):
-        return _anthropic(seen.json)
     if "enerateContent" in path:
         return _gemini(seen.json, path)
     if path in ("/api/chat", "/api/generate"):
         return _ollama(seen.json, is_chat=path == "/api/chat")
-    if path.endswith("/responses"):
-        return _responses(seen.json)
-    return _openai(seen.json) if "messages" in seen.json else _completion(seen.json)
+    if "messages" not in seen.json and not path.endswith("/responses"):
+        return _completion(seen.json)
+    prompt = prompt_of(seen.json)
+    begins = prompt if path.endswith("/messages") else wish_of(seen.json)
+    return say(path, seen.json, WEATHER if begins.startswith("call") else text_for(prompt), prompt)
+
+
+def say(path: str, body: Mapping[str, Any], said: str | Call, prompt: str = "") -> Reply:
+    """A text or a call as an answer of the chat API at this path."""
+    if path.endswith("/messages"):
+        return _anthropic(body, said, prompt)
+    return _responses(body, said) if path.endswith("/responses") else _openai(body, said)
 
 
 def prompt_of(body: Mapping[str, Any]) -> str:
@@ -104,10 +121,10 @@ def _json(body: Mapping[str, Any]) -> Body:
 # -- OpenAI -----------------------------------------------------------------------------------------------------------
 
 
-def _openai(body: Mapping[str, Any]) -> Reply:
-    if not wish_of(body).startswith("call"):
-        return _openai_text(body, text_for(prompt_of(body)))
-    function = {"name": "weather", "arguments": json.dumps(ARGUMENTS)}
+def _openai(body: Mapping[str, Any], said: str | Call) -> Reply:
+    if isinstance(said, str):
+        return _openai_text(body, said)
+    function = {"name": said.name, "arguments": json.dumps(said.arguments)}
     call = {"id": "call_abc", "type": "function", "function": function}
     head = {"id": "chatcmpl-1", "created": 1_700_000_000, "model": body["model"]}
     usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
@@ -159,12 +176,12 @@ def _completion(body: Mapping[str, Any]) -> Reply:
 # -- OpenAI Responses -------------------------------------------------------------------------------------------------
 
 
-def _responses(body: Mapping[str, Any]) -> Reply:
-    if wish_of(body).startswith("call"):
-        item = {"id": "fc_1", "type": "function_call", "status": "completed", "name": "weather", "call_id": "call_abc",
-                "arguments": json.dumps(ARGUMENTS)}  # fmt: skip
+def _responses(body: Mapping[str, Any], said: str | Call) -> Reply:
+    if isinstance(said, Call):
+        item = {"id": "fc_1", "type": "function_call", "status": "completed", "name": said.name, "call_id": "call_abc",
+                "arguments": json.dumps(said.arguments)}  # fmt: skip
     else:
-        part = {"type": "output_text", "annotations": [], "logprobs": [], "text": text_for(prompt_of(body))}
+        part = {"type": "output_text", "annotations": [], "logprobs": [], "text": said}
         item = {"id": "msg_1", "type": "message", "status": "completed", "role": "assistant", "content": [part]}
     usage = {"input_tokens": 10, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
              "output_tokens": 25, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 35}  # fmt: skip
@@ -178,8 +195,8 @@ def _responses(body: Mapping[str, Any]) -> Reply:
     if not body.get("stream"):
         return _json(whole)
     begun = {"response": {**whole, "status": "in_progress", "output": [], "usage": None}}
-    said = [("created", begun), ("in_progress", begun), *_item_events(item), ("completed", {"response": whole})]
-    numbered = [{"type": f"response.{kind}", **rest, "sequence_number": n} for n, (kind, rest) in enumerate(said)]
+    told = [("created", begun), ("in_progress", begun), *_item_events(item), ("completed", {"response": whole})]
+    numbered = [{"type": f"response.{kind}", **rest, "sequence_number": n} for n, (kind, rest) in enumerate(told)]
     return Stream([_event(event, name=True) for event in numbered])
 
 
@@ -204,14 +221,14 @@ def _item_events(item: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]
 # -- Anthropic --------------------------------------------------------------------------------------------------------
 
 
-def _anthropic(body: Mapping[str, Any]) -> Reply:
-    prompt = prompt_of(body)
-    blocks: list[dict[str, Any]] = [{"type": "text", "text": text_for(prompt)}]
+def _anthropic(body: Mapping[str, Any], said: str | Call, prompt: str) -> Reply:
+    text = said if isinstance(said, str) else text_for(prompt)
+    blocks: list[dict[str, Any]] = [{"type": "text", "text": text}]
     if prompt.startswith("think"):
         blocks.insert(0, {"type": "thinking", "thinking": "Let me see what that is.", "signature": "c2lnbmVk"})
-    if prompt.startswith("call"):
-        blocks.append({"type": "tool_use", "id": "toolu_abc", "name": "weather", "input": ARGUMENTS})
-    reason = "tool_use" if prompt.startswith("call") else "end_turn"
+    if isinstance(said, Call):
+        blocks.append({"type": "tool_use", "id": "toolu_abc", "name": said.name, "input": dict(said.arguments)})
+    reason = "tool_use" if isinstance(said, Call) else "end_turn"
     usage = {"input_tokens": 10, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 3, "output_tokens": 25}
     head = {"id": "msg_1", "type": "message", "role": "assistant", "model": body["model"]}
     end = {"stop_reason": reason, "stop_sequence": None}

@@ -25,6 +25,11 @@ OURS = {"proxy", "index", "migrations", "tests", "deploy"}
 HEAVY = ("faiss", "torch", "sentence_transformers", "onnxruntime", "numba", "transformers", "sqlalchemy")
 
 
+def own_files(folder: Path) -> list[Path]:
+    """The Python files of ours in a folder: npm's packages bring some of their own."""
+    return [path for path in sorted(folder.rglob("*.py")) if "node_modules" not in path.parts]
+
+
 def modules(package: str) -> list[str]:
     """Dotted names of every module of a package in the tree."""
     names = []
@@ -210,7 +215,7 @@ def test_no_function_is_longer_than_a_page() -> None:
     found = {
         f"{path.relative_to(ROOT)}: {name}"
         for folder in ("proxy", "index")
-        for path in sorted((ROOT / folder).rglob("*.py"))
+        for path in own_files(ROOT / folder)
         for name in longer(ast.parse(path.read_text()))
     }
     assert found == set()
@@ -295,7 +300,7 @@ def test_no_test_is_in_a_hurry() -> None:
     """Deadlines are `tests.waiting.PATIENCE_S`; what is to be in time is told by an order of events or a clock of its
     own (tests/README.md)."""
     found = {}
-    for path in sorted((ROOT / "tests").rglob("*.py")):
+    for path in own_files(ROOT / "tests"):
         if "bench" not in path.parts and (lines := list(hurried(ast.parse(path.read_text())))):
             found[str(path.relative_to(ROOT))] = lines
     assert found == {}
@@ -335,15 +340,16 @@ def test_importing_the_command_line_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     ("folders", "extras"),
-    [(("proxy", "index", "migrations"), ()), (("tests", "deploy"), ("test",))],
+    [(("proxy", "index", "migrations"), ("otel", "codings")), (("tests", "deploy"), ("test",))],
     ids=["product", "tests"],
 )
 def test_every_third_party_import_is_a_declared_dependency(folders: tuple[str, ...], extras: tuple[str, ...]) -> None:
     owners = packages_distributions()
     known = declared(*extras)
     undeclared = {}
-    elsewhere = ROOT / "tests/conformance/driver.py"  # runs in the environments of the clients it drives
-    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py") if path != elsewhere):
+    # run in the environments of the clients they drive
+    elsewhere = {ROOT / f"tests/conformance/{name}.py" for name in ("driver", "loops")}
+    for path in (path for folder in folders for path in own_files(ROOT / folder) if path not in elsewhere):
         for top in {name.partition(".")[0] for name in imported(path)} - OURS - sys.stdlib_module_names:
             if not {normalised(owner) for owner in owners.get(top, [top])} & known:
                 undeclared[top] = str(path.relative_to(ROOT))
@@ -369,7 +375,7 @@ def test_lower_bounds_are_not_above_what_was_tested() -> None:
     pins = {normalised(name): pin for name, _, pin in (line.partition("==") for line in lines if "==" in line)}
     extras = PROJECT["project"]["optional-dependencies"]
     for requirement in [*PROJECT["project"]["dependencies"], *extras["test"], *extras["lint"]]:
-        name, bound = re.fullmatch(r"([A-Za-z0-9_-]+)(?:\[.*?\])?[>=]=([\d.]+).*", requirement).groups()  # type: ignore[union-attr]
+        name, bound = re.fullmatch(r"([A-Za-z0-9_.-]+)(?:\[.*?\])?[>=]=([\d.]+).*", requirement).groups()  # type: ignore[union-attr]
         assert numbers(bound) <= numbers(pins[normalised(name)]), requirement
 
 
@@ -425,6 +431,7 @@ def test_the_wheel_holds_the_packages_the_migrations_the_manual_and_nothing_else
     expected = {re.sub(MAPPED, lambda name: f"proxy/_{name[1]}", name) for name in shipped}
     expected |= {"proxy/py.typed", "index/py.typed", "index/answers.json", "proxy/_migrations/script.py.mako"}
     guard = (str(path.relative_to(ROOT)) for path in files if path.is_relative_to(ROOT / "index" / "guard"))
+    expected |= {f"proxy/admin/dashboard/{file.name}" for file in (ROOT / "proxy/admin/dashboard").iterdir()}
     expected |= {name for name in guard if "/data/" in name or name.endswith(".safetensors")}
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith("/licenses/LICENSE") for name in names)

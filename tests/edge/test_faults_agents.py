@@ -10,7 +10,8 @@ import pytest
 
 from tests.edge.faults_app import Running, ibid, question, up
 from tests.edge.faults_wire import whole
-from tests.upstream import Chat, Json, Seen
+from tests.providers import provider, say
+from tests.upstream import Body, Chat, Json, Seen
 
 __all__ = ["ibid", "up"]  # fixtures
 
@@ -123,3 +124,47 @@ async def test_a_sample_above_the_bound_is_never_served_nor_shared_unless_it_is_
         await ibid.up.arrived.wait()
     gate.set()
     await asyncio.gather(*asked)
+
+
+def spoken(path: str, **fields: Any) -> tuple[bytes, dict[str, Any]]:
+    """One question in a dialect, and how it is sent."""
+    asked = {"input": "Who wrote Faust?"} if path.endswith("responses") else {"messages": [TURN]}
+    return json.dumps({"model": "m-1", **asked, **fields}).encode(), {"target": path}
+
+
+TURN = {"role": "user", "content": "Who wrote Faust?"}
+
+
+async def test_what_the_upstream_keeps_is_shared_with_no_other_dialect_and_repeats_its_id(ibid: Running) -> None:
+    """As the page "clients" says, narrower than one stored answer for every dialect."""
+    ibid.up.default = provider
+    chat, how = spoken("/v1/chat/completions")
+    await ibid.ask(chat, **how)
+    await ibid.settled()
+    unkept, how = spoken("/v1/responses", store=False)
+    assert (await ibid.ask(unkept, **how)).is_hit, "chat's answer serves a response that nobody keeps"
+    kept, how = spoken("/v1/responses")
+    first = await ibid.ask(kept, **how)
+    assert not first.is_hit, "an id that the upstream never gave could not be asked about"
+    await ibid.settled()
+    again = await ibid.ask(kept, **how)
+    assert again.is_hit
+    assert json.loads(again.body)["id"] == json.loads(first.body)["id"]
+    assert json.loads((await ibid.ask(unkept, target="/v1/responses")).body)["id"] != json.loads(first.body)["id"]
+
+
+async def test_a_search_that_was_offered_in_a_box_of_tools_is_kept_unless_it_ran(ibid: Running) -> None:
+    tools = [{"type": "function", "name": "exec_command", "parameters": {}, "strict": False}, {"type": "web_search"}]
+    body, how = spoken("/v1/responses", store=False, tools=tools)
+    searched = say("/v1/responses", json.loads(body), "Goethe.")
+    assert isinstance(searched, Body)
+    whole = json.loads(searched.body)
+    whole["output"].insert(0, {"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {}})
+    ibid.up.default = Json(200, whole)
+    for _ in range(2):
+        assert not (await ibid.ask(body, **how)).is_hit, "it ran"
+        await ibid.settled()
+    ibid.up.default = searched
+    assert not (await ibid.ask(body, **how)).is_hit
+    await ibid.settled()
+    assert (await ibid.ask(body, **how)).is_hit, "it was only offered"

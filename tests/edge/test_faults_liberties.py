@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from proxy.upstreams.attempt import LocalResponse, Peeked
+from proxy.upstreams.decoding import Decoded
+from proxy.upstreams.unpacking import CODINGS, PIECE_BYTES
 from tests.edge.faults_app import Reply, Running, ibid, question, up
 from tests.edge.faults_wire import DONE, ONE, ROLE, STOP, TWO, USAGE, chunk, whole
 from tests.upstream import Body, Chat, Json, Raw, Seen, Stream, event
@@ -106,12 +109,56 @@ async def test_a_compressed_error_can_be_read(ibid: Running) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_coding_that_nobody_knows_stays_with_its_header(ibid: Running, stream: bool) -> None:
+@pytest.mark.parametrize("coding", ["snappy", "gzip, snappy", *({"br", "zstd"} - CODINGS.keys())])
+async def test_a_coding_that_nobody_knows_stays_with_its_header(ibid: Running, stream: bool, coding: str) -> None:
     media = "text/event-stream" if stream else "application/json"
-    ibid.up.script(Body(200, b"\x0b\x02\x80opaque\x03", media, headers={"Content-Encoding": "br"}))
-    reply = await ibid.ask(question(stream=stream))
-    assert (reply.body, reply.headers["content-encoding"]) == (b"\x0b\x02\x80opaque\x03", "br")
+    ibid.up.script(Body(200, b"\x0b\x02\x80opaque\x03", media, headers={"Content-Encoding": coding}))
+    reply = await ibid.ask(question(stream=stream), "Accept-Encoding: br, zstd, snappy")
+    assert (reply.body, reply.headers["content-encoding"]) == (b"\x0b\x02\x80opaque\x03", coding)
+    assert ibid.up.requests[-1].header("accept-encoding") == "identity", "nobody is asked for what cannot be read"
     await ibid.nothing_kept(question(stream=stream))
+    told = (await ibid.admin("/metrics")).body.decode()
+    assert 'ibid_unstored_total{reason="encoded"}' in told
+
+
+PACKERS: dict[str, tuple[str, Callable[[Any], Callable[[bytes], bytes]]]] = {
+    "br": ("brotli", lambda module: module.compress),  # type: ignore[no-any-return]
+    "zstd": ("backports.zstd", lambda module: module.compress),  # type: ignore[no-any-return]
+    "zstd in two frames": (
+        "backports.zstd",
+        lambda module: lambda plain: module.compress(plain[:90]) + module.compress(plain[90:]),
+    ),
+    "br said and not done": ("brotli", lambda _module: bytes),
+    "zstd said and not done": ("backports.zstd", lambda _module: bytes),
+}
+"""With packages that an installation may have or not (extra `codings`)."""
+
+
+@SAID
+@pytest.mark.parametrize("packing", PACKERS)
+async def test_so_is_one_in_a_coding_that_needs_a_package(ibid: Running, packing: str, form: str) -> None:
+    name, packer = PACKERS[packing]
+    pack = packer(pytest.importorskip(name))
+    target, body, media, plain = SPOKEN[form]
+    headers = {"Content-Encoding": packing.partition(" ")[0]}
+    ibid.up.script(Stream(pieces(pack(plain), 37), content_type=media, headers=headers))
+    reply = await ibid.ask(body, target=target)
+    assert (reply.status, "content-encoding" in reply.headers) == (200, False)
+    assert b"one" in reply.body
+    await ibid.settled()
+    assert (await ibid.ask(body, target=target)).is_hit
+
+
+@pytest.mark.parametrize(("name", "coding"), [("brotli", "br"), ("backports.zstd", "zstd")])
+async def test_little_that_unpacks_into_much_does_not_come_at_once(name: str, coding: str) -> None:
+    module = pytest.importorskip(name)
+    plain = b'{"a":"' + b"a" * (64 << 20) + b'"}'
+    response = Decoded(Peeked(LocalResponse(200, "application/json", b""), module.compress(plain)), coding)
+    size_bytes = 0
+    while piece := await response.read_some():
+        assert len(piece) <= 2 * PIECE_BYTES
+        size_bytes += len(piece)
+    assert size_bytes == len(plain)
 
 
 @pytest.mark.parametrize("lost", [1, 8, 30])

@@ -236,7 +236,7 @@ async def test_no_admin_handler_answers_on_the_client_port(ibid: Running, target
     await ibid.settled()
     reply = await ibid.ask(b'{"confirm":"flush"}', target=target, credential=f"Authorization: Bearer {'a' * 32}")
     assert ibid.up.requests[-1].path == target, "an ordinary path, passed on"
-    assert reply.headers["x-upstream"] == ibid.app.pipeline.forwarder._upstream.route(target, {}, None)
+    assert reply.headers["x-upstream"] == ibid.app.edges.upstreams.route(target, {}, None)
     assert (await ibid.ask()).is_hit, "nothing was flushed"
 
 

@@ -305,7 +305,7 @@ async def test_a_tenant_in_the_database_is_not_its_credential_by_any_plain_diges
     plain = {digest(text.encode()).hexdigest() for digest in (hashlib.sha256, hashlib.md5, hashlib.sha1)
              for text in (KEY, f"Bearer {KEY}", f"authorization:{KEY}")}  # fmt: skip
     assert rows[0][0] not in plain
-    with sqlite3.connect(tmp_path / "data" / "ibid.db") as connection:
+    with sqlite3.connect(tmp_path / "data" / "ibid.db", timeout=PATIENCE_S) as connection:
         dump = "\n".join(connection.iterdump())
     connection.close()
     assert_silent([KEY], dump)

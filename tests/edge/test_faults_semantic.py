@@ -520,7 +520,7 @@ async def test_a_snapshot_newer_than_sql_proposes_nothing_that_is_gone(tmp_path:
         await kept(ibid, ASKED, OTHER)
         path = ibid.app.store.database.path
         assert path is not None
-    with sqlite3.connect(path, isolation_level="IMMEDIATE") as connection:
+    with sqlite3.connect(path, isolation_level="IMMEDIATE", timeout=PATIENCE_S) as connection:
         connection.execute("DELETE FROM entry WHERE prompt = ?", (ASKED,))
     connection.close()
     async with semantic(tmp_path, up, ScriptedModel()) as ibid:
@@ -553,7 +553,7 @@ async def test_a_row_that_goes_under_a_loaded_index_is_a_miss_and_its_vector_lea
         path = ibid.app.store.database.path
         assert path is not None
         await ibid.settled()
-        with sqlite3.connect(path, isolation_level="IMMEDIATE") as connection:
+        with sqlite3.connect(path, isolation_level="IMMEDIATE", timeout=PATIENCE_S) as connection:
             connection.execute("DELETE FROM entry WHERE prompt = ?", (ASKED,))
         connection.close()
         before = ibid.asked
@@ -584,7 +584,7 @@ async def test_a_row_edited_under_a_loaded_index_never_answers(
         path = ibid.app.store.database.path
         assert path is not None
         await ibid.settled()
-        with sqlite3.connect(path, isolation_level="IMMEDIATE") as connection:
+        with sqlite3.connect(path, isolation_level="IMMEDIATE", timeout=PATIENCE_S) as connection:
             connection.execute(f"UPDATE entry SET {change} WHERE id = 1")
         connection.close()
         before = ibid.asked

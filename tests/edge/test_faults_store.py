@@ -42,7 +42,7 @@ async def cold(tmp_path: Path, up: ScriptedUpstream) -> AsyncIterator[Running]:
 def edit(ibid: Running, script: str) -> None:
     """What an operator with the sqlite3 command does behind our back."""
     assert ibid.app.store.database.path is not None
-    connection = sqlite3.connect(ibid.app.store.database.path)
+    connection = sqlite3.connect(ibid.app.store.database.path, timeout=PATIENCE_S)
     connection.executescript(f"BEGIN IMMEDIATE; {script}; COMMIT;")
     connection.close()
 
@@ -172,7 +172,7 @@ async def test_a_database_locked_by_another_process_fails_no_client(ibid: Runnin
     await ibid.ask(ONE)
     await ibid.settled()
     assert ibid.app.store.database.path is not None
-    blocker = sqlite3.connect(ibid.app.store.database.path, isolation_level=None)
+    blocker = sqlite3.connect(ibid.app.store.database.path, isolation_level=None, timeout=PATIENCE_S)
     blocker.execute("BEGIN EXCLUSIVE")
     try:
         replies = [await ibid.ask(question(f"Question number {n} while it is locked?")) for n in range(5)]
@@ -233,7 +233,7 @@ def folder_in_its_place(data: Path) -> None:
 
 
 def newer(data: Path) -> None:
-    with sqlite3.connect(data / "ibid.db") as connection:
+    with sqlite3.connect(data / "ibid.db", timeout=PATIENCE_S) as connection:
         connection.execute("CREATE TABLE alembic_version (version_num TEXT)")
         connection.execute("INSERT INTO alembic_version VALUES ('9999')")
     connection.close()

@@ -27,6 +27,11 @@ from tests.waiting import PATIENCE_S, until
 ROOT = Path(__file__).parents[2]
 MODEL = "gpt-4o-mini"
 TOKEN = "flow-tests-admin-token-0123456789abcdef"
+ROLE_TOKENS = {role: f"flow-tests-{role}-token-0123456789abcdef" for role in ("stats", "auditor")}
+ROLE_ENV = {role: f"FLOW_{role.upper()}_TOKEN" for role in ROLE_TOKENS}
+ROLES: Mapping[str, Mapping[str, Any]] = {
+    f"admin.token.{role}-of-anna": {"role": role, "token_env": ROLE_ENV[role]} for role in ROLE_TOKENS
+}
 CHAT = "/v1/chat/completions"
 EMBEDDINGS = "/v1/embeddings"
 EMBEDDER = "text-embedding-3-small"
@@ -72,7 +77,8 @@ def settings_of(
         data_dir=str(data_dir),
         database=database,
     )
-    return config.load(flags, {"IBID_ADMIN_TOKEN": TOKEN, KEY_ENV: UPSTREAM_KEY})
+    tokens = {ROLE_ENV[role]: token for role, token in ROLE_TOKENS.items()}
+    return config.load(flags, {"IBID_ADMIN_TOKEN": TOKEN, KEY_ENV: UPSTREAM_KEY, **tokens})
 
 
 def chat_body(prompt: str | Sequence[Mapping[str, Any]], **fields: Any) -> dict[str, Any]:

@@ -421,3 +421,21 @@ async def test_every_kind_of_reply_names_ibid_and_no_version_of_what_it_is_made_
         servers.add(response.headers["Server"])
     assert servers == {"ibid"}
     assert {reply.cache for reply in replies} >= {"MISS", "HIT"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("finish", ["function_call", "stop"])
+async def test_a_function_called_as_before_there_were_tools_is_paid_for_once(exact, up, stream, finish):
+    call = {"name": "weather", "arguments": '{"city": "Paris"}'}
+    up.default = Chat(text="Let me look.", message={"function_call": call}, finish_reason=finish)
+    body = chat_body("Weather in Paris?", functions=[{"name": "weather", "parameters": {"type": "object"}}])
+    first = await exact.send(body)
+    await exact.settled()
+    again = await exact.send({**body, "stream": stream})
+    assert (first.cache, again.cache, len(up.requests)) == ("MISS", "HIT", 1)
+    if not stream:
+        assert again.json["choices"] == first.json["choices"]
+        return
+    parts = [chunk["choices"][0]["delta"].get("function_call", {}) for chunk in again.chunks if chunk["choices"]]
+    assert {name: "".join(part.get(name, "") for part in parts) for name in call} == call
+    assert again.chunks[-1]["choices"][0]["finish_reason"] == finish

@@ -20,6 +20,7 @@ from tests.batch_upstream import BatchUpstream
 from tests.flows.batching import QUICK, balanced, ended, hand_in, jsonl, line, rows, sdk, text
 from tests.flows.running import EMBEDDER, MODEL, chat_body, running, until
 from tests.upstream import Chat, Json
+from tests.waiting import PATIENCE_S
 
 
 @pytest.mark.parametrize("has_api", [True, False])
@@ -529,7 +530,9 @@ async def test_a_database_that_does_not_write_for_a_while_delays_a_batch_and_los
     async with running(data_dir, up.url, QUICK) as ibid, sdk(ibid) as client:
         batch = await hand_in(client, [line(str(n), f"What is {n}?") for n in range(40)])
         await until(lambda: len(up.requests) > 10)
-        with contextlib.closing(sqlite3.connect(data_dir / "ibid.db", isolation_level=None)) as database:
+        with contextlib.closing(
+            sqlite3.connect(data_dir / "ibid.db", isolation_level=None, timeout=PATIENCE_S)
+        ) as database:
             database.execute("BEGIN IMMEDIATE")
             gate.set()
             await until(lambda: ibid.app.store.state != "ok")

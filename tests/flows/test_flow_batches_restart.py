@@ -9,12 +9,13 @@ from tests.batch_upstream import BatchUpstream
 from tests.flows.batching import QUICK, ended, hand_in, line, rows, sdk, text
 from tests.flows.running import serving, until
 from tests.upstream import Chat, Json
+from tests.waiting import PATIENCE_S
 
 ASKED = [line(f"l{n}", f"What is part {n % 40} for?") for n in range(60)]
 
 
 def written(data_dir, sql: str):
-    with contextlib.closing(sqlite3.connect(data_dir / "ibid.db")) as database:
+    with contextlib.closing(sqlite3.connect(data_dir / "ibid.db", timeout=PATIENCE_S)) as database:
         return database.execute(sql).fetchall()
 
 
@@ -71,7 +72,7 @@ async def test_a_batch_whose_id_was_lost_is_found_again_at_the_provider(data_dir
         batch = await hand_in(client, ASKED)
         await until(lambda: written(data_dir, "SELECT state FROM batch_part") == [("running",)])
         process.kill()
-    with contextlib.closing(sqlite3.connect(data_dir / "ibid.db")) as database, database:
+    with contextlib.closing(sqlite3.connect(data_dir / "ibid.db", timeout=PATIENCE_S)) as database, database:
         database.execute("UPDATE batch_part SET state = 'creating', provider_id = ''")
     theirs.polls = 1
     async with serving(data_dir, up.url, QUICK) as process, sdk(process) as client:

@@ -33,7 +33,7 @@ def after_a_crash(data_dir: Path, into: Path) -> sqlite3.Connection:
     into.mkdir()
     for file in data_dir.glob("ibid.db*"):
         shutil.copy(file, into / file.name)
-    return sqlite3.connect(into / "ibid.db")
+    return sqlite3.connect(into / "ibid.db", timeout=PATIENCE_S)
 
 
 async def write_until_killed(process, up, round_: int, when: int):
@@ -213,7 +213,7 @@ async def test_sigterm_under_load_finishes_streams_and_loses_no_ledger_row(data_
             answered.append(stream.headers["x-request-id"])
             assert stream.text == f"answer to: Hold number {number} for me"  # and [DONE] came
         assert await process.stopped() == 0
-    with contextlib.closing(sqlite3.connect(data_dir / "ibid.db")) as database:
+    with contextlib.closing(sqlite3.connect(data_dir / "ibid.db", timeout=PATIENCE_S)) as database:
         there = {row for (row,) in database.execute("SELECT id FROM request WHERE outcome = 'ok'")}
         assert database.execute("SELECT COUNT(*) FROM request").fetchone()[0] >= len(answered)
     assert set(answered) <= there

@@ -99,7 +99,7 @@ async def test_a_database_that_stops_writing_costs_no_client_anything(exact, up,
 
 
 async def test_a_locked_database_delays_nobody(exact, up, data_dir):
-    lock = sqlite3.connect(data_dir / "ibid.db", isolation_level=None)
+    lock = sqlite3.connect(data_dir / "ibid.db", isolation_level=None, timeout=PATIENCE_S)
     lock.execute("BEGIN IMMEDIATE")
     try:
         async with asyncio.timeout(PATIENCE_S):

@@ -273,7 +273,7 @@ async def test_cache_controls_are_kept(exact, up):
     only_write = await exact.embed("a", headers={**space, "x-cache-mode": "write"})
     assert (only_write.cache, only_write.reason) == ("BYPASS", "no_cache")
     shadow = await exact.embed(["a", "b"], headers={**space, "x-cache-mode": "shadow"})
-    assert (shadow.cache, shadow.reason) == ("SHADOW", "hit")
+    assert (shadow.cache, shadow.reason) == ("SHADOW", "would_exact")
     await exact.settled()
     assert (await exact.embed("a", headers={**space, "Cache-Control": "max-age=0"})).reason == "expired"
     short = await fill(exact, "e", headers={**space, "x-cache-ttl": "0"})

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from index.guard.head import FIRST, SECOND
 from proxy.commands.evaluate import interval
 from proxy.core.purse import CREDIT_HITS
 from proxy.judging.arbiter import DIFFERENT
@@ -276,7 +277,7 @@ async def test_without_the_pair_guard_the_same_look_alike_is_served(data_dir, up
 
 
 async def test_a_damaged_pair_guard_means_exact_hits_only(data_dir, up, monkeypatch):
-    monkeypatch.setattr("index.guard.head.SHA256", "0" * 64)
+    monkeypatch.setattr("index.guard.head.SHA256", dict.fromkeys((FIRST, SECOND), "0" * 64))
     async with running(data_dir, up.url) as ibid:
         assert (await ibid.ask(ASKED)).reason == "embedder_down"
         await ibid.settled()

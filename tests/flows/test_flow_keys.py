@@ -19,6 +19,8 @@ import openai
 import pytest
 
 from proxy.money.keys import KeyRing
+from tests.edge.rawclient import RawClient
+from tests.edge.rawclient import post as raw_post
 from tests.flows.running import CHAT, KEYED, MODEL, ROOT, TOKEN, UPSTREAM_KEY, Client, Ibid, running, serving, until
 from tests.providers import provider
 from tests.upstream import Chat, Json, ScriptedUpstream
@@ -356,6 +358,32 @@ async def test_a_limit_of_money_opens_no_path_whose_cost_nobody_tells(keyed: Ibi
     assert caught.value.status == 403
 
 
+@pytest.mark.parametrize("media", ["multipart/form-data; boundary=b", "application/json", "audio/mpeg"])
+@pytest.mark.parametrize(
+    ("limit", "path", "code"),
+    [
+        ("limit_requests", "/v1/audio/transcriptions", "rate_limit_exceeded"),
+        ("limit_usd", "/v1/images/edits", "cost_not_told"),
+    ],
+)
+async def test_a_body_that_will_be_refused_whatever_it_says_is_not_waited_for(
+    data_dir, up, limit: str, path: str, code: str, media: str
+) -> None:
+    """The key is held to some models, so that a form or JSON would be read for its model."""
+    async with running(data_dir, up.url, {**KEYED, "limits": {"body_timeout_s": 2 * PATIENCE_S}}) as ibid:
+        made = await make(ibid, models=["gpt-*"], **{limit: ["1/day"]})
+        assert (await ibid.ask("hose?", key=made["secret"])).status == 200
+        await ibid.settled()
+        reached = len(up.requests)
+        client = await RawClient.connect(int(ibid.url.rpartition(":")[2]))
+        lines = (f"Authorization: Bearer {made['secret']}", f"Content-Type: {media}")
+        await client.send(raw_post(b"--b", *lines, path=path, length=1_000_000))
+        refusal = await client.answer()
+        assert json.loads(refusal.body)["error"]["code"] == code, refusal
+        client.close()
+        assert len(up.requests) == reached
+
+
 async def test_where_ibid_serves_no_batches_a_limit_of_money_opens_none(data_dir, up):
     up.default = lambda seen: Json(200, {"ok": True})
     async with running(data_dir, up.url, {**KEYED, "batch": {"serve": False}}) as ibid:
@@ -593,7 +621,7 @@ async def test_a_key_revoked_in_the_table_by_another_process_ends_too(keyed: Ibi
     assert (await keyed.ask("hose?", key=made["secret"])).status == 200
 
     def revoke() -> None:
-        with sqlite3.connect(data_dir / "ibid.db") as connection:
+        with sqlite3.connect(data_dir / "ibid.db", timeout=PATIENCE_S) as connection:
             connection.execute("UPDATE api_key SET revoked_ms = 1 WHERE id = ?", (made["id"],))
         connection.close()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from tests.flows.running import running
@@ -51,3 +53,14 @@ async def test_normal_forms_are_known_after_a_restart(data_dir, up):
         reply = await ibid.ask("Hello, how do i repair a leaking garden hose")
         assert (reply.tier, reply.text) == ("semantic", first.text)
         assert "embed_ms" not in ibid.log.line(reply)
+
+
+async def test_what_another_process_stores_is_found_without_embedding(tmp_path, data_dir, up, pg_url):
+    async with running(data_dir, up.url, database=pg_url) as ibid:
+        theirs = shutil.copytree(data_dir, tmp_path / "other", symlinks=True)  # with its secret
+        async with running(theirs, up.url, database=pg_url) as other:
+            first = await ibid.fill(ASKED)
+            await other.app.semantic.follow()  # what the timer does
+            reply = await other.ask("Hello, how do i repair a leaking garden hose")
+            assert (reply.tier, reply.text) == ("semantic", first.text)
+            assert "embed_ms" not in other.log.line(reply)

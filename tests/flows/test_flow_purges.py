@@ -13,6 +13,7 @@ from tests.flows.batching import QUICK, ended, hand_in, line, sdk
 from tests.flows.running import EMBEDDER, EXACT_ONLY, MODEL, TOKEN, chat_body, running, until
 from tests.flows.test_flow_batches_restart import written
 from tests.upstream import Chat, Json, Vectors
+from tests.waiting import PATIENCE_S
 
 ASKED = "What does document 42 say about the leave of absence?"
 MARKED = {"cache": {"namespace": "red", "tags": ["doc:42"]}}
@@ -255,7 +256,7 @@ async def test_a_purge_in_another_process_reaches_what_this_one_is_at(tmp_path, 
 
 async def test_a_purge_while_the_database_is_held_elsewhere_is_an_error_and_serves_on(exact, data_dir):
     first = await exact.fill(ASKED, **MARKED)
-    lock = sqlite3.connect(data_dir / "ibid.db", isolation_level=None)
+    lock = sqlite3.connect(data_dir / "ibid.db", isolation_level=None, timeout=PATIENCE_S)
     lock.execute("BEGIN EXCLUSIVE")
     try:
         token = {"Authorization": f"Bearer {TOKEN}"}
@@ -284,3 +285,41 @@ async def expire(ibid):
     for row in await ibid.entries():
         await ibid.app.store.entries.touch(row["id"], now_ms - 1000)
     ibid.app.pipeline.hot.clear()
+
+
+async def test_a_purge_by_meaning_names_what_is_alike_in_any_scope_and_only_then_removes_it(ibid, up):
+    alike = ["How do I reset my password?", "How can I reset my password?"]
+    other = "What is the capital of France?"
+    for key, question in [("sk-a", alike[0]), ("sk-b", alike[1]), ("sk-a", other)]:
+        await ibid.ask(question, key=key)
+        await ibid.settled()
+    tenants = {row["prompt"]: row["tenant"] for row in await ibid.entries()}
+    wanted = {"similar_to": "How do I reset my password?", "above": 0.85}
+    told = await ibid.admin("POST", "/cache/invalidate", wanted)
+    assert (told["dry_run"], told["count"], told["not_compared"]) == (True, 2, 0)
+    assert [found["similarity"] for found in told["nearest"]] == sorted(
+        [found["similarity"] for found in told["nearest"]], reverse=True
+    )
+    assert told["nearest"][0]["similarity"] == pytest.approx(1, abs=1e-3)
+    assert len(await ibid.entries()) == 3
+    nothing = {"similar_to": "Pianos of the nineteenth century", "model": MODEL, "dry_run": False}
+    assert (await ibid.admin("POST", "/cache/invalidate", nothing))["count"] == 0
+    assert len(await ibid.entries()) == 3  # nothing alike is not "all of this model"
+    one = {**wanted, "writer": tenants[alike[1]], "dry_run": False}
+    assert (await ibid.admin("POST", "/cache/invalidate", one))["count"] == 1
+    assert (await ibid.admin("POST", "/cache/invalidate", {**wanted, "dry_run": False}))["count"] == 1
+    assert [row["prompt"] for row in await ibid.entries()] == [other]
+    assert (await ibid.ask(alike[0])).cache == "MISS"
+    acts = await ibid.sql("SELECT parameters FROM act")
+    assert "27 characters" in acts[0]["parameters"]
+    assert "password" not in str(acts)
+
+
+async def test_a_purge_by_meaning_without_a_model_is_refused(exact, up):
+    await exact.fill("How do I reset my password?")
+    body = {"similar_to": "How do I reset my password?", "model": MODEL, "dry_run": False}
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    url = f"{exact.admin_url}/cache/invalidate"
+    async with exact.session.post(url, json=body, headers=headers) as response:
+        assert response.status == 503
+    assert len(await exact.entries()) == 1
