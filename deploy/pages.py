@@ -24,6 +24,7 @@ from proxy.store.schema import metadata
 from proxy.store.tables import TABLES
 from proxy.store.views import DESCRIBED
 from proxy.watch.health import REMEDIES
+from proxy.watch.logs import Redactor
 from proxy.watch.telemetry import Telemetry
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +49,7 @@ ABOUT = {
     "lane.route": "A cheaper model, chosen by how it did on the most similar questions",
     "upstream": "Model servers, a table each",
     "prices.override": 'Your own prices, by "upstream/model" or "upstream/*"',
+    "admin.token": "More tokens of the admin listener, for those who may do less",
     "alias": "What `model@NAME` does to the plan",
     "policy": "Which requests take which lanes; the first that matches holds",
 }
@@ -154,8 +156,12 @@ def _flag(action: argparse.Action) -> tuple[str, str]:
 
 
 def routes() -> str:
-    rows = ((f"`{route.method} {route.path}`", route.about, _takes(route)) for route in ROUTES)
-    return table(("route", "does", "takes (bold: required)"), rows)
+    rows = ((f"`{route.method} {route.path}`", route.about, _takes(route), _may(route)) for route in ROUTES)
+    return table(("route", "does", "takes (bold: required)", "least role"), rows)
+
+
+def _may(route: Route) -> str:
+    return "anybody" if route.is_open else f"{route.needs}{', written down' if route.is_act else ''}"
 
 
 def _takes(route: Route) -> str:
@@ -184,6 +190,8 @@ class _NoLog:
     dropped = 0
 
     class form:
+        redactor = Redactor()
+
         @staticmethod
         def key(name: str) -> str:
             return name
