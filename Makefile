@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_OPENAI2 ?= .venv-openai2
 VENV_FRAMEWORKS ?= .venv-frameworks
+VENV_AGENTS ?= .venv-agents
+VENV_AIDER ?= .venv-aider
 ARGS ?=
 DATA ?=
 # Processes the tests share out among themselves, a file at a time.
@@ -25,12 +27,16 @@ RUN_STAMP := $(VENV)/.ibid-run
 DEV_STAMP := $(VENV)/.ibid-dev
 OPENAI2_STAMP := $(VENV_OPENAI2)/.ibid-openai2
 FRAMEWORKS_STAMP := $(VENV_FRAMEWORKS)/.ibid-frameworks
+AGENTS_STAMP := $(VENV_AGENTS)/.ibid-agents
+AIDER_STAMP := $(VENV_AIDER)/.ibid-aider
 NODE_STAMP := tests/conformance/node_modules/.ibid-node
 
 export IBID_TEST_LLM := $(abspath $(MODEL))
 export IBID_TEST_MODELS := $(abspath $(CONVERTED))
 export IBID_OPENAI2_PYTHON := $(abspath $(VENV_OPENAI2)/bin/python)
 export IBID_FRAMEWORKS_PYTHON := $(abspath $(VENV_FRAMEWORKS)/bin/python)
+export IBID_AGENTS_PYTHON := $(abspath $(VENV_AGENTS)/bin/python)
+export IBID_AIDER_PYTHON := $(abspath $(VENV_AIDER)/bin/python)
 export IBID_SCHEMATHESIS := $(abspath $(VENV_FRAMEWORKS)/bin/st)
 unexport PYTHONPATH
 
@@ -66,9 +72,11 @@ lint: $(DEV_STAMP) ## ruff, mypy strict, import contracts
 docs: $(DEV_STAMP) ## write into deploy/docs what the code knows: settings, reasons, commands, tables, metrics
 	$(BIN)/python -m deploy.pages
 
-# Needs node and npm, from version 20 on.
-conformance: $(DEV_STAMP) $(MODEL) $(CONVERTED)/.done $(OPENAI2_STAMP) $(FRAMEWORKS_STAMP) $(NODE_STAMP) ## every client against ibid and the provider
+# Needs node and npm, from version 20 on; on Linux a newer node for the clients that want it comes from npm.
+CLIENTS := $(OPENAI2_STAMP) $(FRAMEWORKS_STAMP) $(AGENTS_STAMP) $(AIDER_STAMP) $(NODE_STAMP)
+conformance: $(DEV_STAMP) $(MODEL) $(CONVERTED)/.done $(CLIENTS) ## every client against ibid and the provider
 	$(BIN)/python -m tests.conformance $(ARGS)
+	$(BIN)/python -m tests.conformance --loops $(ARGS)
 	$(BIN)/python -m tests.conformance --llm $(ARGS)
 	$(BIN)/python -m tests.conformance.schema
 
@@ -78,12 +86,15 @@ real-life: $(DEV_STAMP) $(CONVERTED)/.done ## hits without labels, on three seed
 bench: $(DEV_STAMP) ## ibid against its floors in turn, as a table of ratios
 	$(BIN)/python -m tests.bench $(ARGS)
 
-# It prints the SHA-256 that `index/guard/head.py` must hold; other weights than those are refused.
-train-guard: $(DEV_STAMP) ## the pair guard's weights anew from the licensed pairs in DATA=DIR; 8 minutes on one core
-	OMP_NUM_THREADS=1 $(BIN)/python -m index.guard.training.train --data "$(DATA)" --out index/guard/weights.safetensors
+# It prints the SHA-256s that `index/guard/head.py` must hold, other weights than those are refused; and what
+# `index/guard/prior.py` says, measured on families that the second head was kept from.
+train-guard: $(DEV_STAMP) ## the pair guard's weights anew from the licensed pairs in DATA=DIR, and its prior; half an hour on one core
+	mkdir -p build
+	OMP_NUM_THREADS=1 $(BIN)/python -m index.guard.training.train --data "$(DATA)" --into index/guard --held-out build/held-out.safetensors
+	$(BIN)/python -m tests.bench.prior --held-out build/held-out.safetensors
 
 clean: ## remove the environments and every cache; never data
-	rm -rf $(VENV) $(VENV_OPENAI2) $(VENV_FRAMEWORKS) tests/conformance/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV_OPENAI2) $(VENV_FRAMEWORKS) $(VENV_AGENTS) $(VENV_AIDER) tests/conformance/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find proxy index migrations tests deploy -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and alone: without it in place, whatever asks for it might bring another build along.
@@ -118,6 +129,16 @@ $(OPENAI2_STAMP): deploy/constraints-openai2.txt
 $(FRAMEWORKS_STAMP): deploy/constraints-frameworks.txt
 	test -x $(VENV_FRAMEWORKS)/bin/python || $(PYTHON) -m venv $(VENV_FRAMEWORKS)
 	$(VENV_FRAMEWORKS)/bin/python $(PIP_INSTALL) -r deploy/constraints-frameworks.txt
+	@touch $@
+
+$(AGENTS_STAMP): deploy/constraints-agents.txt
+	test -x $(VENV_AGENTS)/bin/python || $(PYTHON) -m venv $(VENV_AGENTS)
+	$(VENV_AGENTS)/bin/python $(PIP_INSTALL) -r deploy/constraints-agents.txt
+	@touch $@
+
+$(AIDER_STAMP): deploy/constraints-aider.txt
+	test -x $(VENV_AIDER)/bin/python || $(PYTHON) -m venv $(VENV_AIDER)
+	$(VENV_AIDER)/bin/python $(PIP_INSTALL) -r deploy/constraints-aider.txt
 	@touch $@
 
 $(NODE_STAMP): tests/conformance/package.json tests/conformance/package-lock.json
