@@ -27,7 +27,7 @@ from tests.waiting import PATIENCE_S
 HOME = {"HOME": "/home/ann"}
 KEYS = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "GEMINI_API_KEY")
 CLIENT, ADMIN = "http://127.0.0.1:4141", "http://127.0.0.1:4142"
-FOREIGN = frozenset("make python3 docker pip sqlite3 cp datasette curl".split())
+FOREIGN = frozenset("make python3 docker pip sqlite3 cp datasette curl ssh".split())
 """First words of lines that are not commands of ibid."""
 
 
@@ -84,10 +84,11 @@ def test_a_command_that_is_none_is_found() -> None:
 
 
 def loaded(text: str, path: Path) -> config.Settings:
-    """As `ibid serve --config` reads it; each variable that a `key_env` names holds a key."""
+    """As `ibid serve --config` reads it; each variable that holds a key or a token has one."""
     path.write_text(text)
-    named = re.findall(r'key_env = "(\w+)"', text)
-    return config.load(config.Flags(config=str(path)), {**HOME, **dict.fromkeys(named, "sk-of-the-upstream")})
+    named = re.findall(r'(?:key|token)_env = "(\w+)"', text)
+    secrets = {name: f"secret-of-{name}".ljust(40, ".") for name in named}
+    return config.load(config.Flags(config=str(path)), {**HOME, **secrets})
 
 
 @pytest.mark.parametrize("snippet", snippets("toml"), ids=str)

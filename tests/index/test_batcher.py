@@ -15,7 +15,7 @@ import pytest
 from index import batcher
 from index.batcher import EmbedderOwner
 from index.errors import EmbedderFault, EmbedderLate, ModelFault, Overloaded, TextTooLong
-from index.guard.head import MAX_TOKENS, NO_OPINION, Guard
+from index.guard.head import MAX_TOKENS, NO_OPINION, Guard, Head
 from tests.waiting import PATIENCE_S
 
 
@@ -85,7 +85,7 @@ class Comparing(Guard):
     spoil: BaseException | None = None
 
     def __init__(self) -> None:
-        super().__init__("", (0, 1), {})
+        super().__init__(Head("", (0, 1), {}))
 
     def judge(self, asked: np.ndarray | None, kept: Sequence[np.ndarray | None]) -> list[float]:
         if type(self).spoil is not None:
