@@ -43,6 +43,7 @@ from index.embedder import Backend, OnnxBackend, TokenStates, TorchBackend, Vect
 from index.errors import EmbedderFault, EmbedderLate, IndexRoomError, ModelFault, Overloaded, TextTooLong
 from index.guard.head import MAX_KEPT, MAX_TOKENS, Guard, load_guard
 from index.model import locate
+from index.states import StatesKept
 from index.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ CLOSE_S = 1.0
 SPECIAL_TOKENS = 2  # the first and the last of a text, which have no place in its states
 BACKEND_FAULTS = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 BACKENDS = (ONNX, INT8, "torch")
-STATES_BYTES = 32 << 20
+STATES_BYTES = 64 << 20
 
 
 class _Job:
@@ -92,33 +93,6 @@ class _Verification:
         self.asked_s = asked_s
         self.is_match = is_match
         self.waiters: list[asyncio.Future[Any]] = []
-
-
-class _StatesKept:
-    """Token states by digest, least recently used first to leave. The owner thread's alone."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self._known: OrderedDict[bytes, TokenStates] = OrderedDict()
-        self.held_bytes = 0
-
-    def get(self, digest: bytes) -> TokenStates | None:
-        found = self._known.get(digest)
-        if found is not None:
-            self._known.move_to_end(digest)
-        return found
-
-    def clear(self) -> None:
-        self._known.clear()
-        self.held_bytes = 0
-
-    def put(self, digest: bytes, states: TokenStates) -> None:
-        if states.nbytes > self._limit_bytes or digest in self._known:
-            return
-        self._known[digest] = states
-        self.held_bytes += states.nbytes
-        while self.held_bytes > self._limit_bytes:
-            self.held_bytes -= self._known.popitem(last=False)[1].nbytes
 
 
 def _digest(tenant: str, text: str) -> bytes:
@@ -168,7 +142,7 @@ class EmbedderOwner:
         self._encode_deadline_s = encode_deadline_s
         self._queue_deadline_s = queue_deadline_s
         self._guard = guard
-        self._states = _StatesKept(states_bytes)
+        self._states = StatesKept(states_bytes)
         self._known: OrderedDict[bytes, Vector] = OrderedDict()
         self._jobs: dict[bytes, _Job | _Verification] = {}
         self._hung = False
@@ -544,7 +518,7 @@ class EmbedderOwner:
         vectors, states = self._backend.encode_states(ids)
         self._inspect(vectors, len(rows))
         for (digest, _), one in zip(rows, states, strict=True):
-            self._states.put(digest, one.copy() if len(rows) > 1 else one)
+            self._states.put(digest, one)
         return vectors
 
     def _verify(self, job: _Verification) -> None:
@@ -596,9 +570,7 @@ class EmbedderOwner:
             return None
         vectors, states = self._backend.encode_states([ids])
         self._inspect(vectors, 1)
-        made: TokenStates = states[0]
-        self._states.put(digest, made)
-        return made
+        return self._states.put(digest, states[0])
 
     def _inspect(self, vectors: Vector, count: int) -> None:
         """Raise EmbedderFault unless `vectors` is (count, dimension) float32 of finite unit rows."""

@@ -24,7 +24,7 @@ onnxruntime = library("onnxruntime")
 ort_state = library("onnxruntime.capi.onnxruntime_pybind11_state")
 
 Vector = NDArray[np.float32]
-TokenStates = NDArray[np.float16]
+TokenStates = NDArray[np.float16] | NDArray[np.float32]
 
 ORT_FAULTS: tuple[type[Exception], ...] = (
     ort_state.EPFail,

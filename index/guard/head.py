@@ -31,7 +31,7 @@ from safetensors.numpy import load
 from index.errors import ModelFault
 
 Array = NDArray[np.float32]
-Half = NDArray[np.float16]
+States = NDArray[np.float16] | NDArray[np.float32]
 
 FIRST, SECOND = "weights.safetensors", "second.safetensors"
 SHA256 = {
@@ -71,7 +71,7 @@ class Head:
         """Whether it was fitted on how alike the texts are as wholes, beside their tokens."""
         return len(self.weights["verdict.weight"]) > len(self.weights["judge.bias"])
 
-    def judge(self, asked: Half | None, kept: Sequence[Half | None]) -> list[float]:
+    def judge(self, asked: States | None, kept: Sequence[States | None]) -> list[float]:
         """As `Guard.judge`."""
         mine = self._side(asked) if asked is not None and _can_judge(asked) else None
         return [
@@ -79,9 +79,9 @@ class Head:
             for other in kept
         ]
 
-    def _side(self, states: Half) -> _Side:
+    def _side(self, states: States) -> _Side:
         w = self.weights
-        x = states.astype(np.float32)
+        x = states.astype(np.float32, copy=False)
         h = x.reshape(len(x), -1) @ w["project.weight"]
         h += w["project.bias"]
         h -= h.mean(axis=1, keepdims=True)
@@ -134,7 +134,7 @@ class Guard:
     def states(self) -> tuple[int, ...]:
         return self.first.states
 
-    def judge(self, asked: Half | None, kept: Sequence[Half | None]) -> list[float]:
+    def judge(self, asked: States | None, kept: Sequence[States | None]) -> list[float]:
         """Logits, above 0 where one answer serves both texts. A text is (tokens, layers, dimension), unit rows.
 
         NO_OPINION for a pair with None, with a text without tokens, or with one of more than MAX_TOKENS.
@@ -183,7 +183,7 @@ def parse(raw: bytes, digest: str) -> Head:
         raise ModelFault("the guard's weights are no safetensors file of this program") from error
 
 
-def _can_judge(states: Half) -> bool:
+def _can_judge(states: States) -> bool:
     return 0 < len(states) <= MAX_TOKENS
 
 

@@ -170,7 +170,7 @@ class Embedding:
     queue: int = option(256, "texts waiting; when full the lookup is bypassed at once", least=1)
     lru: int = option(4096, "vectors kept, so wording seen before is not embedded again; 1.5 KiB each")
     states_bytes: int = option(
-        32 * MIB, "memory for token states, so the pair guard encodes few texts anew; about 2.3 KB a word"
+        64 * MIB, "memory for token states, so the pair guard encodes few texts anew; about 1.2 KB a word"
     )
     deadline_ms: int = option(150, "longest wait for a vector; then the request is forwarded", least=1)
     require_semantic: bool = option(False, "refuse to start without a working model, instead of exact hits only")

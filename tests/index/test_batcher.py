@@ -62,7 +62,8 @@ class Scripted:
         vectors = self.encode_tokens(rows)
         states = np.zeros((len(rows), len(rows[0]) - 2, 2, self.dimension), np.float16)
         for state, row in zip(states, rows, strict=True):
-            state[:, :, 0] = np.array(row[1:-1])[:, None] % 997
+            angles = np.array(row[1:-1])[:, None] % 97
+            state[:, :, 0], state[:, :, 1] = np.cos(angles), np.sin(angles)
         return vectors, states
 
     def encode(self, text: str) -> np.ndarray:
@@ -526,7 +527,7 @@ async def test_a_text_that_was_embedded_or_verified_is_not_encoded_again() -> No
 
 async def test_states_are_kept_up_to_their_bytes_and_the_least_recently_used_leave() -> None:
     backend = Scripted()
-    one = 5 * 2 * 8 * 2  # tokens, layers, dimension, bytes
+    one = 5 * 2 * (8 + 4)  # tokens, layers, a byte for each of the dimensions and a scale
     async with running(backend, guard=Comparing(), states_bytes=2 * one) as owner:
         await owner.verify(ASKED, [ALIKE])
         await owner.verify(ASKED, [OTHER])
