@@ -165,10 +165,8 @@ class ClientHandler:
         if is_preflight(request.method, request.headers):
             return await self._preflight(request, request_id, started_s, target)
         caller = self._callers.find(headers, target) or self._callers.read(headers, target)
-        if target.dialect is None:
+        if target.dialect is None or request.method != METH_POST:  # only a POST asks a question
             return await self._pass(request, request_id, started_s, target, caller)
-        if request.method != METH_POST:
-            raise BadRequest("Use POST here.", code="method_not_allowed", status=405)
         if not caller.is_json:
             raise BadRequest("Content-Type must be application/json.", code="unsupported_media_type", status=415)
         body = body_at_hand(request, self._limits)

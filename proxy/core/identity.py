@@ -153,6 +153,8 @@ _HEX64 = 64
 # RFC 9110 token characters, the rest of token68 and what providers put into keys; no blank, quote or control
 _SECRET = re.compile(rb"[A-Za-z0-9!#$%&*+\-./:=?@^_{|}~]+")
 _SCHEME = re.compile(rb"([A-Za-z][A-Za-z0-9-]*) +([A-Za-z0-9!#$%&*+\-./:=?@^_{|}~]+)")
+_SCHEMES = frozenset({b"basic", b"bearer", b"digest", b"dpop", b"negotiate", b"token"})
+"""Words that are no key when they stand alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,10 +202,10 @@ def credential(
 ) -> Credential:
     """The credential the client brings, for an upstream that will check it. `queried`: those in the query.
 
-    Authorization is a scheme and a token; that of a Bearer counts alone, any other's (Basic) with its scheme. All that
-    a request carries count together, for nobody but the upstream knows which of them it will look at. Raises BadRequest
-    (401, `invalid_api_key`) when none is there, a header is there twice, or one is empty or holds what no key holds;
-    the message never quotes it. With `anonymous`, none at all gives ANONYMOUS.
+    Authorization is a scheme and a token, or a token; that of a Bearer counts alone, any other's (Basic) with its
+    scheme. All that a request carries count together, for nobody but the upstream knows which of them it will look at.
+    Raises BadRequest (401, `invalid_api_key`) when none is there, a header is there twice, or one is empty or holds
+    what no key holds; the message never quotes it. With `anonymous`, none at all gives ANONYMOUS.
     """
     found: dict[bytes, bytes] = {}
     for raw_name, value in headers:
@@ -214,17 +216,24 @@ def credential(
         if name in found:
             raise _refuse(f"The header {shown} was sent twice.")
         if name == b"authorization":
-            match = _SCHEME.fullmatch(value)
-            if match is None:
-                raise _refuse("The header authorization is not 'Bearer', or another scheme, and a key.")
-            scheme = match[1].lower()
-            found[name] = match[2] if scheme == b"bearer" else scheme + b" " + match[2]
+            found[name] = _authorization(value)
         else:
             found[name] = _checked(value, f"header {shown}")
     secrets = [*found.items(), *[(b"key", _checked(value, "parameter key")) for value in {*queried}]]
     if not secrets and not anonymous:
         raise _refuse("No API key: send 'Authorization: Bearer ...' or 'x-api-key'.")
     return Credential(tuple(sorted(secrets)))
+
+
+def _authorization(value: bytes) -> bytes:
+    """The secret of `Authorization`: what follows Bearer, or stands there without any scheme, is a key like others."""
+    if _SECRET.fullmatch(value) is not None and value.lower() not in _SCHEMES:
+        return value
+    match = _SCHEME.fullmatch(value)
+    if match is None:
+        raise _refuse("The header authorization is not 'Bearer', or another scheme, and a key.")
+    scheme = match[1].lower()
+    return match[2] if scheme == b"bearer" else scheme + b" " + match[2]
 
 
 def _checked(secret: bytes, carrier: str) -> bytes:

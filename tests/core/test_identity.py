@@ -23,7 +23,8 @@ KEYS = st.text("abcdefghijklmnopqrstuvwxyzABC0123456789-_.", min_size=1, max_siz
         [(b"Authorization", b"")],
         [(b"Authorization", b"Bearer")],
         [(b"Authorization", b"Bearer ")],
-        [(b"Authorization", CANARY)],
+        [(b"Authorization", b"bAsIc")],
+        [(b"Authorization", b"'" + CANARY + b"'")],
         [(b"Authorization", b"Basic " + CANARY + b", realm")],
         [(b"Authorization", b"Ba/sic " + CANARY)],
         [(b"Authorization", b"Bearer " + CANARY), (b"authorization", b"Bearer " + CANARY)],
@@ -96,6 +97,13 @@ def test_tenants_are_equal_exactly_when_credentials_are(a: bytes, b: bytes) -> N
 def test_a_tenant_needs_the_installations_secret() -> None:
     with pytest.raises(ValueError, match="empty"):
         tenant_of(b"", ANONYMOUS)
+
+
+@pytest.mark.parametrize("key", [b"a", CANARY, b"basically", b"k" * 4097])
+def test_a_key_alone_is_the_key_that_a_bearer_brings(key: bytes) -> None:
+    alone = credential([(b"Authorization", key)])
+    assert alone == credential([(b"Authorization", b"Bearer " + key)])
+    assert alone != credential([(b"Authorization", b"Basic " + key)])
 
 
 @pytest.mark.parametrize("size", [1, 4097, 60_000])

@@ -140,7 +140,7 @@ async def test_a_head_is_checked_as_if_its_path_were_new(ibid: Running, up: Scri
 
 REFUSED: Mapping[str, tuple[int, Mapping[str, Any]]] = {
     "no credential": (401, {"credential": None}),
-    "no question": (405, {"method": "GET"}),
+    "a tunnel": (405, {"method": "TRACE"}),
     "no json": (415, {"content_type": "application/xml"}),
     "a broken body": (400, {"body": b"{"}),
     "not let in upstream": (401, {"body": question()}),

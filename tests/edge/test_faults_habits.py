@@ -355,3 +355,48 @@ async def test_what_is_behind_an_address_is_not_kept(ibid: Running, name: str) -
 def test_the_credentials_are_what_they_are_called() -> None:
     assert KEY in BEARER
     assert request(b"")
+
+
+# --- other methods on a path that is asked with POST ----------------------------------------------------------------
+
+STORED = [
+    ("GET", "/v1/chat/completions?limit=2"),  # stored completions
+    ("GET", "/v1/responses"),
+    ("DELETE", "/v1/responses"),
+    ("HEAD", "/v1/messages"),
+    ("GET", "/api/chat"),
+    ("DELETE", "/v1/embeddings"),
+    ("PATCH", "/v1beta/models/g:generateContent"),
+    ("OPTIONS", "/v1/completions"),
+]
+
+
+@pytest.mark.parametrize(("method", "target"), STORED)
+async def test_only_a_post_is_a_question_and_the_rest_passes(ibid: Running, method: str, target: str) -> None:
+    ibid.up.default = ibid.up.vectors = Json(418, {"object": "list"})
+    for _ in range(2):
+        reply = await ibid.ask(b"", method=method, target=target)
+        assert reply.status == 418
+        assert not reply.is_hit
+    assert [(seen.method, seen.path) for seen in ibid.up.requests] == [(method, target)] * 2
+    assert ibid.up.requests[0].header("authorization") == BEARER.partition(": ")[2]
+    assert await ibid.stored() == 0
+
+
+async def test_a_question_is_still_answered_from_the_cache_on_that_path(ibid: Running) -> None:
+    await ibid.ask()
+    await ibid.settled()
+    assert not (await ibid.ask(b"", method="GET")).is_hit
+    assert (await ibid.ask()).is_hit
+
+
+# --- a key alone in `Authorization` ---------------------------------------------------------------------------------
+
+
+async def test_a_key_without_a_scheme_goes_on_as_it_came_and_is_a_tenant_like_others(ibid: Running) -> None:
+    await ibid.ask(credential="Authorization: sk-alone-1")
+    await ibid.settled()
+    assert ibid.up.requests[0].header("authorization") == "sk-alone-1"
+    assert (await ibid.ask(credential="Authorization: sk-alone-1")).is_hit
+    assert not (await ibid.ask(credential="Authorization: sk-alone-2")).is_hit
+    assert (await ibid.ask(credential="Authorization: Bearer")).status == 401

@@ -218,10 +218,6 @@ async def test_tunnels_are_not_allowed(ibid: Running, method: str) -> None:
     await refused(ibid, request(b"", method=method, target="/v1/chat/completions"), 405, "method_not_allowed")
 
 
-async def test_the_chat_path_takes_post_only(ibid: Running) -> None:
-    await refused(ibid, request(b"", method="GET"), 405, "method_not_allowed")
-
-
 @pytest.mark.parametrize(
     "target",
     ["//v1/models", "/v1/../cache/flush", "/v1/%2e%2e/cache", "/v1/models%00", "/v1/chat;x/..", "/V1/chat/completions"],
@@ -279,7 +275,7 @@ CREDENTIALS = {
     "absent": None,
     "empty": "Authorization:",
     "no key": "Authorization: Bearer",
-    "no scheme": f"Authorization: {KEY}",
+    "a scheme alone": "Authorization: basic",
     "twice": f"{BEARER}\r\n{BEARER}",
     "twice, another": f"{BEARER}\r\nAuthorization: Bearer sk-other",
     "SQL": f"Authorization: Bearer {KEY}' OR 1=1--",
