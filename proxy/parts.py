@@ -254,6 +254,7 @@ def make_batches(ground: Ground, pipeline: Pipeline, embeddings: Embeddings, han
         upstream=edges.upstreams,
         limits=settings.limits,
         keep_s=keep_s,
+        files_bytes=ours.files_bytes,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 from proxy.batch.ports import BatchStore
+from proxy.batch.room import Place
 from proxy.core.batches import CHUNK_BYTES, BatchFile
 
 CHUNKS_KEPT = 4
@@ -16,8 +17,9 @@ SLICE = 8  # lines after which the loop gets its turn
 class FileWriter:
     """Takes bytes in any cut and keeps them in chunks. `begin`, then `write`, then `end` or `drop`."""
 
-    def __init__(self, store: BatchStore, file: BatchFile) -> None:
+    def __init__(self, store: BatchStore, file: BatchFile, place: Place | None = None) -> None:
         self.file = file
+        self._place = place
         self.size_bytes = 0
         self._store = store
         self._held = bytearray()
@@ -27,6 +29,8 @@ class FileWriter:
         await self._store.begin_file(self.file)
 
     async def write(self, data: bytes) -> None:
+        if self._place is not None:
+            self._place.take(len(data))
         self._held += data
         self.size_bytes += len(data)
         while len(self._held) >= CHUNK_BYTES:

@@ -29,6 +29,10 @@ class BatchStore(Protocol):
 
     async def delete_file(self, file_id: str) -> None: ...
 
+    async def bytes_of_files(self, tenant: str) -> tuple[int, int]:
+        """Of all whole files that were handed in, and of this tenant's."""
+        ...
+
     def chunks(self, file_id: str) -> AsyncIterator[bytes]:
         """The bytes of an uploaded file, in order."""
         ...

@@ -39,7 +39,9 @@ _KNOWN_WORDS = frozenset(
     "v1 v1beta openai api chat completions responses embeddings models files batches messages".split()
 )
 _NO_TUNNEL = frozenset({hdrs.METH_CONNECT, hdrs.METH_TRACE})
-_CLOSES = frozenset({"request_too_large", "request_timeout", "bad_request", "headers_too_large", "uri_too_long"})
+_CLOSES = frozenset(
+    {"batch_storage_full", "request_too_large", "request_timeout", "bad_request", "headers_too_large", "uri_too_long"}
+)
 SMALL_BYTES = 16 * 1024
 _UNTOLD = OpenAIChat()
 """In which errors are said to a client of whom nothing is known yet."""

@@ -155,6 +155,9 @@ class Batch:
     poll_interval_s: float = option(30.0, "how often a provider is asked how far its batch is", least=0.01)
     max_lines: int = option(100_000, "most lines of one batch; OpenAI's own bound of 50,000 stays", least=1)
     keep_days: float = option(30.0, "how long files, batches, results and deferred answers are kept", least=0.001)
+    files_bytes: int = option(
+        16_384 * MIB, "files handed in, together; from half of it on a tenant and an address hold an eighth", least=MIB
+    )
     collect_s: float = option(60.0, "how long a deferred call waits for others to share its provider batch")
 
 

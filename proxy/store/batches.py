@@ -13,7 +13,7 @@ from dataclasses import fields
 from typing import Any
 
 import orjson
-from sqlalchemy import ColumnElement, and_, delete, insert, or_, select, update
+from sqlalchemy import ColumnElement, and_, case, delete, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -74,6 +74,13 @@ class Batches:
             .order_by(batch_file.c.created_ms.desc(), batch_file.c.id)
         )
         return [BatchFile(*row) for row in await self._database.rows(statement)]
+
+    async def bytes_of_files(self, tenant: str) -> tuple[int, int]:
+        """Of all whole files that were handed in, and of this tenant's."""
+        size, handed_in = batch_file.c.size_bytes, (batch_file.c.whole == 1, batch_file.c.part == "input")
+        own = case((batch_file.c.tenant == tenant, size), else_=0)
+        rows = await self._database.rows(select(func.sum(size), func.sum(own)).where(*handed_in))
+        return int(rows[0][0] or 0), int(rows[0][1] or 0)
 
     async def delete_file(self, file_id: str) -> None:
         await self._run(delete(batch_file).where(batch_file.c.id == file_id))

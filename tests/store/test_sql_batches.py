@@ -45,6 +45,7 @@ async def test_a_file_is_seen_when_it_is_whole_and_only_by_its_owner(store):
     raw = os.urandom(2 * CHUNK_BYTES + 7)
     await batches.begin_file(file())
     assert await batches.file("f", TENANT) is None
+    assert await batches.bytes_of_files(TENANT) == (0, 0)
     kept = await write(store, "f", raw)
     assert kept == file(size_bytes=len(raw), filename="told.jsonl")
     assert await batches.file("f", TENANT) == kept
@@ -52,6 +53,8 @@ async def test_a_file_is_seen_when_it_is_whole_and_only_by_its_owner(store):
     assert b"".join([chunk async for chunk in batches.chunks("f")]) == raw
     assert await batches.files(TENANT) == [kept]
     assert await batches.files(OTHER) == []
+    assert await batches.bytes_of_files(TENANT) == (len(raw), len(raw))
+    assert await batches.bytes_of_files(OTHER) == (len(raw), 0)
     await batches.delete_file("f")
     assert await batches.file("f", TENANT) is None
     assert [chunk async for chunk in batches.chunks("f")] == []

@@ -18,6 +18,7 @@ from proxy.batch.http.files import Files
 from proxy.batch.http.listing import Listing
 from proxy.batch.http.messages import MessageBatches
 from proxy.batch.http.replies import told_later
+from proxy.batch.room import FileRoom
 from proxy.client.passing import Passing, PassThrough
 from proxy.client.wire import SERVER
 from proxy.core.batches import Deferred, Place, is_own
@@ -43,11 +44,13 @@ class BatchApi:
         upstream: Upstream,
         limits: Limits,
         keep_s: float,
+        files_bytes: int,
     ) -> None:
         self.engine = engine
         self.deferred = deferred
         self._passing = passing
-        desk, listing = Desk(engine, passing, limits, int(keep_s * 1000)), Listing(upstream)
+        room = FileRoom(engine.shop.store, files_bytes, engine.shop.now_ms)
+        desk, listing = Desk(engine, passing, limits, int(keep_s * 1000), room), Listing(upstream)
         files, batches, messages = Files(desk, listing), Batches(desk, listing), MessageBatches(desk, listing)
         self._table: dict[tuple[str, str, bool, str], Handle] = {
             ("files", "POST", False, ""): files.upload,

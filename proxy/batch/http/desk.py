@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from proxy.batch.engine import Engine
 from proxy.batch.ports import BatchStore
+from proxy.batch.room import FileRoom
 from proxy.client.passing import Passing, PassThrough
 from proxy.core.batches import Job
 from proxy.core.errors import BadRequest
@@ -20,6 +21,7 @@ class Desk:
     passing: PassThrough
     limits: Limits
     keep_ms: int
+    room: FileRoom
 
     @property
     def store(self) -> BatchStore:

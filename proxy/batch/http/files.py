@@ -14,8 +14,9 @@ from proxy.batch.http.desk import Desk
 from proxy.batch.http.listing import Listed, Listing, limit_of
 from proxy.batch.http.pieces import PIECE_BYTES, once
 from proxy.batch.http.replies import reply, stream
+from proxy.batch.room import Place
 from proxy.batch.workshop import new_name
-from proxy.client.incoming import body_stream
+from proxy.client.incoming import address_of, body_stream
 from proxy.client.passing import Passing
 from proxy.core.batches import FILE_LIMIT_BYTES, BatchFile, Job, file_object
 from proxy.core.errors import BadRequest
@@ -42,19 +43,21 @@ class Files:
             return await self._desk.passing.answer(request, asked._replace(body=body))
         boundary = boundary_of(content_type)
         rest = once(body) if isinstance(body, bytes) else body
+        expires_ms = self._desk.now_ms() + self._desk.keep_ms
         with tempfile.SpooledTemporaryFile(SPOOL_MEMORY_BYTES) as spool:
-            purpose = await _purpose(rest, spool, boundary)
-            whole = _chain(spool, rest)
-            if purpose != b"batch":
-                return await self._desk.passing.answer(request, asked._replace(body=whole))
-            file = await self._receive(whole, boundary, asked)
-        return reply(asked, file_object(file))
+            async with self._desk.room.place(asked.tenant, address_of(request), expires_ms) as place:
+                purpose = await _purpose(rest, spool, boundary, place)
+                whole = _chain(spool, rest)
+                place.give_back(place.bytes)  # from here on what is kept counts, not what waits
+                if purpose == b"batch":
+                    return reply(asked, file_object(await self._receive(whole, boundary, asked, place)))
+            return await self._desk.passing.answer(request, asked._replace(body=whole))
 
-    async def _receive(self, whole: AsyncIterator[bytes], boundary: bytes, asked: Passing) -> BatchFile:
+    async def _receive(self, whole: AsyncIterator[bytes], boundary: bytes, asked: Passing, place: Place) -> BatchFile:
         form = Form(boundary)
         now_ms = self._desk.now_ms()
         file = BatchFile(new_name("file-"), asked.tenant, "batch", "", 0, now_ms, now_ms + self._desk.keep_ms)
-        writer = FileWriter(self._desk.store, file)
+        writer = FileWriter(self._desk.store, file, place)
         await writer.begin()
         head = b""
         try:
@@ -119,12 +122,13 @@ class Files:
         return file
 
 
-async def _purpose(rest: AsyncIterator[bytes], spool: Any, boundary: bytes) -> bytes | None:
-    """Read until the form has said its purpose; what was read is in the spool, at its end."""
+async def _purpose(rest: AsyncIterator[bytes], spool: Any, boundary: bytes, place: Place) -> bytes | None:
+    """Read until the form has said its purpose; what was read is in the spool, at its end, and in `place`."""
     form = Form(boundary)
     size = 0
     async for chunk in rest:
         size += len(chunk)
+        place.take(len(chunk), is_kept=False)
         spool.write(chunk)
         form.feed(chunk)
         if (purpose := form.fields.get("purpose")) is not None:

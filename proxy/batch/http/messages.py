@@ -12,7 +12,7 @@ from proxy.batch.http.listing import Listed, Listing, limit_of
 from proxy.batch.http.pieces import once
 from proxy.batch.http.replies import base_of, reply, stream
 from proxy.batch.workshop import new_name
-from proxy.client.incoming import body_stream
+from proxy.client.incoming import address_of, body_stream
 from proxy.client.passing import Passing
 from proxy.core.batches import (
     REQUESTS_LIMIT,
@@ -40,14 +40,15 @@ class MessageBatches:
         now_ms = self._desk.now_ms()
         expires_ms = now_ms + self._desk.keep_ms
         file = BatchFile(new_name("file-"), asked.tenant, "requests", "", 0, now_ms, expires_ms)
-        writer = FileWriter(self._desk.store, file)
-        await writer.begin()
-        try:
-            total = await self._receive_requests(request, asked, writer)
-            await writer.end()
-        except BaseException:
-            await writer.drop()
-            raise
+        async with self._desk.room.place(asked.tenant, address_of(request), expires_ms) as place:
+            writer = FileWriter(self._desk.store, file, place)
+            await writer.begin()
+            try:
+                total = await self._receive_requests(request, asked, writer)
+                await writer.end()
+            except BaseException:
+                await writer.drop()
+                raise
         job = Job(
             new_name("msgbatch_"), asked.tenant, "anthropic", MESSAGES_PATH, "in_progress", file.id,
             now_ms, now_ms + WINDOW_S * 1000, expires_ms, total=total, key_id=asked.key_id or "",
