@@ -344,7 +344,7 @@ def start(app: App, behind: contextlib.AsyncExitStack, tell: Tell) -> list[async
         app.health.look()
 
     endless = [
-        spawn(app.pulse.run(app.memory, each_second), "pulse"),
+        spawn(app.pulse.run(app.memory, each_second, app.handler.asked), "pulse"),
         spawn(app.semantic.load(behind, tell), "loading"),
         spawn(housekeep(app.settings, app.pipeline, app.store, app.semantic, fault), "housekeeping"),
         spawn(app.keys.follow(fault), "keys"),

@@ -396,6 +396,10 @@ class ClientHandler:
         """Let nobody new in, for want of memory, or let them in again."""
         self.admission.is_shut = self.arriving.is_shut = is_shut
 
+    def asked(self) -> int:
+        """Requests so far, from wherever the count began."""
+        return self._id_count
+
     def beat(self, now_s: float) -> None:
         """Called about once a second: keep silent event streams alive. `now_s` is `time.monotonic`."""
         self._delivery.beat(now_s)

@@ -224,7 +224,9 @@ class LogWriter(logging.Handler):
         self._reported = 0
         self._stream = stream
         self._queue: deque[tuple[Callable[..., str], tuple[Any, ...]]] = deque()
-        self._wake = threading.Event()
+        self._wake = threading.Event()  # something is queued
+        self._urgent = threading.Event()  # and should not wait for more
+        self._rests = False  # the thread waits for `_wake`, or is about to
         self._stopping = False
         self._writing = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="ibid-log", daemon=True)
@@ -239,12 +241,14 @@ class LogWriter(logging.Handler):
                 record.msg, record.args = record.getMessage(), None
         self.post(self.form.record, record)
         if record.levelno >= logging.WARNING:
-            self._wake.set()
+            self._urgent.set()
 
     def post(self, render: Callable[..., str], *args: Any) -> None:
         """Queue `render(*args)`, to be called in the writer's thread. Never blocks, never raises."""
         if len(self._queue) < QUEUE_LIMIT:
             self._queue.append((render, args))
+            if self._rests:
+                self._wake.set()
         else:
             self.dropped += 1
 
@@ -258,15 +262,22 @@ class LogWriter(logging.Handler):
         """Write what is queued and end the thread; safe to call twice."""
         self._stopping = True
         self._wake.set()
+        self._urgent.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
         self.flush()
         super().close()
 
     def _run(self) -> None:
+        """Sleeps while nothing is queued; then lines of the next moment are written with the first."""
         while not self._stopping:
-            self._wake.wait(INTERVAL_S)
+            self._rests = True  # whoever queues from here on wakes the thread
+            if not self._queue:
+                self._wake.wait()
+            self._rests = False
             self._wake.clear()
+            self._urgent.wait(INTERVAL_S)
+            self._urgent.clear()
             self.flush()
 
     def _write_some(self) -> None:

@@ -10,6 +10,7 @@ from typing import Final
 from proxy.watch.memory import Memory
 
 BEAT_S: Final = 0.02
+REST_S: Final = 0.1  # between beats while nothing is asked, so that a process that nobody needs takes next to nothing
 
 
 class Pulse:
@@ -23,14 +24,18 @@ class Pulse:
         """What `stats` shows of it."""
         return {"loop_stall_ms_max": round(self.longest_ms, 3), "uptime_s": round(time.perf_counter() - self._began_s)}
 
-    async def run(self, memory: Memory, each_second: Callable[[float], None]) -> None:
-        second = time.monotonic()
+    async def run(self, memory: Memory, each_second: Callable[[float], None], asked: Callable[[], int]) -> None:
+        """`asked` counts requests; as long as it stands still for a second the pulse rests."""
+        second, count, beat_s = time.monotonic(), asked(), BEAT_S
         while True:
             before = time.monotonic()
-            await asyncio.sleep(BEAT_S)
+            await asyncio.sleep(beat_s)
             now = time.monotonic()
-            self.longest_ms = max(self.longest_ms, (now - before - BEAT_S) * 1e3)
+            self.longest_ms = max(self.longest_ms, (now - before - beat_s) * 1e3)
             memory.look(now)
+            if asked() != count:
+                beat_s = BEAT_S
             if now - second >= 1.0:
                 second = now
                 each_second(now)
+                beat_s, count = (REST_S if asked() == count else BEAT_S), asked()

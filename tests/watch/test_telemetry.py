@@ -198,6 +198,24 @@ def test_a_warning_is_written_without_being_asked_for(stream: io.StringIO) -> No
         tear_down(writer)
 
 
+def test_whatever_is_queued_wakes_the_thread_that_rests(stream: io.StringIO) -> None:
+    written = threading.Semaphore(0)
+
+    class Told(io.StringIO):
+        def flush(self) -> None:
+            written.release()
+
+    writer = LogWriter(Told(), LineFormat(Redactor(), as_json=True))
+    writer.start()
+    for number in range(5):
+        while not writer._rests:  # it has written all there was
+            assert writer._thread.is_alive()
+        writer.post(str, f"line {number}")
+        assert written.acquire(timeout=PATIENCE_S)
+    writer.close()
+    assert not writer._thread.is_alive()
+
+
 def test_a_full_queue_drops_lines_and_says_how_many(stream: io.StringIO) -> None:
     writer = LogWriter(stream, LineFormat(Redactor(), as_json=True))
     for _ in range(QUEUE_LIMIT + 5):
