@@ -43,7 +43,7 @@ from index.embedder import Backend, OnnxBackend, TokenStates, TorchBackend, Vect
 from index.errors import EmbedderFault, EmbedderLate, IndexRoomError, ModelFault, Overloaded, TextTooLong
 from index.guard.head import MAX_KEPT, MAX_TOKENS, Guard, load_guard
 from index.model import locate
-from index.states import StatesKept
+from index.states import StatesKept, restored
 from index.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -570,7 +570,7 @@ class EmbedderOwner:
             return None
         vectors, states = self._backend.encode_states([ids])
         self._inspect(vectors, 1)
-        return self._states.put(digest, states[0])
+        return restored(self._states.put(digest, states[0]))
 
     def _inspect(self, vectors: Vector, count: int) -> None:
         """Raise EmbedderFault unless `vectors` is (count, dimension) float32 of finite unit rows."""

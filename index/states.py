@@ -1,9 +1,9 @@
 """Token states as they are kept: 8 bits a component, bounded in bytes, least recently used first to leave.
 
 A row is of unit length; it is kept as the nearest multiples of its largest component's 127th part. Nothing is compared
-with states that were not rounded: whatever is put is given back as a later `get` will give it, so that a pair's verdict
-does not depend on what is remembered. Of 1,720 labelled pairs (QQP, PAWS, look-alikes; 1 Dec 2026) the guard's logits
-correlate at .9999 with those of fp16 states, and 5 fall on the other side of 0, 3 of them refused.
+with states that were not rounded: who needs what was just put takes it as a later `get` will give it, so that a pair's
+verdict does not depend on what is remembered. Of 1,720 labelled pairs (QQP, PAWS, look-alikes; 1 Dec 2026) the guard's
+logits correlate at .9999 with those of fp16 states, and 5 fall on the other side of 0, 3 of them refused.
 """
 
 from __future__ import annotations
@@ -61,15 +61,15 @@ class StatesKept:
         self._known.move_to_end(digest)
         return restored(found)
 
-    def put(self, digest: bytes, states: TokenStates) -> TokenStates:
-        """As `get` gives them from now on, also where there is no room for them."""
+    def put(self, digest: bytes, states: TokenStates) -> Rounded:
+        """What is kept of them, also where there is no room for it."""
         kept = rounded(states)
         if kept.nbytes <= self._limit_bytes and digest not in self._known:
             self._known[digest] = kept
             self.held_bytes += kept.nbytes
             while self.held_bytes > self._limit_bytes:
                 self.held_bytes -= self._known.popitem(last=False)[1].nbytes
-        return restored(kept)
+        return kept
 
     def clear(self) -> None:
         self._known.clear()

@@ -1,15 +1,16 @@
 """Room for what clients hand in: files of lines, and the bytes of an upload that wait on disk for its purpose.
 
 Who checks a credential is the upstream, and an upload reaches none: so a made-up key may hand in as well as a real one.
-All together hold at most `limit_bytes`. Once half of that is taken, no tenant and no address may hold more than an
-eighth. What an address handed in is known since the program started; what a tenant holds, SQL knows.
+All files together hold at most `limit_bytes`. Once half of that is taken, no tenant and no address may hold more than
+an eighth. What an address handed in is known since the program started; what a tenant holds, SQL knows. What waits may
+be the upstream's: it is bounded together alone, without asking SQL.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Final
 
 from proxy.batch.ports import BatchStore
@@ -26,6 +27,7 @@ class FileRoom:
         self.limit_bytes = limit_bytes
         self.arriving_bytes = 0
         self.taken_bytes = 0  # ever, less what was given back
+        self.waiting_bytes = 0
         self.arriving_of: Counter[str] = Counter()  # tenants, addresses
         self._store = store
         self._now_ms = now_ms
@@ -45,6 +47,23 @@ class FileRoom:
         if place.bytes:
             self._handed.setdefault(address, []).append((expires_ms, place.bytes))
             place.settle()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[Callable[[int], None]]:
+        """Call it with what comes to wait on disk. It raises BadRequest (413, `batch_storage_full`)."""
+        own_bytes = 0
+
+        def wait(size_bytes: int) -> None:
+            nonlocal own_bytes
+            if self.waiting_bytes + size_bytes > self.limit_bytes:
+                raise _full("There is no room for more uploads", self.limit_bytes)
+            self.waiting_bytes += size_bytes
+            own_bytes += size_bytes
+
+        try:
+            yield wait
+        finally:
+            self.waiting_bytes -= own_bytes
 
     def _of(self, address: str) -> int:
         """What an address handed in and has not expired. A file that was deleted counts until then: whoever fills and
@@ -67,14 +86,13 @@ class Place:
         self._held_bytes = held_bytes  # less what was ever taken when it was looked up
         self._own_bytes = own_bytes
 
-    def take(self, size_bytes: int, *, is_kept: bool = True) -> None:
-        """`is_kept`: not only until the purpose is known; what may be the upstream's is bounded together alone. Raises
-        BadRequest (413, `batch_storage_full`)."""
+    def take(self, size_bytes: int) -> None:
+        """Raises BadRequest (413, `batch_storage_full`)."""
         room = self._room
         total = self._held_bytes + room.taken_bytes + size_bytes
         if total > room.limit_bytes:
             raise _full("There is no room for more files of batches", room.limit_bytes)
-        if is_kept and total > room.limit_bytes * SCARCE:
+        if total > room.limit_bytes * SCARCE:
             for owner in self._owners:
                 if self._own_bytes[owner] + room.arriving_of[owner] + size_bytes > room.limit_bytes * SHARE:
                     raise _full("Your files take their share of what is left for batches", room.limit_bytes)

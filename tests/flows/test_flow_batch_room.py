@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.batch.room import FileRoom
-from proxy.core.errors import BadRequest
+from proxy.core.errors import BadRequest, CacheFault
 from tests.flows.batching import QUICK, ended, hand_in, line, sdk
 from tests.flows.running import chat_body, running
 from tests.upstream import Json
@@ -62,6 +62,32 @@ async def test_what_was_deleted_makes_room_for_a_tenant_again(data_dir, up):
 async def hand_in_small(client: openai.AsyncOpenAI, files: list) -> object:
     await client.files.delete(files[1].id)
     return await hand_in(client, [line("a", "What is a hinge?")])
+
+
+async def test_an_upload_that_is_the_upstreams_needs_no_database(data_dir, up):
+    async with running(data_dir, up.url, SMALL) as ibid, sdk(ibid) as client:
+        up.default = Json(200, {"id": "file-x", "object": "file"})
+        asked = ibid.app.batches.engine.shop.store
+
+        async def gone(tenant: str) -> tuple[int, int]:
+            raise CacheFault("store_down", "the database is gone")
+
+        asked.bytes_of_files = gone
+        file = await client.files.create(file=("x.jsonl", FILE), purpose="fine-tune")
+        assert file.id == "file-x"
+        with pytest.raises(openai.APIStatusError):
+            await client.files.create(file=("x.jsonl", FILE), purpose="batch")
+
+
+def test_what_waits_for_its_purpose_is_bounded_and_leaves_nothing() -> None:
+    room = FileRoom(Held(), 100, lambda: 0)  # type: ignore[arg-type]
+    with room.waiting() as one, room.waiting() as other:
+        one(60)
+        other(40)
+        with pytest.raises(BadRequest) as caught:
+            other(1)
+        assert (caught.value.status, room.waiting_bytes) == (413, 100)
+    assert room.waiting_bytes == 0
 
 
 class Held:

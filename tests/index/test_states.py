@@ -45,7 +45,7 @@ def test_what_is_put_is_given_back_alike_and_bytes_stay_within_the_bound(order: 
         digest = bytes([seed])
         before = kept.get(digest)
         assert (before is not None) == (seed in recent)
-        given_back = kept.put(digest, unit_rows(seed))
+        given_back = restored(kept.put(digest, unit_rows(seed)))
         if before is not None:
             np.testing.assert_array_equal(before, given_back)
         recent = [*(other for other in recent if other != seed), seed][-room:] if room else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
 import orjson
@@ -43,15 +43,15 @@ class Files:
             return await self._desk.passing.answer(request, asked._replace(body=body))
         boundary = boundary_of(content_type)
         rest = once(body) if isinstance(body, bytes) else body
-        expires_ms = self._desk.now_ms() + self._desk.keep_ms
-        with tempfile.SpooledTemporaryFile(SPOOL_MEMORY_BYTES) as spool:
+        with tempfile.SpooledTemporaryFile(SPOOL_MEMORY_BYTES) as spool, self._desk.room.waiting() as wait:
+            purpose = await _purpose(rest, spool, boundary, wait)
+            whole = _chain(spool, rest)
+            if purpose != b"batch":
+                return await self._desk.passing.answer(request, asked._replace(body=whole))
+            expires_ms = self._desk.now_ms() + self._desk.keep_ms
             async with self._desk.room.place(asked.tenant, address_of(request), expires_ms) as place:
-                purpose = await _purpose(rest, spool, boundary, place)
-                whole = _chain(spool, rest)
-                place.give_back(place.bytes)  # from here on what is kept counts, not what waits
-                if purpose == b"batch":
-                    return reply(asked, file_object(await self._receive(whole, boundary, asked, place)))
-            return await self._desk.passing.answer(request, asked._replace(body=whole))
+                file = await self._receive(whole, boundary, asked, place)
+        return reply(asked, file_object(file))
 
     async def _receive(self, whole: AsyncIterator[bytes], boundary: bytes, asked: Passing, place: Place) -> BatchFile:
         form = Form(boundary)
@@ -122,13 +122,15 @@ class Files:
         return file
 
 
-async def _purpose(rest: AsyncIterator[bytes], spool: Any, boundary: bytes, place: Place) -> bytes | None:
-    """Read until the form has said its purpose; what was read is in the spool, at its end, and in `place`."""
+async def _purpose(
+    rest: AsyncIterator[bytes], spool: Any, boundary: bytes, wait: Callable[[int], None]
+) -> bytes | None:
+    """Read until the form has said its purpose; what was read is in the spool, at its end. `wait` is told of it."""
     form = Form(boundary)
     size = 0
     async for chunk in rest:
         size += len(chunk)
-        place.take(len(chunk), is_kept=False)
+        wait(len(chunk))
         spool.write(chunk)
         form.feed(chunk)
         if (purpose := form.fields.get("purpose")) is not None:
